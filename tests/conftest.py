@@ -1,0 +1,54 @@
+"""Puts the scripts on the path and finds the shared data: unset, tests that need it skip; set, its absence
+fails."""
+
+import base64
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data named by GPT2_SHARED_DATA."""
+    if "GPT2_SHARED_DATA" not in os.environ:
+        pytest.skip("GPT2_SHARED_DATA is not set")
+    path = Path(os.environ["GPT2_SHARED_DATA"]).resolve()
+    assert path.is_dir(), f"GPT2_SHARED_DATA={path} is not a folder"
+    return path
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory) -> Path:
+    """A rank file of the 256 bytes and nothing else: 257 ids with EOT, so that models in tests are small."""
+    path = tmp_path_factory.mktemp("tokenizer") / "bytes.tiktoken"
+    ranks = (f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
+    path.write_text("".join(ranks), encoding="ascii")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory, byte_tokenizer) -> Path:
+    """Token shards of a few of the standard library's sources in bytes: 5 train shards, 1 val shard, a
+    manifest."""
+    from bpe import load_tokenizer
+    from shards import ShardWriter, write_manifest
+
+    data_dir = tmp_path_factory.mktemp("tiny_data")
+    tok = load_tokenizer(str(byte_tokenizer))
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for split, names in {"train": ("bisect", "heapq", "this", "keyword"), "val": ("stat",)}.items():
+        writer = ShardWriter(data_dir, "tiny", split, 10_000)
+        for name in names:
+            ids = tok.encode((stdlib / f"{name}.py").read_text(encoding="utf-8"))
+            writer.append(np.concatenate(([tok.eot], ids)).astype(np.uint16))
+        files += writer.close()
+    write_manifest(data_dir, {"tokenizer": {"name": tok.name, "sha256": tok.sha256}, "files": files})
+    return data_dir
