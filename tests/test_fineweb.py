@@ -1,0 +1,581 @@
+"""fineweb.py: every kind of input gives the shards that a slow twin gives: tiktoken, document by document."""
+import contextlib
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fineweb
+from bpe import load_tokenizer
+from configurator import UserError
+from shards import TokenStream, list_shards, read_manifest
+
+ROOT = Path(fineweb.__file__).resolve().parent
+EOT = 50_256
+DEFAULTS = {"dataset": "fineweb-edu", "subset": "sample-10BT", "input": "", "text_column": "text",
+            "tokenizer": "gpt2", "shard_tokens": 1000, "val_fraction": 0.1, "max_tokens": 0, "num_workers": 1,
+            "shard_format": "npy", "seed": 1}
+
+
+def build(data_dir, **flags):
+    flags = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
+    fineweb.build(**{**DEFAULTS, "data_dir": str(data_dir), **flags})
+    return data_dir
+
+
+def fineweb_command(data_dir, **flags):
+    flags = {**DEFAULTS, "data_dir": data_dir, **flags}
+    return [sys.executable, str(ROOT / "fineweb.py"), *(f"--{key}={value}" for key, value in flags.items())]
+
+
+def run(data_dir, env=None, **flags):
+    return subprocess.run(fineweb_command(data_dir, **flags), capture_output=True, text=True,
+                          encoding="utf-8", timeout=120, env={**os.environ, **(env or {})})
+
+
+def contents(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
+
+
+def tokens_of(folder, split):
+    if not list_shards(folder, split):
+        return []
+    stream = TokenStream(folder, split)
+    return stream.read(0, len(stream)).tolist()
+
+
+# ---- the slow twin -------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def encoding():
+    load_tokenizer("gpt2")  # puts the vocabulary where tiktoken finds it
+    return tiktoken.get_encoding("r50k_base")
+
+
+def slow_hash(text: bytes) -> int:
+    mask = 2**64 - 1
+    h = len(text) * 0x9E3779B97F4A7C15 & mask
+    for i in range(0, len(text), 8):
+        h = (h ^ int.from_bytes(text[i:i + 8], "little")) * 0xD6E8FEB86659FD93 & mask
+        h ^= h >> 32
+    h = (h ^ h >> 33) * 0xFF51AFD7ED558CCD & mask
+    h = (h ^ h >> 33) * 0xC4CEB9FE1A85EC53 & mask
+    return h ^ h >> 33
+
+
+def slow_build(documents, encoding, val_fraction=0.1, max_tokens=0):
+    """(train ids, val ids) of documents, bytes or None."""
+    sides, total = ([], []), 0
+    for document in filter(None, documents):
+        ids = [EOT, *encoding.encode_ordinary(document.decode("utf-8", "replace"))]
+        sides[slow_hash(document) < int(val_fraction * 2**64)].extend(ids)
+        total += len(ids)
+        if max_tokens and total >= max_tokens:
+            break
+    return sides
+
+
+def make_documents(count=150, seed=0):
+    rng = random.Random(seed)
+    words = ["the", "model", " learns", "\n", "naïve", "日本語", "🙂", "  ", "12345", "def f(x):", "\t"]
+    documents = [" ".join(rng.choices(words, k=rng.randrange(1, 60))).encode() for _ in range(count)]
+    documents[3] = documents[40] = b"twice the same"
+    documents[5] = b""
+    documents[7] = b"before <|endoftext|> after"
+    documents[11] = b"\n".join(b"line %d" % i for i in range(2000))  # longer than a shard
+    return documents
+
+
+DOCUMENTS = make_documents()
+
+
+def write_input(folder, kind, documents):
+    """The documents as files of a kind; returns what to pass as --input."""
+    folder.mkdir(exist_ok=True)
+    path, texts = folder / f"corpus.{kind}", [document.decode() for document in documents]
+    lines = "".join(f"{json.dumps({'id': i, 'text': text})}\n" for i, text in enumerate(texts)).encode()
+    match kind:
+        case "parquet":
+            pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, row_group_size=40)
+        case "large.parquet":  # with nulls where documents are empty
+            column = pa.array([text or None for text in texts], pa.large_string())
+            pq.write_table(pa.table({"text": column}), path, row_group_size=64, compression="zstd")
+        case "dictionary.parquet":
+            pq.write_table(pa.table({"text": pa.array(texts).dictionary_encode()}), path, row_group_size=50)
+        case "jsonl":
+            path.write_bytes(lines.replace(b"\n", b"\r\n\n", 1).removesuffix(b"\n"))  # a blank line, too
+        case "jsonl.gz":
+            path.write_bytes(gzip.compress(lines))
+        case "jsonl.zst":
+            with pa.output_stream(str(path), compression="zstd") as file:
+                file.write(lines)
+        case "txt":
+            path = folder / "texts"
+            path.mkdir()
+            for i, document in enumerate(documents):
+                (path / f"{i:04d}.txt").write_bytes(document)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "large.parquet", "dictionary.parquet", "jsonl", "jsonl.gz",
+                                  "jsonl.zst", "txt"])
+def test_every_kind_equals_the_slow_twin(tmp_path, encoding, kind, monkeypatch):
+    monkeypatch.setattr(fineweb, "CHUNK_BYTES", 3000)  # several chunks, and documents larger than one
+    source = write_input(tmp_path / "in", kind, DOCUMENTS)
+    folder = build(tmp_path / "out", input=source)
+    train, val = slow_build(DOCUMENTS, encoding)
+    assert tokens_of(folder, "train") == train and tokens_of(folder, "val") == val and len(val) > 100
+    manifest = read_manifest(folder)
+    assert [f["tokens"] for f in manifest["files"] if "_train_" in f["file"]] == [
+        *[1000] * (len(train) // 1000), len(train) % 1000]
+    assert {f["file"]: f["sha256"] for f in manifest["files"]} == {
+        name: digest for name, digest in contents(folder).items() if name != "manifest.json"}
+    assert manifest["tokens"] == len(train) + len(val) and manifest["eot"] == EOT
+    assert manifest["documents"] == len(DOCUMENTS) - 1 and manifest["empty_documents"] == 1
+    assert manifest["text_bytes"] == sum(map(len, DOCUMENTS))
+    assert manifest["splits"]["val"]["tokens"] == len(val) and manifest["cut_at_byte"] is None
+    assert manifest["splits"]["val"]["documents"] == val.count(EOT)
+    assert manifest["tokenizer"]["name"] == "gpt2" and len(manifest["tokenizer"]["sha256"]) == 64
+    assert not (folder / "build.json").exists()
+
+
+def test_any_number_of_workers(tmp_path, encoding, monkeypatch):
+    monkeypatch.setattr(fineweb, "CHUNK_BYTES", 3000)
+    source = write_input(tmp_path / "in", "parquet", DOCUMENTS)
+    flags = {"input": source, "shard_format": "bin", "max_tokens": 9000, "val_fraction": 0.3}
+    folders = [build(tmp_path / f"out{n}", num_workers=n, **flags) for n in (1, 2, 3)]
+    assert contents(folders[0]) == contents(folders[1]) == contents(folders[2])
+    assert [tokens_of(folders[2], split) for split in ("train", "val")] == list(
+        slow_build(DOCUMENTS, encoding, 0.3, max_tokens=9000))
+
+
+def test_big_row_groups_are_read_in_pieces(tmp_path, monkeypatch):
+    source = write_input(tmp_path / "in", "parquet", DOCUMENTS)
+    expected = contents(build(tmp_path / "whole", input=source))
+    monkeypatch.setattr(fineweb, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(fineweb, "BIG_ROW_GROUP", 1000)
+    assert len(list(fineweb.parquet_chunks(source, "text"))) > 8
+    assert contents(build(tmp_path / "pieces", input=source)) == expected
+
+
+def test_sliced_arrays_and_bytes_under_nulls():
+    array = pa.array(["zero", "one", None, "", "four", "five"])
+    for kind in (pa.string(), pa.large_string()):
+        text, offsets = fineweb.arrow_documents(array.cast(kind)[1:5])
+        assert text.tobytes() == b"onefour" and offsets.tolist() == [0, 3, 3, 3, 7]
+        text, offsets = fineweb.arrow_documents(array.cast(kind)[3:])  # and without a null
+        assert text.tobytes() == b"fourfive" and offsets.tolist() == [0, 0, 4, 8]
+    buffers = [pa.py_buffer(b"\x05"), *pa.array(["ab", "hidden", "c"]).buffers()[1:]]  # bits: 1, null, 1
+    text, offsets = fineweb.arrow_documents(pa.Array.from_buffers(pa.string(), 3, buffers))
+    assert text.tobytes() == b"abc" and offsets.tolist() == [0, 2, 2, 3]
+    for array in (pa.array([], pa.string()), pa.array([None, None], pa.string()), pa.array(["", ""])):
+        text, offsets = fineweb.arrow_documents(array)
+        assert len(text) == 0 and offsets.tolist() == [0] * (len(array) + 1)
+
+
+@given(st.lists(st.binary(max_size=40), max_size=8))
+@settings(deadline=None)
+def test_hash_equals_its_slow_twin(documents):
+    text, offsets = fineweb.pack(documents)
+    assert fineweb.hash_documents(text, offsets).tolist() == [slow_hash(document) for document in documents]
+
+
+def test_hash_is_fair():
+    """Near-equal documents fall on the two sides as often as val_fraction says."""
+    documents = [b"document number %d" % i for i in range(100_000)]
+    share = (fineweb.hash_documents(*fineweb.pack(documents)) < np.uint64(0.01 * 2.0**64)).mean()
+    assert abs(share - 0.01) < 0.0016  # 5 standard errors
+
+
+def test_sides_share_no_document_whatever_the_order(tmp_path):
+    documents = [b"document %d" % (i % 60) for i in range(200)]
+    sides = []
+    for seed in range(2):
+        random.Random(seed).shuffle(documents)
+        folder = build(tmp_path / f"out{seed}", input=write_input(tmp_path / f"in{seed}", "jsonl", documents))
+        parts = [np.array(tokens_of(folder, split)) for split in ("train", "val")]
+        sides.append([{tuple(document) for document in np.split(part, np.flatnonzero(part == EOT))} - {()}
+                      for part in parts])
+        assert not sides[-1][0] & sides[-1][1] and sum(map(len, sides[-1])) == 60 and sides[-1][1]
+    assert sides[0] == sides[1]
+
+
+# ---- a corpus that a hash cannot split -----------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_documents_are_cut_at_a_line(tmp_path, encoding, kind, count, monkeypatch):
+    monkeypatch.setattr(fineweb, "CHUNK_BYTES", 100)  # every document is its own chunk
+    documents = [b"".join(b"%d: line %d\n" % (d, i) for i in range(500)) for d in range(count)]
+    folder = build(tmp_path / "out", input=write_input(tmp_path / "in", kind, documents), val_fraction=0.01)
+    cut = documents[-1].rindex(b"\n", 0, len(documents[-1]) - int(0.01 * sum(map(len, documents))) + 8) + 1
+    train, val = tokens_of(folder, "train"), tokens_of(folder, "val")
+    text = encoding.decode(val[1:]).encode()
+    assert documents[-1].endswith(text) and documents[-1][:-len(text)].endswith(b"\n") and val[0] == EOT
+    assert abs(len(text) - 0.01 * sum(map(len, documents))) < 12, cut  # to the nearest line
+    expected = [EOT, *encoding.encode_ordinary(documents[-1][:-len(text)].decode())]
+    assert train[-len(expected):] == expected and train.count(EOT) == count and val.count(EOT) == 1
+    assert read_manifest(folder)["documents"] == count + 1 and read_manifest(folder)["cut_at_byte"] > 0
+
+
+def test_cut_removes_the_shards_of_the_first_pass(tmp_path):
+    folder = build(tmp_path / "out", input=write_input(tmp_path / "in", "txt", [b"some words\n" * 1000]),
+                   shard_tokens=100, val_fraction=0.5)
+    assert {f["file"] for f in read_manifest(folder)["files"]} == contents(folder).keys() - {"manifest.json"}
+
+
+@pytest.mark.parametrize("text, near, span, cut", [
+    (b"one\ntwo\nthree", 9, 5, 8), (b"one\ntwo\nthree", 5, 5, 4), (b"one\ntwo\nthree", 7, 5, 8),
+    (b"title\n" + b"x" * 100, 90, 16, 90),          # the only line boundary is far away
+    (b"x" * 90 + b"\n", 88, 9, 88),                 # nothing would be left behind the last newline
+    ("é".encode() * 10, 11, 3, 12),                 # not inside a character
+])
+def test_cut_point(text, near, span, cut):
+    assert fineweb.cut_point(text, near, span) == cut
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_cut_with_equal_documents_and_max_tokens(tmp_path, encoding, kind, monkeypatch):
+    monkeypatch.setattr(fineweb, "CHUNK_BYTES", 10)  # parquet: pieces of a chunk beyond the last token
+    source = write_input(tmp_path / "in", kind, [b"same\nsame\n"] * 50)
+    folder = build(tmp_path / "out", input=source, max_tokens=60, val_fraction=0.2)
+    train, val = tokens_of(folder, "train"), tokens_of(folder, "val")
+    length = 1 + len(encoding.encode_ordinary("same\nsame\n"))
+    text = encoding.decode([i for i in train + val if i != EOT])
+    assert text == "same\nsame\n" * -(-60 // length) and val and train
+
+
+def test_shakespeare(tmp_path, shared_data, encoding):
+    source = shared_data / "shakespeare" / "input.txt"
+    folder = build(tmp_path / "out", input=source, val_fraction=0.01, shard_tokens=10**8)
+    train, val = tokens_of(folder, "train"), tokens_of(folder, "val")
+    assert encoding.decode(train[1:]) + encoding.decode(val[1:]) == source.read_text(encoding="utf-8")
+    assert encoding.decode(train).endswith("\n") and 0.008 < len(val) / len(train) < 0.012
+    assert len(train) + len(val) == 338_027  # 338,025 of the whole text, and one <|endoftext|> for each side
+
+
+def test_no_validation(tmp_path, encoding):
+    source = write_input(tmp_path / "in", "txt", [b"one document"])
+    folder = build(tmp_path / "out", input=source, val_fraction=0)
+    assert tokens_of(folder, "train") == [EOT, *encoding.encode_ordinary("one document")]
+    assert list_shards(folder, "val") == []
+
+
+# ---- max_tokens ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_tokens", [1, 500, 3000, 10**9])
+def test_max_tokens_ends_with_the_document_that_reaches_it(tmp_path, encoding, max_tokens):
+    documents = DOCUMENTS[12:] + DOCUMENTS[:12]
+    val_fraction = 0.5 if max_tokens > 1 else 0  # a single document would be cut
+    source = write_input(tmp_path / "in", "jsonl", documents)
+    folder = build(tmp_path / "out", input=source, max_tokens=max_tokens, val_fraction=val_fraction)
+    train, val = slow_build(documents, encoding, val_fraction, max_tokens)
+    assert tokens_of(folder, "train") == train and tokens_of(folder, "val") == val
+
+
+# ---- bad input -----------------------------------------------------------------
+
+
+def good_parquet(path):
+    pq.write_table(pa.table({"text": ["a b c"] * 3000, "n": range(3000)}), path, compression="none")
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name, content, flags, words", [
+    ("a.txt", b"", {}, ["corpus without text"]),
+    ("a.jsonl", b"\n\n", {}, ["corpus without text"]),
+    ("a.jsonl", b'{"text": ""}\n{"text": null}\n', {}, ["corpus without text", "2 empty"]),
+    ("a.txt", b"x", {}, ["1 bytes", "--val_fraction=0"]),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', {}, ["a.jsonl, line 2: not JSON"]),
+    ("a.jsonl", b'{"text": "a"}\n\n\xff\n', {}, ["a.jsonl, line 3: not JSON"]),
+    ("a.jsonl", b'{"body": "a"}\n', {}, ["line 1: got fields body", "--text_column"]),
+    ("a.jsonl", b'["text"]\n', {}, ["line 1: wanted an object", "'text'"]),
+    ("a.jsonl", b'{"text": 3}\n', {}, ["line 1: wanted an object"]),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], {}, ["a.jsonl.gz: cannot be read"]),
+    ("a.jsonl.gz", b'{"text": "a"}\n', {}, ["a.jsonl.gz: cannot be read"]),
+    ("a.jsonl.zst", b"nonsense", {}, ["a.jsonl.zst: cannot be read"]),
+    ("a.parquet", b"PAR1 nonsense PAR1", {}, ["a.parquet: cannot be read"]),
+    ("a.parquet", good_parquet, {"text_column": "body"}, ["got columns text, n", "--text_column"]),
+    ("a.parquet", good_parquet, {"text_column": "n"}, ["type int64", "--text_column"]),
+    ("a.pdf", b"x", {}, ["got a.pdf", ".parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt"]),
+    ("b.txt", b"x", {"input": "nowhere/*.txt"}, ["nowhere/*.txt", "no such files"]),
+    ("a.txt", b"x", {"shard_format": "csv"}, ["'csv'", "--shard_format=npy"]),
+    ("a.txt", b"x", {"val_fraction": 1.0}, ["val_fraction=1.0"]),
+    ("a.txt", b"x", {"shard_tokens": 0}, ["shard_tokens=0"]),
+    ("a.txt", b"x", {"dataset": "wiki"}, ["'wiki'", "fineweb-edu, fineweb or python", "--input"]),
+])
+def test_bad_input_is_named_and_nothing_is_left(tmp_path, name, content, flags, words):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / name
+    path.write_bytes(content(path) if callable(content) else content)
+    with pytest.raises(UserError) as error:
+        build(tmp_path / "out", **{"input": path, **flags})
+    for word in words:
+        assert word in str(error.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_bad_line_of_a_later_chunk_has_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "CHUNK_BYTES", 50)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "some words"}\n' * 40 + b"{\n")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 41: not JSON"):
+        build(tmp_path / "out", input=tmp_path / "a.jsonl")
+
+
+def test_damaged_row_group_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    content = bytearray(good_parquet(path))
+    content[4:40] = b"\xff" * 36  # the first page header
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.parquet: cannot be read"):
+        build(tmp_path / "out", input=path, num_workers=2)  # from a worker
+
+
+def test_bytes_that_are_not_utf8(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xff\xfe ok")
+    folder = build(tmp_path / "out", input=tmp_path / "a.txt", val_fraction=0)
+    assert encoding.decode(tokens_of(folder, "train")[1:]) == "caf\ufffd \ufffd\ufffd ok"
+
+
+def test_input_takes_lists_globs_and_folders(tmp_path, encoding):
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("b.txt", "a.txt", "deep/c.txt", "notes.pdf"):
+        (folder / name).write_text(f"text of {name}", encoding="utf-8")
+    (tmp_path / "d.jsonl").write_text('{"text": "text of d"}', encoding="utf-8")
+    for i, (names, order) in enumerate([([folder], "a.txt b.txt deep/c.txt"),
+                                        ([tmp_path / "d.jsonl", folder / "a.txt"], "d a.txt"),
+                                        ([folder / "*.txt", folder], "a.txt b.txt deep/c.txt")]):
+        out = build(tmp_path / f"out{i}", input=",".join(map(str, names)), val_fraction=0)
+        text = encoding.decode(tokens_of(out, "train"))
+        assert text == "".join(f"<|endoftext|>text of {name}" for name in order.split())
+
+
+def test_large_vocabularies_are_refused(tmp_path, monkeypatch):
+    class Large:
+        name, n_vocab = "large", 100_256
+
+    monkeypatch.setattr(fineweb, "tokenizer_of", lambda _: Large)
+    with pytest.raises(UserError, match="100,256"):
+        build(tmp_path / "out", input="x")
+
+
+# ---- folders that hold something -----------------------------------------------
+
+
+def test_existing_folders(tmp_path, capsys):
+    source = write_input(tmp_path / "in", "parquet", DOCUMENTS)
+    folder = build(tmp_path / "out", input=source)
+    before = contents(folder)
+    build(folder, input=source, num_workers=2)
+    assert "already built" in capsys.readouterr().out and contents(folder) == before
+    with pytest.raises(UserError, match=r"finished build.* got max_tokens=0, wanted 5; .*--data_dir"):
+        build(folder, input=source, max_tokens=5)
+    (folder / "manifest.json").unlink()  # as build-nanogpt would leave it
+    with pytest.raises(UserError, match=r"holds shards already.*--data_dir"):
+        build(folder, input=source)
+    (folder / "build.json").write_text('{"settings": {}, "command": "python fineweb.py"}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"unfinished build by other settings.*--data_dir"):
+        build(folder, input=source)
+    assert contents(folder).items() >= {k: v for k, v in before.items() if k != "manifest.json"}.items()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        build(tmp_path / "file", input=source)
+
+
+def test_already_built_with_a_shard_missing(tmp_path):
+    source = write_input(tmp_path / "in", "parquet", DOCUMENTS)
+    folder = build(tmp_path / "out", input=source)
+    list_shards(folder, "val")[0].unlink()
+    with pytest.raises(UserError, match="missing"):
+        build(folder, input=source)
+
+
+def test_full_disk(tmp_path):
+    source = write_input(tmp_path / "in", "jsonl", DOCUMENTS)
+    command = ["bash", "-c", 'ulimit -f 4; exec "$@"', "-", *fineweb_command(tmp_path / "out", input=source,
+                                                                             shard_tokens=10_000)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120,
+                          env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    assert done.returncode == 2 and "no space" in done.stderr, done
+    assert not list((tmp_path / "out").iterdir())
+
+
+# ---- processes that die --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large_input(tmp_path_factory):
+    """20 MB of jsonl: some seconds of work, in several chunks."""
+    path = tmp_path_factory.mktemp("large") / "large.jsonl"
+    line = " ".join(f"word{i % 977}" for i in range(20_000))
+    path.write_text("".join(f"{json.dumps({'text': f'{i} {line}'})}\n" for i in range(120)), encoding="utf-8")
+    return path
+
+
+def workers_of(pid):
+    """Processes of the pool, found by the command line that multiprocessing gives them."""
+    found = []
+    for task in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):
+            state, parent = task.read_text(encoding="utf-8").rpartition(")")[2].split()[:2]
+            command = (task.parent / "cmdline").read_bytes()
+            if int(parent) == pid and state != "Z" and b"spawn_main" in command:
+                found.append(int(task.parent.name))
+    return found
+
+
+def is_running(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.005)
+    return result
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_killed_worker_is_an_error_and_the_rerun_is_identical(tmp_path, large_input):
+    flags = {"input": large_input, "num_workers": 2, "shard_tokens": 200_000}
+    process = subprocess.Popen(fineweb_command(tmp_path / "out", **flags), stderr=subprocess.PIPE, text=True,
+                               encoding="utf-8")
+    os.kill(wait_for(lambda: workers_of(process.pid))[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and "worker processes died" in stderr and "--num_workers" in stderr
+    expected = contents(build(tmp_path / "whole", **{**flags, "num_workers": 1}))
+    assert contents(build(tmp_path / "out", **flags)) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_killed_build_starts_over_and_is_identical(tmp_path, large_input):
+    out, flags = tmp_path / "out", {"input": large_input, "num_workers": 2, "shard_tokens": 20_000}
+    process = subprocess.Popen(fineweb_command(out, **flags), stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list_shards(out, "train")) > 2)
+    workers = workers_of(process.pid)
+    process.kill()
+    process.wait()
+    assert (out / "build.json").exists() and not (out / "manifest.json").exists() and workers
+    wait_for(lambda: not any(is_running(pid) for pid in workers))
+    with pytest.raises(UserError, match=r"unfinished build; run it again: python fineweb\.py") as error:
+        TokenStream(out, "train")
+    assert f"--input={large_input}" in str(error.value) and f"--data_dir={out}" in str(error.value)
+    with pytest.raises(UserError, match="other settings"):
+        build(out, **{**flags, "max_tokens": 5})
+    (out / "text_train_999999.npy.77.tmp").write_bytes(b"torn")  # as a kill in the middle of a write does
+    (out / "mine.txt").write_text("kept", encoding="utf-8")
+    assert run(out, **{**flags, "num_workers": 1}).returncode == 0
+    assert contents(out).pop("mine.txt") and (out / "mine.txt").unlink() is None
+    assert contents(out) == contents(build(tmp_path / "whole", **{**flags, "num_workers": 1}))
+
+
+# ---- the hub and the embedded corpus -------------------------------------------
+
+
+def test_hub_out_of_reach(tmp_path):
+    began = time.monotonic()
+    done = run(tmp_path / "out", env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")})
+    assert done.returncode == 2 and time.monotonic() - began < 30, done
+    for word in ("HuggingFaceFW/fineweb-edu", "HF_ENDPOINT", "--input=", "sample/10BT/", "000_00000.parquet",
+                 "--dataset=python", "make demo", "put into data_dir"):
+        assert word in done.stderr
+    assert "Traceback" not in done.stderr and not list((tmp_path / "out").iterdir())
+
+
+def test_hub_files_in_order(tmp_path, encoding, monkeypatch):
+    import huggingface_hub
+
+    names = "README.md", "sample/10BT/001.parquet", "sample/100BT/000.parquet", "sample/10BT/000.parquet"
+    info = SimpleNamespace(sha="abc", siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def download(repo_id, repo_type, filename, revision, etag_timeout):
+        assert (repo_id, repo_type, revision) == ("HuggingFaceFW/fineweb-edu", "dataset", "abc")
+        path = tmp_path / filename.replace("/", "_")
+        pq.write_table(pa.table({"text": [f"text of {filename}"]}), path)
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    folder = build(tmp_path / "out", val_fraction=0)
+    assert encoding.decode(tokens_of(folder, "train")) == "".join(
+        f"<|endoftext|>text of sample/10BT/00{i}.parquet" for i in range(2))
+    assert [path.name for path in list_shards(folder, "train")] == ["edufineweb_train_000000.npy"]
+    source = {"repo": "HuggingFaceFW/fineweb-edu", "revision": "abc", "files": 2}
+    assert read_manifest(folder)["source"] == source
+    with pytest.raises(UserError, match="no parquet files in sample/7BT/"):
+        build(tmp_path / "other", subset="sample-7BT")
+
+
+def test_python_corpus_is_deterministic(tmp_path, encoding, monkeypatch):
+    stdlib = fineweb.sysconfig.get_path("stdlib")  # alone: the test reads it three times
+    monkeypatch.setattr(fineweb.sysconfig, "get_path", lambda _: stdlib)
+    flags = {"dataset": "python", "max_tokens": 50_000, "shard_tokens": 10**6}
+    first, second = build(tmp_path / "a", **flags), build(tmp_path / "b", **flags)
+    assert contents(first) == contents(second) and 50_000 <= read_manifest(first)["tokens"] < 400_000
+    assert contents(build(tmp_path / "c", **{**flags, "seed": 2})) != contents(first)
+    text = encoding.decode(tokens_of(first, "train"))
+    assert "def " in text and "import " in text and len(tokens_of(first, "val")) > 0
+    documents = text.split("<|endoftext|>")[1:]
+    assert len(set(documents)) == len(documents)
+
+
+def test_python_corpus_order_is_not_the_file_systems(tmp_path, monkeypatch):
+    for name in ("lib/b.py", "lib/a.py", "lib/site-packages/no.py", "lib/__pycache__/no.py",
+                 "packages/c/README.md", "packages/.hidden/no.py", "packages/copy_of_a.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text of {'lib/a.py' if 'copy' in name else name}\n" * 20, encoding="utf-8")
+    (tmp_path / "lib/table.txt").write_text("1234 5678\n" * 100, encoding="utf-8")
+    monkeypatch.setattr(fineweb.sysconfig, "get_path",
+                        lambda key: tmp_path / ("lib" if key == "stdlib" else "packages"))
+    monkeypatch.setattr("pydoc_data.topics.topics", {"for": "The for statement\n"})
+
+    def order():
+        facts, chunks = fineweb.python_source(seed=3)
+        assert facts == {"documents": 4, "files_left_out": 1}
+        return [bytes(text[a:b]).splitlines()[0] for chunk in chunks()
+                for text, offsets in chunk.read(*chunk.args) for a, b in itertools.pairwise(offsets)]
+
+    once, walk = order(), os.walk
+    assert sorted(once) == [b"The for statement", b"text of lib/a.py", b"text of lib/b.py",
+                            b"text of packages/c/README.md"]
+
+    def backwards(root):
+        for folder, subfolders, names in walk(root):
+            yield folder, subfolders, names[::-1]
+            subfolders.reverse()
+
+    monkeypatch.setattr(fineweb.os, "walk", backwards)
+    assert order() == once
+
+
+@pytest.mark.parametrize("text, worth", [
+    (b"def f(x):\n    return x\n" * 20, True), (b"short", False), (b"def f(): pass\n" * 50_000, False),
+    (b"x = 1\n" + b"a" * 2000 + b"\n", False), (b"0.123, 4.567,\n" * 50, False),
+    (b"caf\xe9 words\n" * 50, False),
+])
+def test_worth_learning(text, worth):
+    assert fineweb.worth_learning(text) == worth

@@ -1,0 +1,395 @@
+"""shards.py: what is written is what is read, damage is refused, an epoch uses every window exactly once."""
+import hashlib
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import shards
+from configurator import UserError
+from shards import (
+    ShardWriter,
+    TokenStream,
+    WindowLoader,
+    list_shards,
+    permute,
+    read_manifest,
+    read_shard,
+    write_manifest,
+    write_shard,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_fsync():
+    """Hundreds of tiny files: waiting for the disk would be all that these tests do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards.os, "fsync", lambda _: None)
+        yield
+
+
+def make_folder(folder, sizes, split="train", suffix=".npy", first=0):
+    """Shards that together hold first, first + 1, ... modulo 65,536, so that a token tells its position."""
+    folder.mkdir(exist_ok=True)
+    for i, size in enumerate(sizes):
+        ids = (np.arange(first, first + size) % 65_536).astype(np.uint16)
+        write_shard(folder / f"x_{split}_{i:06d}{suffix}", ids)
+        first += size
+    return folder
+
+
+# ---- one file ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".bin"])
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_round_trip(tmp_path, suffix, size):
+    ids = np.random.default_rng(size).integers(0, 65_536, size)
+    record = write_shard(tmp_path / f"x_train_000000{suffix}", ids)
+    path = tmp_path / record["file"]
+    assert record["tokens"] == size and record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    back = read_shard(path)
+    assert back.dtype == np.uint16 and np.array_equal(back, ids) and not back.flags.writeable
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]  # no temporary file stays
+
+
+def test_npy_is_numpys_own_format(tmp_path):
+    write_shard(tmp_path / "x_train_000000.npy", np.array([1, 2, 65_535]))
+    np.save(tmp_path / "numpy.npy", np.array([1, 2, 65_535], dtype=np.uint16))
+    assert (tmp_path / "x_train_000000.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+
+
+def test_bin_is_llm_c_format(tmp_path):
+    write_shard(tmp_path / "x_train_000000.bin", np.array([1, 2, 50_256]))
+    expected = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + struct.pack("<3H", 1, 2, 50_256)
+    assert (tmp_path / "x_train_000000.bin").read_bytes() == expected
+
+
+@pytest.mark.parametrize("ids", [[65_536], [-1], [[1, 2]], [1.0]])
+def test_ids_that_do_not_fit_are_refused(tmp_path, ids):
+    with pytest.raises(UserError):
+        write_shard(tmp_path / "x_train_000000.npy", np.array(ids))
+    assert not list(tmp_path.iterdir())
+
+
+def bin_file(magic=20240520, version=1, count=4, tokens=4):
+    return struct.pack("<256i", magic, version, count, *[0] * 253) + bytes(2 * tokens)
+
+
+@pytest.mark.parametrize("content, reason", [
+    (bin_file(magic=20240522), "20240522"),
+    (bin_file(version=2), r"\[20240520, 2\]"),
+    (bin_file(count=5), "got 1,032 bytes, wanted 1,034"),
+    (bin_file(tokens=5), "got 1,034 bytes, wanted 1,032"),
+    (bin_file(count=-1), "wanted"),
+    (bin_file()[:-1], "got 1,031 bytes"),
+    (bin_file()[:100], "header"),
+    (b"", "header"),
+])
+def test_damaged_bin_is_refused(tmp_path, content, reason):
+    path = tmp_path / "x_train_000000.bin"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=reason) as error:
+        read_shard(path)
+    assert str(path) in str(error.value) and "again" in str(error.value)
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 2), np.uint16), np.zeros(4, np.int32), np.zeros(4, ">u2")])
+def test_npy_of_another_kind_is_refused(tmp_path, array):
+    np.save(tmp_path / "x_train_000000.npy", array)
+    with pytest.raises(UserError, match="one dimension"):
+        read_shard(tmp_path / "x_train_000000.npy")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 60, 128, 130, 135, 137])
+def test_truncated_npy_is_refused(tmp_path, keep):
+    path = tmp_path / "x_train_000000.npy"
+    write_shard(path, np.arange(5))  # 128 bytes of header, 10 of ids
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=path.name):
+        read_shard(path)
+
+
+def test_full_disk_leaves_nothing(tmp_path):
+    """RLIMIT_FSIZE makes the kernel refuse the write halfway, as a full disk does."""
+    code = ("import resource, sys, numpy, pathlib, shards\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+            "try: shards.write_shard(pathlib.Path(sys.argv[1]), numpy.zeros(10_000, 'u2'))\n"
+            "except shards.UserError as error: print(error); sys.exit(2)\n")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x_train_000000.npy"], capture_output=True,
+                          text=True, encoding="utf-8", cwd=shards.__file__.rpartition("/")[0])
+    assert done.returncode == 2 and "no space" in done.stdout and "--data_dir" in done.stdout, done
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "x_train_000000.npy"
+    write_shard(path, np.arange(5))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards.os, "fsync", full)
+    with pytest.raises(UserError, match="no space"):
+        write_shard(path, np.arange(9))
+    assert len(read_shard(path)) == 5 and len(list(tmp_path.iterdir())) == 1
+
+
+# ---- a folder of them ----------------------------------------------------------
+
+
+def test_split_is_a_field_of_the_name(tmp_path):
+    for name in ["val_set_train_000001.npy", "edu_fineweb_train_000000.npy", "x_train_000002.bin",
+                 "retrain_000001.npy", "x_train_000000.npy.123.tmp", "x_train_notes.npy", "x_val_000000.npy",
+                 "training.bin", "x_train.txt"]:
+        (tmp_path / name).write_bytes(b"")
+    assert [p.name for p in list_shards(tmp_path, "train")] == [
+        "edu_fineweb_train_000000.npy", "val_set_train_000001.npy", "x_train_000002.bin"]
+    assert [p.name for p in list_shards(str(tmp_path), "val")] == ["x_val_000000.npy"]
+    assert list_shards(tmp_path / "nowhere", "train") == []
+
+
+@pytest.mark.parametrize("train, val", [
+    # build-nanogpt; llm.c and modded-nanogpt; llm.c's small sets
+    (["edufineweb_train_000001.npy", "edufineweb_train_000002.npy"], "edufineweb_val_000000.npy"),
+    (["fineweb_train_000001.bin", "fineweb_train_000002.bin"], "fineweb_val_000000.bin"),
+    (["tiny_shakespeare_train.bin"], "tiny_shakespeare_val.bin"),
+    (["TinyStories_train.bin"], "TinyStories_val.bin"),
+])
+def test_folders_of_other_projects(tmp_path, train, val):
+    for i, name in enumerate(train):
+        write_shard(tmp_path / name, np.arange(100 * i, 100 * i + 100))
+    write_shard(tmp_path / val, np.arange(7))
+    stream = TokenStream(tmp_path, "train")
+    assert np.array_equal(stream.read(0, len(stream)), np.arange(100 * len(train)))
+    assert stream.manifest is None
+    assert len(TokenStream(tmp_path, "val")) == 7
+
+
+def test_no_shards_names_the_ways_to_get_some(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError) as error:
+            TokenStream(folder, "train")
+        for word in (str(folder), "make prepare", "make demo", "--data_dir"):
+            assert word in str(error.value)
+
+
+@given(appends=st.lists(st.integers(0, 30), max_size=6), shard_tokens=st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_writer_cuts_anywhere(tmp_path_factory, appends, shard_tokens):
+    folder, ids = tmp_path_factory.mktemp("w"), np.arange(sum(appends)).astype(np.uint16)
+    writer = ShardWriter(folder, "x", "val", shard_tokens)
+    at = 0
+    for size in appends:
+        writer.append(ids[at:at + size])
+        at += size
+    records = writer.close()
+    files = list_shards(folder, "val")
+    assert [r["file"] for r in records] == [f.name for f in files]
+    assert [r["tokens"] for r in records[:-1]] == [shard_tokens] * (len(records) - 1)
+    assert np.array_equal(np.concatenate([np.zeros(0), *map(read_shard, files)]), ids)
+
+
+def test_manifest(tmp_path):
+    records = [write_shard(tmp_path / f"x_train_{i:06d}.npy", np.arange(10)) for i in range(2)]
+    records.append(write_shard(tmp_path / "x_val_000000.npy", np.arange(4)))
+    plain = TokenStream(tmp_path, "train").fingerprint
+    write_manifest(tmp_path, {"files": records, "note": "Käse"})
+    stream = TokenStream(tmp_path, "train")
+    assert stream.manifest["note"] == "Käse" and stream.manifest == read_manifest(tmp_path)
+    assert stream.fingerprint != plain and len(stream.fingerprint) == 16
+    assert stream.fingerprint == TokenStream(tmp_path, "train").fingerprint
+    assert stream.fingerprint != TokenStream(tmp_path, "val").fingerprint
+    (tmp_path / "build.json").write_text("{}", encoding="utf-8")  # killed between the last two steps
+    TokenStream(tmp_path, "train")
+
+    write_shard(tmp_path / "x_train_000002.npy", np.arange(10))
+    with pytest.raises(UserError, match=r"x_train_000002\.npy is not in"):
+        TokenStream(tmp_path, "train")
+    (tmp_path / "x_train_000002.npy").unlink()
+    write_shard(tmp_path / "x_train_000001.npy", np.arange(9))
+    with pytest.raises(UserError, match="got 9 tokens, wanted 10"):
+        TokenStream(tmp_path, "train")
+    (tmp_path / "x_train_000001.npy").unlink()
+    with pytest.raises(UserError, match=r"x_train_000001\.npy is in manifest\.json and missing"):
+        TokenStream(tmp_path, "train")
+    for text in ("{", '{"format": 1}', '{"format": 2, "files": []}', "[]", '{"format": 1, "files": [{}]}'):
+        (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            TokenStream(tmp_path, "train")
+
+
+def test_fingerprint_follows_the_data(tmp_path):
+    prints = {TokenStream(make_folder(tmp_path / name, sizes), "train").fingerprint
+              for name, sizes in [("a", [10, 10]), ("b", [10, 11]), ("c", [10]), ("d", [11, 10])]}
+    assert len(prints) == 4
+
+
+def test_unfinished_build_is_refused(tmp_path):
+    make_folder(tmp_path, [10])
+    (tmp_path / "build.json").write_text(json.dumps({"command": "python fineweb.py --x=1"}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"unfinished build; run it again: python fineweb\.py --x=1"):
+        TokenStream(tmp_path, "train")
+    (tmp_path / "build.json").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"unfinished build; run it again: python fineweb\.py"):
+        TokenStream(tmp_path, "train")
+
+
+def test_same_shard_twice_is_refused(tmp_path):
+    make_folder(make_folder(tmp_path, [10]), [10], suffix=".bin")
+    with pytest.raises(UserError, match="keep one kind"):
+        TokenStream(tmp_path, "train")
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_stream_reads_across_shards(tmp_path_factory, sizes, data):
+    stream = TokenStream(make_folder(tmp_path_factory.mktemp("s"), sizes), "train")
+    start = data.draw(st.integers(0, len(stream)))
+    count = data.draw(st.integers(0, len(stream) - start))
+    tokens = stream.read(start, count)
+    assert tokens.dtype == np.uint16 and np.array_equal(tokens, np.arange(start, start + count))
+    if start < len(stream):
+        path, offset = stream.locate(start)
+        assert read_shard(path)[offset] == start
+    with pytest.raises(IndexError):
+        stream.read(start, len(stream) - start + 1)
+
+
+def test_many_shards_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 4)
+    stream = TokenStream(make_folder(tmp_path, [50] * 40), "train")
+    loader = WindowLoader(stream, 10, 10 * 199, 0, 65_536)
+    before = len(list(shards.Path("/proc/self/fd").iterdir()))
+    for step in range(3):
+        loader.batch(step, 0, 199)
+    assert len(list(shards.Path("/proc/self/fd").iterdir())) <= before + 4
+
+
+# ---- the order -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 9, 10, 16, 17, 1000, 65_537])
+@pytest.mark.parametrize("seed, epoch", [(0, 0), (-1, 7), (2**70, 1)])
+def test_permutation_is_a_bijection(n, seed, epoch):
+    assert np.array_equal(np.sort(permute(np.arange(n), n, seed, epoch)), np.arange(n))
+
+
+def test_permutation_of_a_trillion():
+    n = 10**12
+    index = np.unique(np.random.default_rng(0).integers(0, n, 200_000))
+    out = permute(index, n, 1, 0)
+    assert out.min() >= 0 and out.max() < n and len(np.unique(out)) == len(index)
+    assert abs(out.mean() / n - 0.5) < 0.005  # standard error 0.0006
+
+
+def test_permutation_is_keyed_and_looks_random():
+    n = 10_000
+    keys = [(0, 0), (0, 1), (1, 0), (11, 0), (1, 10)]
+    orders = [permute(np.arange(n), n, seed, epoch) for seed, epoch in keys]
+    orders.append(np.arange(n))
+    for i, a in enumerate(orders):
+        for b in orders[:i]:
+            assert (a == b).sum() < 10  # 1 expected; more than 10 once in 10 million
+            assert abs(np.corrcoef(a, b)[0, 1]) < 0.05  # 5 standard errors
+    assert np.array_equal(orders[0][[5, 9]], permute(np.array([5, 9]), n, 0, 0))  # whatever is asked with it
+
+
+def test_every_order_of_a_few_windows_occurs():
+    orders = [tuple(permute(np.arange(3), 3, seed, 0).tolist()) for seed in range(600)]
+    counts = [orders.count(order) for order in set(orders)]
+    assert len(counts) == 6 and min(counts) > 60, counts  # 100 expected of each, standard error 9
+
+
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6), T=st.integers(1, 20),
+       windows_per_step=st.integers(1, 24), seed=st.integers(0, 2**32), data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_every_window_once_per_epoch_in_any_world(tmp_path_factory, sizes, T, windows_per_step, seed, data):
+    stream = TokenStream(make_folder(tmp_path_factory.mktemp("e"), sizes), "train")
+    if len(stream) <= T:
+        with pytest.raises(UserError, match="block_size"):
+            WindowLoader(stream, T, T, seed, 65_536)
+        return
+    loader = WindowLoader(stream, T, T * windows_per_step, seed, 65_536)
+    n = loader.n_windows
+    assert n == (len(stream) - 1) // T and loader.steps_per_epoch == n / windows_per_step
+    assert len(stream) - 1 - n * T < T  # what is never a target
+    seen = []
+    for step in range(-(-2 * n // windows_per_step)):  # two epochs; steps cross the edge between them
+        ids = loader.window_ids(step)
+        x, y = loader.batch(step, 0, windows_per_step)
+        assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (windows_per_step, T)
+        # the tokens are those of the window, over the edges of shards
+        assert np.array_equal(x, ids[:, None] * T + np.arange(T)) and np.array_equal(y, x + 1)
+        # the same rows, whoever takes them, and in whatever pieces
+        world = data.draw(st.sampled_from([w for w in range(1, 9) if windows_per_step % w == 0]))
+        share = windows_per_step // world
+        micro = data.draw(st.sampled_from([m for m in range(1, share + 1) if share % m == 0]))
+        again = WindowLoader(stream, T, T * windows_per_step, seed, 65_536)  # a resume starts here
+        pieces = [again.batch(step, first, micro)[0] for first in range(0, windows_per_step, micro)]
+        assert np.array_equal(np.concatenate(pieces), x)
+        seen += ids.tolist()
+    assert sorted(seen[:n]) == sorted(seen[n:2 * n]) == list(range(n))
+    if n >= 12:  # 1 in 479 million that two orders are equal by chance
+        assert seen[:n] != seen[n:2 * n] and seen[:n] != list(range(n))
+
+
+def test_validation_order_is_the_files(tmp_path):
+    stream = TokenStream(make_folder(tmp_path, [25, 30], "val"), "val")
+    loader = WindowLoader(stream, 5, 20, 0, 65_536, shuffle=False)
+    ids = [loader.window_ids(step).tolist() for step in range(3)]
+    assert ids == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+
+
+@pytest.mark.parametrize("batch_tokens, legal", [(1000, ["=768", "=1024"]), (100, ["=256"]), (0, ["=256"])])
+def test_batch_tokens_that_do_not_divide(tmp_path, batch_tokens, legal):
+    stream = TokenStream(make_folder(tmp_path, [2000]), "train")
+    with pytest.raises(UserError) as error:
+        WindowLoader(stream, 256, batch_tokens, 0, 65_536)
+    assert [word.rstrip(",") for word in str(error.value).split() if word.startswith("--")] == [
+        f"--batch_tokens{value}" for value in legal]
+
+
+def test_too_little_data(tmp_path):
+    stream = TokenStream(make_folder(tmp_path, [256]), "train")
+    with pytest.raises(UserError, match=r"got 256 tokens .* wanted at least 257 .*--block_size=255"):
+        WindowLoader(stream, 256, 256, 0, 65_536)
+    assert WindowLoader(stream, 255, 255, 0, 65_536).n_windows == 1
+
+
+def test_ids_beyond_the_vocabulary(tmp_path):
+    make_folder(tmp_path, [100, 100])
+    stream = TokenStream(tmp_path, "train")
+    loader = WindowLoader(stream, 10, 10, 0, n_vocab=150)
+    loader.read_windows(np.arange(14))  # reads token 140, the last target of window 13, and not yet 150
+    with pytest.raises(UserError) as error:
+        loader.read_windows(np.array([3, 14]))
+    for word in ("x_train_000001.npy", "got id 150 at token 50", "the vocabulary's 150", "--vocab_size"):
+        assert word in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_memory_stays_flat(tmp_path):
+    """320 MB of shards, read in random order: what is resident grows by less than half of that."""
+    make_folder(tmp_path, [20_000_000] * 8)
+    code = ("import pathlib, sys, shards\n"
+            "loader = shards.WindowLoader(shards.TokenStream(sys.argv[1], 'train'), 256, 16_384, 0, 65_536)\n"
+            "def resident(): return int(pathlib.Path('/proc/self/statm').read_text('ascii').split()[1])\n"
+            "before = resident()\n"
+            "print(max(loader.batch(step, 0, 50) and resident() for step in range(2000)) - before)\n")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True,
+                          encoding="utf-8", cwd=shards.__file__.rpartition("/")[0], check=True)
+    assert int(done.stdout) * 4 < 160 * 1024, f"grew by {done.stdout} pages of 4 KiB"
+
+
+def test_import_is_light():
+    """The loader does not pull in torch, numba or Arrow, and prints nothing."""
+    code = "import sys, shards; print([m for m in ('torch', 'numba', 'pyarrow', 'tqdm') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8",
+                          cwd=shards.__file__.rpartition("/")[0], check=True)
+    assert done.stdout == "[]\n"
