@@ -1,0 +1,254 @@
+"""
+GPT-2: the model, its loss, its KV cache, its optimizer groups, and counts of its parameters and FLOPs.
+
+    model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768))     # 124M
+    loss = model(idx, targets)                                    # mean cross-entropy, nats per token
+    logits = model(idx)                                           # (B, T, n_vocab)
+    for token in model.generate(idx, max_new_tokens=100): ...     # (B,) at a time, with the KV cache
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3; layers and names as
+in OpenAI's release, so that its weights load by name (its matrices are stored transposed). Prints nothing,
+knows no ranks.
+
+Shapes: B batch, T tokens, C n_embd, nh n_head, hs head size C/nh, S tokens attended to (cached + T), V
+vocab_size.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import UserError
+
+
+@dataclass
+class GPTConfig:
+    """Everything that fixes the model's shape. Raises UserError where the numbers do not fit together."""
+
+    block_size: int = 1024  # T, the longest context: rows of wpe
+    vocab_size: int = 50304  # rows of wte: n_vocab rounded up to a multiple of 128, which tensor cores like
+    n_vocab: int = 50257  # ids that mean something; rows beyond are padding and are never predicted
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    norm_position: str = "pre"  # pre: x + f(norm(x)), GPT-2; post: norm(x + f(x)), Vaswani et al. 2017
+
+    def __post_init__(self):
+        for key in ("block_size", "vocab_size", "n_vocab", "n_layer", "n_head", "n_embd"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)}: wanted at least 1")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
+                            f"try --n_embd={math.ceil(self.n_embd / self.n_head) * self.n_head}")
+        if self.vocab_size < self.n_vocab:
+            raise UserError(f"vocab_size={self.vocab_size} is less than the tokenizer's {self.n_vocab} ids; "
+                            f"try --vocab_size={math.ceil(self.n_vocab / 128) * 128}")
+        if self.norm_position not in ("pre", "post"):
+            raise UserError(f"norm_position={self.norm_position!r}: wanted pre or post")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"dropout={self.dropout}: wanted 0 <= dropout < 1")
+
+
+class KVCache:
+    """Keys and values of the tokens a model has already seen, so that each new token costs one token of
+    compute."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.length = 0  # tokens held; GPT.forward advances it once all layers have appended
+
+    def append(self, layer, k, v):
+        """Store k, v (B, nh, T, hs) of the new tokens; return those of all tokens so far, (B, nh, S, hs)."""
+        S = self.length + k.size(2)
+        self.k[layer][:, :, self.length : S] = k
+        self.v[layer][:, :, self.length : S] = v
+        return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # rows QQQ KKK VVV, heads in order in each
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, nh, S, hs)
+        S = k.size(2)
+        mask = None
+        if 1 < T < S:  # a chunk after cached tokens: query t sees the keys up to S - T + t
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=T == S
+        )  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C); the tanh form is what OpenAI trained with
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        if self.pre_norm:
+            x = x + self.attn(self.ln_1(x), cache)
+            return x + self.mlp(self.ln_2(x))
+        x = self.ln_1(x + self.attn(x, cache))
+        return self.ln_2(x + self.mlp(x))
+
+
+class GPT(nn.Module):
+    """GPT-2. Weights are drawn from torch's global generator: seed it first."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            # Post-LN normalises after every addition, so a final norm would be a second one
+            "ln_f": nn.LayerNorm(config.n_embd) if config.norm_position == "pre" else nn.Identity(),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # tied: Press & Wolf 2017, "Using the Output Embedding"
+        self.lm_head.weight = self.transformer.wte.weight
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                # each block adds twice to the residual stream; 1/sqrt(2 n_layer) keeps its variance (GPT-2,
+                # section 2.3)
+                scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(parameter, std=0.02 * scale)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, idx, targets=None, cache=None, reduction="mean"):
+        """Logits (B, T, n_vocab) of ids `idx` (B, T), or with `targets` (B, T) the cross-entropy in nats.
+
+        `reduction` is mean (a scalar), sum (a scalar) or none (B, T). With a KVCache, idx continues the
+        tokens in it.
+        """
+        B, T = idx.shape
+        start = cache.length if cache is not None else 0
+        position = torch.arange(start, start + T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        x = self.transformer.ln_f(x)
+        if cache is not None:
+            cache.length += T
+        logits = self.lm_head(x)  # (B, T, V)
+        if targets is None:
+            return logits[..., : self.config.n_vocab]  # padding ids do not exist for anyone who samples
+        loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(-1), reduction=reduction)
+        return loss.view(B, T) if reduction == "none" else loss
+
+    @torch.no_grad()
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
+                 top_p: float = 1.0, generator: torch.Generator | None = None,
+                 use_cache: bool = True) -> Iterator[torch.Tensor]:
+        """Yield the next ids (B,) after `idx` (B, T), `max_new_tokens` times.
+
+        temperature 0 is greedy; top_k 0 and top_p 1 keep every id. Learned positions cannot slide, so once n
+        tokens do not fit the context, the model sees the last of them from `context_start(n)` on, and the
+        cache is rebuilt half a context at a time. With and without the cache the ids are the same.
+        """
+        was_training = self.training
+        self.eval()
+        dtype = self.lm_head.weight.dtype
+        if torch.is_autocast_enabled(idx.device.type):
+            dtype = torch.get_autocast_dtype(idx.device.type)
+        try:
+            start, cache = -1, None
+            for _ in range(max_new_tokens):
+                n = idx.size(1)
+                if start != context_start(n, self.config.block_size) or not use_cache:
+                    start = context_start(n, self.config.block_size)
+                    cache = KVCache(self.config, idx.size(0), idx.device, dtype) if use_cache else None
+                seen = start + (cache.length if use_cache else 0)
+                logits = self(idx[:, seen:], cache=cache)[:, -1].float()  # (B, n_vocab)
+                token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
+                idx = torch.cat((idx, token[:, None]), dim=1)  # (B, n + 1)
+                yield token
+        finally:
+            self.train(was_training)
+
+    def configure_optimizers(self, weight_decay: float, lr: float, betas: tuple[float, float], fused: bool):
+        """AdamW that decays matrices and embeddings only, not biases and norms (GPT-3, appendix B)."""
+        parameters = list(self.parameters())  # the tied matrix once
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=fused)
+
+    def num_params(self) -> int:
+        """Parameters, the tied matrix counted once: 124,439,808 for GPT-2 small at vocab_size 50,257."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T: int) -> int:
+        """FLOPs of forward and backward per token at context T: 6 N + 12 n_layer n_embd T.
+
+        N counts every parameter but the position table, which is looked up, never multiplied. The attention
+        term takes no credit for causal masking (Chowdhery et al. 2022, "PaLM", appendix B).
+        """
+        N = self.num_params() - self.transformer.wpe.weight.numel()
+        return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
+
+
+def context_start(n: int, block_size: int) -> int:
+    """Where the context of token n begins: 0 while n tokens fit, then in strides of half a block (at least
+    1)."""
+    stride = max(1, block_size // 2)
+    return max(0, math.ceil((n - block_size) / stride)) * stride
+
+
+def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
+                 generator: torch.Generator | None) -> torch.Tensor:
+    """Draw ids (B,) from logits (B, V). top_p: Holtzman et al. 2019, "The Curious Case of Neural Text
+    Degeneration"."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = F.softmax(logits, dim=-1)  # (B, V)
+    if top_p < 1.0:
+        sorted_probs, order = probs.sort(dim=-1, descending=True)
+        # drop an id when the likelier ones before it already reach top_p; the likeliest always stays
+        drop = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p
+        drop[:, 0] = False
+        probs = probs.masked_fill(drop.scatter(1, order, drop), 0.0)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]

@@ -1,0 +1,244 @@
+"""The model against transformers' GPT-2, closed forms, and itself computed another way."""
+
+import math
+
+import pytest
+import torch
+
+from configurator import UserError
+from model import GPT, GPTConfig, KVCache, context_start, sample_token
+
+TINY = {"block_size": 16, "vocab_size": 64, "n_vocab": 61, "n_layer": 3, "n_head": 2, "n_embd": 24}
+
+
+def make_model(seed=0, **overrides):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**TINY, **overrides})).eval()
+
+
+def random_ids(B, T, seed=1):
+    return torch.randint(0, TINY["n_vocab"], (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("n_layer", "n_head", "n_embd", "parameters"), [
+    (12, 12, 768, 124_439_808),
+    (24, 16, 1024, 354_823_168),
+    (36, 20, 1280, 774_030_080),
+    (48, 25, 1600, 1_557_611_200),
+])
+def test_parameter_counts_of_the_four_sizes(n_layer, n_head, n_embd, parameters):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(1024, 50257, 50257, n_layer, n_head, n_embd))
+    assert model.num_params() == parameters
+
+
+def test_counts_of_run_a():
+    """The config table of run A gives 16,102,912 parameters, and 6 N + 12 L d T FLOPs per token."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(256, 50304, 50257, 4, 4, 256))
+    total = 50304 * 256 + 256 * 256 + 4 * (12 * 256**2 + 13 * 256) + 2 * 256
+    assert model.num_params() == total == 16_102_912
+    assert model.flops_per_token(256) == 6 * 16_037_376 + 12 * 4 * 256 * 256
+
+
+def copy_to_huggingface(model):
+    """transformers' GPT2LMHeadModel with our weights: same names, matrices transposed."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).eval()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        is_conv1d = any(name.endswith(f"{part}.weight") for part in ("c_attn", "c_proj", "c_fc"))
+        state[name] = tensor.T.contiguous() if is_conv1d else tensor
+    theirs.load_state_dict(state, strict=True)
+    return theirs
+
+
+def test_logits_and_loss_equal_transformers():
+    model = make_model()
+    for parameter in model.parameters():  # biases and norms too must matter, so none may be 0 or 1
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs = copy_to_huggingface(model)
+    idx = random_ids(3, 16)
+    with torch.no_grad():
+        expected = theirs(idx, labels=idx)
+        torch.testing.assert_close(model(idx), expected.logits[..., :61], atol=1e-5, rtol=1e-5)
+        loss = model(idx[:, :-1], idx[:, 1:])
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_a_later_token_changes_no_earlier_logit(norm_position):
+    model = make_model(norm_position=norm_position)
+    idx = random_ids(2, 16)
+    changed = idx.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 61
+    with torch.no_grad():
+        before, after = model(idx), model(changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+def test_post_norm_is_the_original_transformer():
+    """Vaswani et al. 2017, section 3.1: LayerNorm(x + Sublayer(x)), and nothing after the last block."""
+    model = make_model(norm_position="post")
+    idx = random_ids(2, 16)
+    with torch.no_grad():
+        x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(16))
+        for block in model.transformer.h:
+            x = block.ln_1(x + block.attn(x))
+            x = block.ln_2(x + block.mlp(x))
+        expected = x @ model.transformer.wte.weight.T
+        torch.testing.assert_close(model(idx), expected[..., :61])
+    assert not any(name.startswith("transformer.ln_f") for name in model.state_dict())
+
+
+def test_initialisation():
+    """std 0.02, residual projections 0.02 / sqrt(2 n_layer), biases 0, norms 1; first loss near ln(vocab)."""
+    model = make_model(n_layer=8, n_embd=192, block_size=128, vocab_size=512, n_vocab=500)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            wanted = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            assert abs(parameter.std().item() / wanted - 1) < 0.05, name
+        else:
+            assert torch.all(parameter == (0.0 if name.endswith("bias") else 1.0)), name
+    idx = torch.randint(0, 500, (4, 129), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert abs(model(idx[:, :-1], idx[:, 1:]).item() - math.log(512)) < 0.1
+
+
+def test_weights_stay_tied():
+    model = make_model()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    other = make_model(seed=5)
+    other.load_state_dict(model.state_dict())
+    assert other.lm_head.weight is other.transformer.wte.weight
+    assert sum(p is other.lm_head.weight for p in other.parameters()) == 1
+
+
+def test_loss_reductions_agree():
+    model, idx = make_model(), random_ids(2, 17)
+    x, y = idx[:, :-1], idx[:, 1:]
+    with torch.no_grad():
+        each, total, mean = (model(x, y, reduction=r) for r in ("none", "sum", "mean"))
+    assert each.shape == (2, 16)
+    torch.testing.assert_close(each.sum(), total)
+    torch.testing.assert_close(each.mean(), mean)
+
+
+def test_one_batch_is_learned_by_heart():
+    model = make_model().train()
+    optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), fused=False)
+    idx = random_ids(2, 17)
+    for _ in range(150):
+        loss = model(idx[:, :-1], idx[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_decay_on_matrices_only():
+    model = make_model()
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), fused=True)
+    decay, rest = optimizer.param_groups
+    assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0.0
+    assert {id(p) for p in decay["params"]} == {id(p) for p in model.parameters() if p.dim() == 2}
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_dropout_acts_in_training_only():
+    model = make_model(dropout=0.5)
+    idx = random_ids(2, 16)
+    with torch.no_grad():
+        assert torch.equal(model(idx), model(idx))
+        model.train()
+        assert not torch.equal(model(idx), model(idx))
+
+
+@pytest.mark.parametrize("chunks", [[16], [1] * 16, [5, 1, 1, 9], [9, 3, 4], [15, 1]])
+def test_cached_logits_equal_the_full_forward(chunks):
+    model, idx = make_model(), random_ids(3, 16)
+    cache = KVCache(model.config, 3, "cpu", torch.float32)
+    with torch.no_grad():
+        parts = [model(part, cache=cache) for part in idx.split(chunks, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(idx), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prompt_length", [1, 7, 15, 16, 17, 40])
+@pytest.mark.parametrize("block_size", [1, 7, 16])
+def test_generation_with_and_without_the_cache(prompt_length, block_size):
+    """Also past the context, where the cache is rebuilt."""
+    model, idx = make_model(block_size=block_size), random_ids(2, prompt_length)
+    drawn = []
+    for use_cache in (True, False):
+        generator = torch.Generator().manual_seed(3)
+        tokens = model.generate(idx, 30, 1.0, 50, 0.95, generator, use_cache=use_cache)
+        drawn.append(torch.stack(list(tokens), dim=1))
+    assert drawn[0].shape == (2, 30) and torch.equal(*drawn)
+
+
+def test_context_start_is_a_window_that_always_fits():
+    for block_size in (1, 2, 7, 16):
+        for n in range(1, 100):
+            start = context_start(n, block_size)
+            assert 0 <= start < n and n - start <= block_size
+            assert n - start >= min(n, block_size - max(1, block_size // 2) + 1)
+            assert start <= context_start(n + 1, block_size)
+
+
+def test_padding_ids_are_never_sampled():
+    model = make_model(vocab_size=128, n_vocab=61)
+    with torch.no_grad():
+        # padding rows that would win
+        model.transformer.wte.weight[61:] = 10.0 * model.transformer.wte.weight[:1]
+        assert model(random_ids(1, 4)).shape == (1, 4, 61)
+    tokens = torch.cat(list(model.generate(random_ids(16, 2), 100, temperature=5.0)))
+    assert tokens.numel() == 1600 and tokens.max() < 61
+
+
+def test_generate_restores_the_training_mode():
+    model = make_model(dropout=0.2).train()
+    next(iter(model.generate(random_ids(1, 3), 5)))  # abandoned half-way
+    assert model.training
+
+
+def test_sample_token():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1)
+    probs = torch.softmax(logits[0], dim=0)
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(*args):
+        return torch.bincount(sample_token(logits, *args, generator), minlength=4) / 20_000
+
+    assert frequencies(0.0, 0, 1.0)[0] == 1.0
+    torch.testing.assert_close(frequencies(1.0, 0, 1.0), probs, atol=0.02, rtol=0)
+    torch.testing.assert_close(frequencies(2.0, 0, 1.0), torch.softmax(logits[0] / 2, 0), atol=0.02, rtol=0)
+    torch.testing.assert_close(frequencies(1.0, 2, 1.0), torch.tensor([*(probs[:2] / probs[:2].sum()), 0, 0]),
+                               atol=0.02, rtol=0)
+    assert frequencies(1.0, 0, 0.5)[0] == 1.0  # the likeliest alone has 0.64
+    assert frequencies(1.0, 0, 0.7)[2:].sum() == 0.0 and frequencies(1.0, 0, 0.7)[1] > 0.2
+    assert frequencies(1.0, 99, 1e-9)[0] == 1.0
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    ({"n_embd": 25}, "try --n_embd=26"),
+    ({"vocab_size": 60}, "try --vocab_size=128"),
+    ({"norm_position": "mid"}, "wanted pre or post"),
+    ({"dropout": 1.0}, "dropout"),
+    ({"n_layer": 0}, "n_layer=0"),
+])
+def test_impossible_shapes(overrides, words):
+    with pytest.raises(UserError, match=words):
+        GPTConfig(**{**TINY, **overrides})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_equals_cpu():
+    model, idx = make_model(), random_ids(2, 16)
+    with torch.no_grad():
+        expected = model(idx)
+        torch.testing.assert_close(model.cuda()(idx.cuda()).cpu(), expected, atol=1e-3, rtol=1e-3)
