@@ -1,0 +1,335 @@
+"""The training script as its users run it: in a process of its own, killed, resumed, on several processes."""
+
+import ast
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import list_checkpoints, load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP_LINE = re.compile(r"step (\d+) \| loss: \d+\.\d{6} \| lr: \d\.\d\de-\d\d \| norm: \d+\.\d{4} \| "
+                       r"dt: \d+\.\d\dms \| tok/sec: \d+\.\d\d \| mfu: (n/a|\d+\.\d%) \| "
+                       r"eta: \d\d:\d\d:\d\d")
+
+
+@pytest.fixture
+def flags(tiny_data, byte_tokenizer):
+    """A run of 12 steps of a tiny model in float32; 34 windows of the data make one epoch 4.2 steps."""
+    return {"data_dir": tiny_data, "tokenizer": byte_tokenizer,
+            "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "dropout": 0.1,
+            "batch_size": 2, "batch_tokens": 512,
+            "max_steps": 12, "warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3,
+            "val_interval": 4, "val_tokens": 2048, "checkpoint_interval": 4, "sample_interval": 0,
+            "device": "cpu", "dtype": "float32", "compile": "false"}
+
+
+def command(flags, processes=1, **overrides):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if processes == 1:
+        launcher = []
+    settings = [f"--{key}={value}" for key, value in {**flags, **overrides}.items()]
+    return [sys.executable, *launcher, str(ROOT / "train_gpt2.py"), *settings]
+
+
+def train(flags, processes=1, **overrides):
+    done = subprocess.run(command(flags, processes, **overrides), capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def attempt(flags, **overrides):
+    """A run that need not succeed: its exit code and what it said are the caller's to judge."""
+    return subprocess.run(command(flags, **overrides), capture_output=True, text=True)
+
+
+def read_log(log_dir, *streams):
+    """{stream: {step: value as text}}: as text, because equal must mean equal to the last digit."""
+    found = {stream: {} for stream in streams}
+    for line in (Path(log_dir) / "log.txt").read_text(encoding="utf-8").splitlines():
+        step, stream, value = line.split()
+        if stream in found:
+            assert int(step) not in found[stream], f"step {step} {stream} is in the log twice"
+            found[stream][int(step)] = value
+    return found
+
+
+def snapshot(folder):
+    """{name: (time of the last write, size)}"""
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()}
+
+
+def losses(log_dir):
+    return [float(value) for value in read_log(log_dir, "train")["train"].values()]
+
+
+def load_get_lr():
+    """The schedule, taken out of the script, which is never imported."""
+    tree = ast.parse((ROOT / "train_gpt2.py").read_text(encoding="utf-8"))
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "get_lr")
+    scope = {"math": math}
+    exec(compile(ast.Module([function], []), "get_lr", "exec"), scope)
+    return scope["get_lr"]
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [
+    (0, 1), (0, 10), (1, 1), (3, 12), (10, 10), (9, 10), (715, 19_073),
+])
+def test_schedule(warmup, steps):
+    get_lr = load_get_lr()
+    rates = [get_lr(step, warmup, steps, 6e-4, 6e-5) for step in range(steps)]
+    assert rates[0] > 0 and max(rates) <= 6e-4
+    up, down = rates[: warmup + 1], rates[warmup:]
+    assert up == sorted(up) and down == sorted(down, reverse=True)
+    if warmup < steps:
+        assert rates[warmup] == 6e-4
+    if warmup < steps - 1:
+        assert rates[-1] == pytest.approx(6e-5, rel=1e-12)
+        middle = warmup + (steps - 1 - warmup) / 2
+        assert get_lr(middle, warmup, steps, 6e-4, 6e-5) == pytest.approx((6e-4 + 6e-5) / 2)
+    assert get_lr(steps + 100, warmup, steps, 6e-4, 6e-5) == pytest.approx(6e-5)
+
+
+def test_a_run_logs_what_happened(flags, tmp_path):
+    log_dir = tmp_path / "log"
+    out = train(flags, log_dir=log_dir, sample_interval=5, prompt="def ", max_new_tokens=8, num_samples=3)
+    assert [int(m[1]) for m in map(STEP_LINE.fullmatch, out.splitlines()) if m] == list(range(12))
+    assert out.count("\n> def ") == 6  # three samples at steps 5 and 10
+    log = read_log(log_dir, "train", "val", "val_bpb", "lr", "norm", "tok_s", "mfu")
+    get_lr = load_get_lr()
+    assert {s: float(v) for s, v in log["lr"].items()} == pytest.approx(
+        {s: get_lr(s, 3, 12, 1e-2, 1e-3) for s in range(12)}, rel=1e-6)
+    assert list(log["train"]) == list(log["norm"]) == list(log["tok_s"]) == list(range(12))
+    assert list(log["val"]) == list(log["val_bpb"]) == [0, 4, 8, 12]  # the last: after the last update
+    assert not log["mfu"], "the peak of a CPU is not known"
+    first, last = float(log["val"][0]), float(log["val"][12])
+    assert abs(first - math.log(384)) < 0.3 and last < first - 1
+    # one token is one byte here, but for EOT, which has none: bits per byte is the loss in bits
+    assert float(log["val_bpb"][12]) == pytest.approx(last / math.log(2), rel=0.01)
+    assert [path.name for path in list_checkpoints(log_dir)] == ["ckpt_0000008.pt", "ckpt_0000012.pt"]
+    runs = [json.loads(line) for line in (log_dir / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(runs) == 1 and runs[0]["config"]["max_lr"] == 1e-2 and runs[0]["torch"] == torch.__version__
+    state = load_checkpoint(log_dir)
+    assert state["step"] == 12 and state["config"] == runs[0]["config"]
+    assert "unigram" in out and f"checkpoint: {log_dir / 'ckpt_0000012.pt'}" in out
+
+
+def test_killed_and_resumed_equals_never_stopped(flags, tmp_path):
+    """kill -9 in the middle, with dropout, across epoch edges: logs and weights are equal to the last bit."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train(flags, log_dir=straight, max_steps=40)
+    process = subprocess.Popen(command(flags, log_dir=broken, max_steps=40), stdout=subprocess.PIPE,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("step 22 | loss"):  # after the checkpoint at 20, and steps that will be done again
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    with open(broken / "log.txt", "a", encoding="utf-8") as file:
+        file.write("23 tra")  # half a line, as a power cut may leave it
+    assert "starting at 20" in train(flags, log_dir=broken, max_steps=40, resume="true")
+    streams = ("train", "val", "val_bpb", "lr", "norm")
+    assert read_log(straight, *streams) == read_log(broken, *streams)
+    one, two = load_checkpoint(straight), load_checkpoint(broken)
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, two["model"][name]), name
+    for key, moments in one["optimizer"]["state"].items():
+        assert all(torch.equal(moments[k], two["optimizer"]["state"][key][k]) for k in moments)
+
+
+def test_processes_and_accumulation_do_not_matter(flags, tmp_path):
+    """(1, 4), (2, 2), (4, 1) processes x micro-steps: the same losses and gradient norms, with dropout on."""
+    for processes in (1, 2, 4):
+        train(flags, processes, log_dir=tmp_path / str(processes), max_steps=6)
+    logs = [read_log(tmp_path / str(p), "train", "val", "norm") for p in (1, 2, 4)]
+    for stream in logs[0]:
+        expected = [float(v) for v in logs[0][stream].values()]
+        for other in logs[1:]:
+            got = [float(v) for v in other[stream].values()]
+            assert got == pytest.approx(expected, rel=1e-5, abs=1e-5), stream
+
+
+def test_resume_at_another_world_size(flags, tmp_path):
+    train(flags, log_dir=tmp_path / "one", max_steps=8)
+    train(flags, 2, log_dir=tmp_path / "two", max_steps=4, warmup_steps=3)
+    out = train(flags, log_dir=tmp_path / "two", max_steps=8, resume="true")
+    assert "max_steps was 4, is now 8" in out
+    # the schedule of the first four steps differed, the tokens did not: step 0 is the same to the last digits
+    assert losses(tmp_path / "two")[0] == pytest.approx(losses(tmp_path / "one")[0], rel=1e-6)
+    assert len(losses(tmp_path / "two")) == 8
+
+
+def test_resume_of_a_two_process_run_by_one(flags, tmp_path):
+    """The token stream and the dropout masks are the same at another world size, so the losses are."""
+    train(flags, log_dir=tmp_path / "one")
+    process = subprocess.Popen(command(flags, 2, log_dir=tmp_path / "two"), stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("step 5 | loss"):
+            process.terminate()  # the launcher takes its workers with it
+            break
+    process.wait()
+    assert list_checkpoints(tmp_path / "two")[0].name == "ckpt_0000004.pt"
+    train(flags, log_dir=tmp_path / "two", resume="true")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_micro_batch_size_does_not_matter(flags, tmp_path):
+    for B in (1, 4, 8):
+        train(flags, log_dir=tmp_path / str(B), batch_size=B, dropout=0, max_steps=4)
+    logs = [read_log(tmp_path / str(B), "train", "val", "val_bpb") for B in (1, 4, 8)]
+    for stream in logs[0]:
+        expected = [float(v) for v in logs[0][stream].values()]
+        for other in logs[1:]:
+            got = [float(v) for v in other[stream].values()]
+            assert got == pytest.approx(expected, rel=1e-5), stream
+
+
+def test_judging_does_not_touch_the_training(flags, tmp_path):
+    train(flags, log_dir=tmp_path / "often", val_interval=1, sample_interval=1, checkpoint_interval=1)
+    train(flags, log_dir=tmp_path / "never", val_interval=0, sample_interval=0, checkpoint_interval=0)
+    often, never = (read_log(tmp_path / name, "train", "norm") for name in ("often", "never"))
+    assert often == never
+    assert list(read_log(tmp_path / "never", "val")["val"]) == [12]
+    assert [path.name for path in list_checkpoints(tmp_path / "never")] == ["ckpt_0000012.pt"]
+
+
+def test_best_and_newest_checkpoints_are_kept(flags, tmp_path):
+    """A learning rate that ruins the model after a while: the best is an old one."""
+    train(flags, log_dir=tmp_path, max_steps=12, val_interval=2, checkpoint_interval=2, keep_checkpoints=1,
+          max_lr=3.0, min_lr=3.0, warmup_steps=12, grad_clip=0)
+    val = {int(s): float(v) for s, v in read_log(tmp_path, "val")["val"].items() if int(s) > 0}
+    best = min(val, key=val.get)
+    assert best < 12, "the run was meant to get worse"
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"ckpt_{best:07d}.pt", "ckpt_0000012.pt"]
+    assert load_checkpoint(tmp_path)["best"] == pytest.approx({"step": best, "val_loss": val[best]})
+
+
+def test_target_loss_and_num_epochs(flags, tmp_path):
+    out = train(flags, log_dir=tmp_path / "a", target_loss=4.5, max_steps=300)
+    seen = losses(tmp_path / "a")
+    assert seen[-1] <= 4.5 < min(seen[:-1]) and f"done: step {len(seen)}" in out
+    assert list_checkpoints(tmp_path / "a")[-1].name == f"ckpt_{len(seen):07d}.pt"
+    out = train(flags, log_dir=tmp_path / "b", num_epochs=2, max_steps=300)
+    epoch = float(re.search(r"an epoch is ([\d.]+) steps", out)[1])
+    assert len(losses(tmp_path / "b")) == pytest.approx(2 * epoch, abs=1)
+
+
+def test_compiled_run_judges_samples_and_saves(flags, tmp_path):
+    train(flags, log_dir=tmp_path / "eager", dropout=0, max_steps=5)
+    out = train(flags, log_dir=tmp_path / "compiled", dropout=0, max_steps=5, sample_interval=2,
+                compile="true")
+    assert "compile on" in out, "the README asks for a C++ compiler: it must be found here"
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+    eager, compiled = (load_checkpoint(tmp_path / name)["model"] for name in ("eager", "compiled"))
+    assert list(eager) == list(compiled)
+
+
+def test_bfloat16_learns_the_same(flags, tmp_path):
+    train(flags, log_dir=tmp_path / "float32")
+    train(flags, log_dir=tmp_path / "bfloat16", dtype="bfloat16")
+    assert losses(tmp_path / "bfloat16") == pytest.approx(losses(tmp_path / "float32"), rel=0.05)
+    assert all(t.dtype == torch.float32 for t in load_checkpoint(tmp_path / "bfloat16")["model"].values())
+
+
+def test_damaged_checkpoint_on_resume(flags, tmp_path):
+    train(flags, log_dir=tmp_path, max_steps=8, keep_checkpoints=5)
+    newest = list_checkpoints(tmp_path)[-1]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    done = attempt(flags, log_dir=tmp_path, max_steps=8, resume="true")
+    assert done.returncode == 0 and "starting at 4" in done.stdout
+    assert "ckpt_0000008.pt: damaged" in done.stderr and "trying the one before" in done.stderr
+    assert len(losses(tmp_path)) == 8
+    for path in list_checkpoints(tmp_path):
+        path.write_bytes(b"nothing")
+    done = attempt(flags, log_dir=tmp_path, resume="true")
+    assert done.returncode == 2 and "damaged" in done.stderr
+
+
+def test_loss_that_is_not_finite_stops_the_run(flags, tmp_path):
+    train(flags, log_dir=tmp_path, max_steps=4)
+    done = attempt(flags, log_dir=tmp_path, resume="true", max_lr=1e30, grad_clip=0)
+    assert done.returncode == 1 and "loss is nan at step 5" in done.stderr, done.stderr
+    assert str(tmp_path / "ckpt_0000004.pt") in done.stderr
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    ({"data_dir": "/nonexistent"}, ["make prepare", "make demo"]),
+    ({"batch_tokens": 500}, ["batch_tokens=500", "--batch_tokens=384 or 512"]),
+    ({"batch_tokens": 64}, ["--batch_tokens=128"]),
+    ({"block_size": 100_000, "batch_size": 1, "batch_tokens": 100_000}, ["block_size", "tokens"]),
+    ({"tokenizer": "gpt2"}, ["another vocabulary", "--tokenizer="]),
+    ({"n_embd": 33}, ["n_embd=33", "n_head=2"]),
+    ({"vocab_size": 200}, ["vocab_size=200", "--vocab_size=384"]),
+    ({"norm_position": "mid"}, ["wanted pre or post"]),
+    ({"warmup_steps": 13}, ["warmup_steps=13"]),
+    ({"max_steps": 0, "warmup_steps": 0}, ["at least"]),
+    ({"device": "tpu"}, ["device='tpu'"]),
+    ({"device": "cuda:99"}, ["--device=cpu"]),
+    ({"dtype": "int8"}, ["dtype='int8'"]),
+    ({"btach_size": 1}, ["did you mean batch_size"]),
+])
+def test_bad_settings_exit_2_and_write_nothing(flags, tmp_path, overrides, words):
+    done = attempt(flags, **{"log_dir": tmp_path / "log", **overrides})
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert not (tmp_path / "log").exists()
+
+
+def test_an_existing_run_is_not_touched(flags, tmp_path):
+    train(flags, log_dir=tmp_path, max_steps=4)
+    before = snapshot(tmp_path)
+    for overrides, words in [
+        ({}, ["already holds a run", "--resume", "--log_dir="]),
+        ({"resume": "true", "n_layer": 3}, ["n_layer: 2 in the checkpoint, 3 now"]),
+        ({"resume": "true", "seed": 2}, ["seed: 1337 in the checkpoint, 2 now"]),
+        ({"resume": "true", "batch_tokens": 256}, ["batch_tokens: 512 in the checkpoint, 256 now"]),
+    ]:
+        done = attempt(flags, log_dir=tmp_path, **overrides)
+        assert done.returncode == 2 and all(word in done.stderr for word in words), done.stderr
+    assert before == snapshot(tmp_path)
+
+
+def test_resume_on_other_data_is_refused(flags, tmp_path, tiny_data):
+    train(flags, log_dir=tmp_path / "log", max_steps=4)
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in [*sorted(tiny_data.glob("*_train_*"))[:-1], *tiny_data.glob("*_val_*")]:  # a shard less
+        (other / path.name).write_bytes(path.read_bytes())
+    done = attempt(flags, log_dir=tmp_path / "log", data_dir=other, resume="true")
+    assert done.returncode == 2 and "data: " in done.stderr, done.stderr
+
+
+def test_full_disk_leaves_the_old_checkpoints_whole(flags, tmp_path):
+    train(flags, log_dir=tmp_path, max_steps=4)
+    size = list_checkpoints(tmp_path)[0].stat().st_size
+    limited = ("import resource, runpy, sys; "
+               f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2})); "
+               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    arguments = command(flags, log_dir=tmp_path, resume="true", max_steps=8)[1:]
+    done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and "free disk space" in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.glob("ckpt_*")] == ["ckpt_0000004.pt"]
+    assert "starting at 4" in train(flags, log_dir=tmp_path, resume="true", max_steps=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cuda_run_with_compile(flags, tmp_path, dtype):
+    train(flags, log_dir=tmp_path / "cpu", dropout=0)
+    out = train(flags, log_dir=tmp_path / dtype, dropout=0, device="cuda", dtype=dtype, compile="true",
+                sample_interval=4)
+    assert "compile on" in out
+    assert losses(tmp_path / dtype) == pytest.approx(losses(tmp_path / "cpu"), rel=0.05)

@@ -1,0 +1,363 @@
+"""
+Train GPT-2 from scratch. Everything that happens is in this file, in the order in which it happens.
+
+    python train_gpt2.py config/demo_cpu.py                                    # a laptop: minutes
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py                     # 124M on 10B tokens: 8 GPUs
+    python train_gpt2.py config/rtx4050_15m.py --batch_size=16 --log_dir=log_b # files and flags, later wins
+    python train_gpt2.py config/demo_cpu.py --resume                           # continue after any stop
+
+Reads token shards from data_dir (make prepare, make demo, or fineweb.py). Writes into log_dir: log.txt, one
+`step stream value` per line; runs.jsonl, the resolved settings and versions of every start; ckpt_*.pt.
+The defaults are GPT-2 small on FineWeb-Edu: 19,073 steps of 524,288 tokens = 10.0B tokens.
+
+The tokens of step s depend on (seed, data, batch_tokens, T, s) alone, and dropout on (seed, s, micro-batch),
+so the run is the same for any number of processes, and a resumed run is the run that was never stopped.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+from bpe import load_tokenizer
+from configurator import UserError, configure
+from device import resolve_device
+from model import GPT, GPTConfig
+from shards import TokenStream, WindowLoader
+
+# ---- data and output
+data_dir = "edu_fineweb10B"  # folder of token shards, *_train_*.npy|bin and *_val_*.npy|bin
+tokenizer = "gpt2"  # gpt2 or a rank file: the one the shards were made with
+log_dir = "log"  # log.txt, runs.jsonl and checkpoints go here
+resume = False  # continue the run in log_dir from its newest whole checkpoint
+# ---- model: GPT-2 small, 124M
+n_layer = 12  # blocks
+n_head = 12  # attention heads per block
+n_embd = 768  # C, width of the residual stream
+block_size = 1024  # T, tokens per sequence
+vocab_size = 0  # rows of wte; 0 = the tokenizer's ids rounded up to a multiple of 128, 50304 for gpt2
+dropout = 0.0  # 0 is right for one epoch of web text
+norm_position = "pre"  # pre (GPT-2) or post (the original transformer)
+# ---- batch
+batch_size = 32  # sequences per process per micro-step; halve it when memory runs out, the result is the same
+batch_tokens = 524_288  # tokens per optimizer step over all processes, 2**19; accumulation is derived
+# ---- schedule
+max_steps = 19_073  # optimizer steps; 10B tokens / batch_tokens
+num_epochs = 0.0  # passes over the training tokens; above 0 it replaces max_steps
+target_loss = 0.0  # stop when a step's train loss is this low; 0 = never
+warmup_steps = 715  # linear warm-up; 375M tokens, GPT-3 appendix B
+max_lr = 6e-4  # GPT-3 table 2.1, 125M row
+min_lr = 6e-5  # where the cosine ends; GPT-3 decays to 10%
+# ---- optimizer: AdamW
+weight_decay = 0.1  # on matrices and embeddings only; GPT-3 appendix B
+beta1 = 0.9  # GPT-3 appendix B
+beta2 = 0.95  # GPT-3 appendix B
+grad_clip = 1.0  # global L2 norm; 0 = no clipping
+# ---- judging and saving
+val_interval = 250  # steps between validations; 0 = only at the end
+val_tokens = 10_485_760  # the first so many tokens of the val split; less where it is shorter
+checkpoint_interval = 1000  # steps between checkpoints; 0 = only at the end
+keep_checkpoints = 2  # the newest so many, and the best by val loss
+sample_interval = 1000  # steps between printed samples; 0 = never
+prompt = "Hello, I'm a language model,"  # what samples begin with
+num_samples = 2  # samples printed each time
+max_new_tokens = 48  # tokens per sample
+# ---- machine
+device = "auto"  # auto|cpu|cuda|cuda:1|mps
+dtype = "auto"  # auto|float32|bfloat16|float16, of matrix products; weights stay float32
+compile = True  # torch.compile the training step; off by itself, with a line, where it does not work
+peak_tflops = 0.0  # dense peak of one device for the MFU; 0 = from the table in device.py, or n/a
+seed = 1337  # of initial weights, data order, dropout and samples
+config = configure(globals())
+
+
+# ---- processes and device: the only block that reads RANK and friends
+world_size = int(os.environ.get("WORLD_SIZE", 1))
+rank = int(os.environ.get("RANK", 0))
+ddp = world_size > 1
+master_process = rank == 0
+if not resume and Path(log_dir, "log.txt").exists():
+    raise UserError(f"log_dir={log_dir} already holds a run; continue it with --resume, "
+                    f"or choose --log_dir=ANOTHER")
+dev = resolve_device(device, dtype, compile, int(os.environ.get("LOCAL_RANK", 0)))
+if ddp:
+    dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+    dist.barrier()  # nobody writes into log_dir before everybody has looked at it
+
+
+def say(text=""):
+    if master_process:
+        print(text, flush=True)
+
+
+def sum_over_ranks(*values):
+    """Python numbers -> their sums over all processes."""
+    if not ddp:
+        return values
+    sums = torch.tensor(values, dtype=torch.float64, device=dev.device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+# ---- data
+B, T = batch_size, block_size
+train_stream, val_stream = TokenStream(data_dir, "train"), TokenStream(data_dir, "val")
+tok = load_tokenizer(tokenizer)
+if train_stream.manifest and train_stream.manifest["tokenizer"]["sha256"] != tok.sha256:
+    built_with = train_stream.manifest["tokenizer"]["name"]
+    raise UserError(f"data_dir={data_dir} was tokenized with {built_with!r}, got --tokenizer={tokenizer}, "
+                    f"which is another vocabulary; give --tokenizer=FILE of {built_with!r}, "
+                    f"or rebuild the data with fineweb.py")
+micro_tokens = B * T * world_size
+if batch_tokens < micro_tokens or batch_tokens % micro_tokens:
+    below = max(micro_tokens, batch_tokens // micro_tokens * micro_tokens)
+    raise UserError(f"batch_tokens={batch_tokens} is not a multiple of batch_size * block_size * processes "
+                    f"= {B} * {T} * {world_size} = {micro_tokens}; "
+                    f"try --batch_tokens={below} or {below + micro_tokens}, "
+                    f"or a --batch_size that divides {batch_tokens / (T * world_size):g}")
+grad_accum_steps = batch_tokens // micro_tokens
+train_loader = WindowLoader(train_stream, T, batch_tokens, seed, tok.n_vocab)
+val_loader = WindowLoader(val_stream, T, B * T, seed, tok.n_vocab, shuffle=False)
+n_val_windows = min(val_loader.n_windows, max(1, val_tokens // T))
+if num_epochs > 0:
+    max_steps = config["max_steps"] = math.floor(num_epochs * train_loader.steps_per_epoch)
+if not 0 <= warmup_steps <= max_steps or max_steps < 1:
+    raise UserError(f"warmup_steps={warmup_steps}, max_steps={max_steps}: "
+                    f"wanted 0 <= warmup_steps <= max_steps and at least one step; "
+                    f"an epoch of this data is {train_loader.steps_per_epoch:.2f} steps")
+
+
+def fetch_batch(step, micro_step):
+    """This process's inputs and targets (B, T) of one micro-step, on their way to the device."""
+    x, y = train_loader.batch(step, (micro_step * world_size + rank) * B, B)
+    return dev.to_device(x), dev.to_device(y)
+
+
+def unigram_loss(limit=2**24):
+    """Val loss of a model that knows frequencies only: add-one counts of the first `limit` train tokens."""
+    counts = 1 + np.bincount(train_stream.read(0, min(limit, len(train_stream))), minlength=tok.n_vocab)
+    val_counts = np.bincount(val_stream.read(1, n_val_windows * T), minlength=tok.n_vocab)
+    return math.log(counts.sum()) - (val_counts * np.log(counts)).sum() / val_counts.sum()
+
+
+# ---- model and optimizer
+if vocab_size == 0:
+    vocab_size = config["vocab_size"] = math.ceil(tok.n_vocab / 128) * 128
+torch.manual_seed(seed)  # the same initial weights on every process and device
+raw_model = GPT(GPTConfig(block_size, vocab_size, tok.n_vocab, n_layer, n_head, n_embd, dropout,
+                          norm_position))
+raw_model.to(dev.device)
+optimizer = raw_model.configure_optimizers(weight_decay, max_lr, (beta1, beta2), dev.fused)
+scaler = dev.grad_scaler()
+# evaluation, sampling and saving use raw_model; only the training step is compiled and synchronised
+model = torch.compile(raw_model, dynamic=False) if dev.compile else raw_model
+if ddp:
+    model = DistributedDataParallel(model, device_ids=[dev.device.index] if dev.type == "cuda" else None)
+
+
+# ---- resume
+log_path = Path(log_dir, "log.txt")
+start_step, best = 0, None
+if resume and checkpoint.list_checkpoints(log_dir):
+    state = checkpoint.load_checkpoint(log_dir)
+    saved = {**state["config"], **state["model_config"],
+             "data": state["data"], "tokenizer": state["tokenizer"]["sha256"]}
+    wanted = {**config, **checkpoint.describe_model(raw_model),
+              "data": train_stream.fingerprint, "tokenizer": tok.sha256}
+    # with another value of these it would be another run
+    fixed = [*state["model_config"], "data", "tokenizer", "seed", "batch_tokens"]
+    differing = [f"{key}: {saved[key]} in the checkpoint, {wanted[key]} now"
+                 for key in fixed if saved[key] != wanted[key]]
+    if differing:
+        raise UserError(f"cannot --resume {log_dir}: {'; '.join(differing)}; "
+                        f"use the checkpoint's values, or another --log_dir")
+    for key in config:  # the rest may change on purpose, but not in silence
+        if key in saved and key not in fixed and key != "resume" and saved[key] != config[key]:
+            say(f"resume: {key} was {saved[key]}, is now {config[key]}")
+    raw_model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    start_step, best = state["step"], state["best"]
+    del state
+
+
+# ---- the record of the run
+def git_revision():
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+provenance = {"git": git_revision(), "torch": str(torch.__version__), "device": dev.name,
+              "world_size": world_size}
+if master_process:
+    Path(log_dir).mkdir(parents=True, exist_ok=True)
+    kept = log_path.read_text(encoding="utf-8").splitlines(keepends=True) if log_path.exists() else []
+    kept = [line for line in kept if line.endswith("\n") and int(line.split()[0]) < start_step]
+    temporary = log_path.with_suffix(".tmp")  # without what came after the checkpoint: it will happen again
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, log_path)
+    with open(Path(log_dir, "runs.jsonl"), "a", encoding="utf-8") as file:
+        record = {"start_step": start_step, "config": config, "data": train_stream.fingerprint, **provenance}
+        file.write(json.dumps(record) + "\n")
+
+
+def log(step, **streams):
+    if master_process:
+        with open(log_path, "a", encoding="utf-8") as file:
+            file.write("".join(f"{step} {stream} {value:.8g}\n" for stream, value in streams.items()))
+
+
+say(f"device: {dev.name} ({dev.device}), {str(dev.dtype).removeprefix('torch.')}, "
+    f"compile {'on' if dev.compile else 'off'}, {world_size} process(es)")
+say(f"model: {n_layer} layers, {n_head} heads, {n_embd} wide: {raw_model.num_params():,} parameters, "
+    f"{raw_model.flops_per_token(T):,} FLOPs per token")
+say(f"data: {data_dir}: {len(train_stream):,} train tokens, "
+    f"an epoch is {train_loader.steps_per_epoch:,.1f} steps; "
+    f"val loss on the first {n_val_windows * T:,} of {len(val_stream):,} val tokens")
+say(f"step: {batch_tokens:,} tokens = {grad_accum_steps} micro-steps of {B} x {T} "
+    f"on {world_size} process(es); {max_steps:,} steps, starting at {start_step}")
+if master_process:
+    unigram = unigram_loss()
+    say(f"to beat: {math.log(tok.n_vocab):.4f} for guessing, "
+        f"{unigram:.4f} for a unigram model on the same val tokens")
+
+
+# ---- schedule and judges
+def get_lr(step, warmup_steps, max_steps, max_lr, min_lr):
+    """Learning rate of a step: a line up to max_lr at step `warmup_steps`, a cosine down to min_lr at the
+    last step."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / (warmup_steps + 1)
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))
+    return min_lr + 0.5 * (max_lr - min_lr) * (1.0 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def evaluate_loss():
+    """(nats per token, bits per byte) over the first n_val_windows of the val split, every token weighted the
+    same."""
+    raw_model.eval()
+    token_bytes = tok.token_bytes()
+    loss_sum, n_tokens, n_bytes = 0.0, 0, 0
+    for first in range(rank * B, n_val_windows, world_size * B):
+        x, y = val_loader.read_windows(np.arange(first, min(first + B, n_val_windows)))
+        with dev.autocast():
+            loss_sum += raw_model(dev.to_device(x), dev.to_device(y), reduction="sum").item()
+        n_tokens += y.size
+        n_bytes += int(token_bytes[y].sum())
+    raw_model.train()
+    loss_sum, n_tokens, n_bytes = sum_over_ranks(loss_sum, n_tokens, n_bytes)
+    return loss_sum / n_tokens, loss_sum / math.log(2) / n_bytes
+
+
+def print_samples(step):
+    generator = torch.Generator(dev.device).manual_seed(seed + step)
+    idx = dev.to_device(np.concatenate(([tok.eot], tok.encode(prompt))).astype(np.int64))  # (T,)
+    with dev.autocast():
+        tokens = raw_model.generate(idx.repeat(num_samples, 1), max_new_tokens, 0.9, 50, generator=generator)
+        rows = torch.stack(list(tokens), dim=1).tolist()  # (num_samples, max_new_tokens)
+    for row in rows:
+        row = row[: row.index(tok.eot)] if tok.eot in row else row
+        say(f"> {prompt}{tok.decode(row)}")
+
+
+# ---- the loop
+raw_model.train()
+x, y = fetch_batch(start_step, 0)
+step_times, val_loss, val_bpb, reached = [], None, None, False
+for step in range(start_step, max_steps + 1):  # one extra turn, to judge and save the final weights
+    last_step = step == max_steps or reached
+
+    # ---- evaluate: every process, fixed tokens, off the clock
+    evaluated = last_step or (val_interval > 0 and step % val_interval == 0)
+    if evaluated:
+        val_loss, val_bpb = evaluate_loss()
+        log(step, val=val_loss, val_bpb=val_bpb)
+        say(f"step {step} | val loss: {val_loss:.4f} | bits per byte: {val_bpb:.4f}")
+    if master_process and sample_interval > 0 and step > 0 and step % sample_interval == 0 and not last_step:
+        print_samples(step)
+
+    # ---- checkpoint: at step s, s updates have been made
+    if step > start_step and (last_step or (checkpoint_interval > 0 and step % checkpoint_interval == 0)):
+        if evaluated and (best is None or val_loss < best["val_loss"]):
+            best = {"step": step, "val_loss": val_loss}
+        if master_process:
+            path = checkpoint.save_checkpoint(log_dir, step, {
+                "step": step, "val_loss": val_loss if evaluated else None, "best": best,
+                "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "config": config, "model_config": checkpoint.describe_model(raw_model),
+                "tokenizer": checkpoint.describe_tokenizer(tok), "data": train_stream.fingerprint,
+                "provenance": provenance,
+            })
+            checkpoint.prune_checkpoints(log_dir, keep_checkpoints, best["step"] if best else None)
+    if last_step:
+        break
+
+    # ---- train: the only part on the clock
+    dev.synchronize()
+    t0 = time.perf_counter()
+    lr = get_lr(step, warmup_steps, max_steps, max_lr, min_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss_sum = torch.zeros((), device=dev.device)
+    for micro_step in range(grad_accum_steps):
+        last_micro_step = micro_step == grad_accum_steps - 1
+        if ddp:  # set before the forward: DDP decides there whether this backward averages the gradients
+            model.require_backward_grad_sync = last_micro_step
+        # a micro-batch has the same dropout masks whichever process computes it, and after a resume
+        torch.manual_seed(zlib.crc32(f"dropout {seed} {step} {micro_step * world_size + rank}".encode()))
+        with dev.autocast():
+            loss = model(x, y)
+        if not (last_micro_step and step + 1 == max_steps):  # the next batch loads while the GPU is busy
+            x, y = fetch_batch(step + 1, 0) if last_micro_step else fetch_batch(step, micro_step + 1)
+        scaler.scale(loss / grad_accum_steps).backward()
+        loss_sum += loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    # mean over micro-steps and processes
+    loss = sum_over_ranks(loss_sum.item())[0] / (grad_accum_steps * world_size)
+    norm = norm.item()
+    dev.synchronize()
+    dt = time.perf_counter() - t0  # seconds
+
+    # ---- log: reads values, changes nothing but the decision to stop
+    tok_s = batch_tokens / dt
+    step_times.append(dt)
+    peak = peak_tflops or dev.peak_tflops()
+    mfu = raw_model.flops_per_token(T) * tok_s / (peak * 1e12 * world_size) if peak else None
+    log(step, train=loss, lr=lr, norm=norm, tok_s=tok_s, **({} if mfu is None else {"mfu": mfu}))
+    eta = time.strftime("%H:%M:%S", time.gmtime((max_steps - 1 - step) * float(np.median(step_times[-100:]))))
+    say(f"step {step} | loss: {loss:.6f} | lr: {lr:.2e} | norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
+        f"tok/sec: {tok_s:.2f} | mfu: {'n/a' if mfu is None else f'{mfu:.1%}'} | eta: {eta}")
+    if not math.isfinite(loss):
+        newest = (checkpoint.list_checkpoints(log_dir) or ["none"])[-1]
+        sys.exit(f"error: loss is {loss} at step {step}; stopped. Last good checkpoint: {newest}. "
+                 f"Try a lower --max_lr or --dtype=float32")
+    reached = target_loss > 0 and loss <= target_loss
+
+# ---- what came of it
+say(f"\ndone: step {step}, {step * batch_tokens:,} tokens"
+    + (f", {batch_tokens / np.median(step_times):,.0f} tok/s (median step)" if step_times else ""))
+if master_process:
+    say(f"val loss {val_loss:.4f} nats per token ({val_bpb:.4f} bits per byte) "
+        f"on {n_val_windows * T:,} tokens of {data_dir}; a unigram model has {unigram:.4f}")
+    say(f"checkpoint: {checkpoint.list_checkpoints(log_dir)[-1]}")
+if ddp:
+    dist.destroy_process_group()
