@@ -1,0 +1,43 @@
+# Targets; `make` alone prints them. Everything is installed into the active Python environment, once.
+PYTHON ?= python3
+# the stamps live in the environment they speak of, so that a new one is installed into again
+PREFIX := $(shell $(PYTHON) -c 'import sys; print(sys.prefix)')
+RUN_STAMP := $(PREFIX)/.gpt2-requirements
+DEV_STAMP := $(PREFIX)/.gpt2-requirements-dev
+
+.PHONY: help install demo prepare test lint bench
+
+help:  ## print this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+$(RUN_STAMP): requirements.txt
+	$(PYTHON) -m pip install -r requirements.txt
+	touch $@
+
+$(DEV_STAMP): requirements-dev.txt requirements.txt
+	$(PYTHON) -m pip install -r requirements-dev.txt
+	touch $@
+
+install: $(RUN_STAMP)  ## install what running needs, and fetch GPT-2's vocabulary
+	$(PYTHON) bpe.py
+
+demo: install  ## train a small GPT-2 on this Python installation's source, in minutes; again = continue
+	$(PYTHON) fineweb.py --dataset=python --data_dir=python_corpus --max_tokens=12e6
+	$(PYTHON) train_gpt2.py config/demo_cpu.py --resume
+	$(PYTHON) plot_log.py --log_dir=log_demo
+	$(PYTHON) generate.py --checkpoint=log_demo --prompt="def "
+	@echo
+	@echo 'next: python generate.py --checkpoint=log_demo --prompt="class Queue:" --num_samples=3'
+
+prepare: install  ## build the FineWeb-Edu shards (10B tokens, 20 GB) that train_gpt2.py reads by default
+	$(PYTHON) fineweb.py
+
+lint: $(DEV_STAMP)  ## check the style
+	$(PYTHON) -m ruff check .
+
+test: $(DEV_STAMP) lint  ## install what tests need and run all tests
+	$(PYTHON) bpe.py
+	$(PYTHON) -m pytest
+
+bench: install  ## measure every speed this repository claims, beside its baseline
+	$(PYTHON) bench.py

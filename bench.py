@@ -1,0 +1,194 @@
+"""
+Measure every speed this repository claims, each beside its baseline, in one run on one machine.
+
+    python bench.py                                          # all of them, minutes on a CPU
+    python bench.py --only=encode --input=FILE.parquet       # the tokenizer on a text of your own
+    python bench.py --only=train --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=64
+
+Ours and the baseline take turns (A B A B ...), so that a machine whose speed drifts is unfair to neither; the
+table has the median of each and the median, lowest and highest of the ratios turn by turn. Writes nothing.
+
+encode     bpe.py, one core, against tiktoken.encode_ordinary, one thread; the ids are compared first
+loader     tokens per second of one process reading shuffled windows; no baseline
+train      an optimizer step of config A (16M parameters), compiled, in auto dtype, against eager float32
+generate   new tokens with the KV cache against a full forward pass per token
+"""
+
+import platform
+import statistics
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bpe import load_tokenizer
+from configurator import UserError, configure
+from device import resolve_device
+from model import GPT, GPTConfig
+from shards import ShardWriter, TokenStream, WindowLoader
+
+only = "encode,loader,train,generate"  # which to run
+turns = 5  # times each side is measured, after one warm-up turn
+input = ""  # encode: a .txt or .parquet file (column text); empty = the standard library's sources
+max_bytes = 8_000_000  # encode: bytes of the text used
+n_layer = 4  # train and generate: the model of config A
+n_head = 4  # heads
+n_embd = 256  # width
+block_size = 256  # T
+batch_size = 16  # train: sequences per step
+max_new_tokens = 512  # generate: tokens drawn
+device = "auto"  # auto|cpu|cuda|cuda:1|mps
+dtype = "auto"  # train: auto|float32|bfloat16|float16, of ours; the baseline is float32
+
+
+def take_turns(ours, baseline, n: int) -> tuple[float, float, list[float]]:
+    """(median seconds of ours, of the baseline, their ratios turn by turn)."""
+    pairs = []
+    for _ in range(n + 1):
+        pair = []
+        for run in (ours, baseline):
+            t0 = time.perf_counter()
+            run()
+            pair.append(time.perf_counter() - t0)
+        pairs.append(pair)
+    pairs = pairs[1:]  # the first turn compiled and filled caches
+    ours, baseline = (statistics.median(side) for side in zip(*pairs))
+    return ours, baseline, [b / a for a, b in pairs]
+
+
+def report(name: str, unit: str, amount: float, ours: float, baseline: float, ratios: list[float],
+           against: str) -> None:
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, n={len(ratios)}"
+    print(f"{name:9s} | {amount / ours:12,.1f} {unit} | {amount / baseline:12,.1f} {unit} with {against} | "
+          f"{statistics.median(ratios):.2f}x ({spread})", flush=True)
+
+
+def read_corpus() -> str:
+    """The text to encode, at most max_bytes of it."""
+    if not input:
+        paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)
+    elif input.endswith(".parquet"):
+        import pyarrow.parquet
+        text = "".join(pyarrow.parquet.read_table(input, columns=["text"])["text"].to_pylist())
+    else:
+        text = Path(input).read_text(encoding="utf-8", errors="replace")
+    return text.encode()[:max_bytes].decode(errors="ignore")
+
+
+def bench_encode() -> None:
+    tok, text = load_tokenizer(), read_corpus()
+    encoding = tok.to_tiktoken()
+    if not np.array_equal(tok.encode(text), encoding.encode_ordinary(text)):
+        raise RuntimeError("the ids differ from tiktoken's: a bug in bpe.py")
+    buffer = np.frombuffer(text.encode(), dtype=np.uint8)
+    offsets = np.array([0, len(buffer)])
+
+    def ours():
+        tok.encode_documents(buffer, offsets)
+
+    def tiktoken():
+        encoding.encode_ordinary(text)
+
+    report("encode", "MB/s", len(buffer) / 1e6, *take_turns(ours, tiktoken, turns), "tiktoken")
+
+
+def bench_loader() -> None:
+    tok = load_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ShardWriter(folder, "bench", "train", 10_000_000)
+        for _ in range(5):
+            writer.append(np.random.default_rng(0).integers(0, tok.n_vocab, 10_000_000).astype(np.uint16))
+        writer.close()
+        loader = WindowLoader(TokenStream(folder, "train"), 1024, 524_288, 1337, tok.n_vocab)
+        loader.batch(0, 0, 64)
+        n_steps = 5
+        t0 = time.perf_counter()
+        for step in range(n_steps):
+            for first in range(0, loader.windows_per_step, 64):
+                loader.batch(step, first, 64)
+        seconds = time.perf_counter() - t0
+    print(f"loader    | {n_steps * 524_288 / seconds / 1e6:12,.1f} Mtok/s | "
+          f"batches of 64 x 1024 from 5 shards of 10M tokens", flush=True)
+
+
+def make_step(model, optimizer, x, y, dev):
+    def step():
+        with dev.autocast():
+            loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        dev.synchronize()
+    return step
+
+
+def bench_train() -> None:
+    fast, slow = resolve_device(device, dtype, compile=True), resolve_device(device, "float32")
+    config = GPTConfig(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randint(0, config.n_vocab, (2, batch_size, block_size), generator=generator).to(fast.device)
+    steps = []
+    for dev in (fast, slow):
+        model = GPT(config).to(dev.device)
+        optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), fused=dev.compile and dev.fused)
+        model = torch.compile(model, dynamic=False) if dev.compile else model
+        steps.append(make_step(model, optimizer, x, y, dev))
+    ours, baseline, ratios = take_turns(*steps, turns)
+    name = f"{str(fast.dtype).removeprefix('torch.')}{', compiled' if fast.compile else ''}"
+    report("train", "tok/s", batch_size * block_size, ours, baseline, ratios, f"eager float32 (ours: {name})")
+    peak = fast.peak_tflops()
+    flops = GPT(config).flops_per_token(block_size) * batch_size * block_size / ours
+    mfu = f"{flops / (peak * 1e12):.1%}" if peak else "n/a"
+    print(f"          | {flops / 1e12:.3f} TFLOP/s, mfu {mfu}", flush=True)
+
+
+def bench_generate() -> None:
+    dev = resolve_device(device, "float32")
+    config = GPTConfig(block_size=max_new_tokens + 1, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    torch.manual_seed(0)
+    model = GPT(config).to(dev.device).eval()
+    idx = torch.zeros(1, 1, dtype=torch.long, device=dev.device)
+
+    def generate(use_cache):
+        generator = torch.Generator(dev.device).manual_seed(0)
+        tokens = model.generate(idx, max_new_tokens, generator=generator, use_cache=use_cache)
+        tokens = torch.cat(list(tokens))
+        dev.synchronize()
+        return tokens
+
+    if dev.type == "cpu" and not torch.equal(generate(True), generate(False)):
+        raise RuntimeError("the cache changes the samples: a bug in model.py")
+
+    def cached():
+        generate(True)
+
+    def full():
+        generate(False)
+
+    timed = take_turns(cached, full, max(1, turns // 2))  # the baseline takes a minute or more per turn
+    report("generate", "tok/s", max_new_tokens, *timed, "a full forward per token")
+
+
+BENCHES = {"encode": bench_encode, "loader": bench_loader, "train": bench_train, "generate": bench_generate}
+
+
+def main() -> None:
+    names = only.split(",")
+    unknown = [name for name in names if name not in BENCHES]
+    if unknown:
+        raise UserError(f"only={only}: unknown {', '.join(unknown)}; wanted some of {', '.join(BENCHES)}")
+    dev = resolve_device(device)
+    print(f"{dev.name} ({dev.device}), {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"Python {platform.python_version()}")
+    for name in names:
+        BENCHES[name]()
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()
