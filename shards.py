@@ -14,17 +14,16 @@ The shards of a split are one long array, the stream. Window w is its tokens [w*
 the same shifted by one as targets. Neighbouring windows share one token, and only the tail of the stream,
 fewer than T tokens, is never a target. Sample i of a run is window permute(i % n_windows) in the order of
 epoch i // n_windows: every window once per epoch, each epoch in its own order, and the step is all that a
-resume needs. Memory stays flat whatever the size of the data: shards are mapped, and become int64 only in the
-batch.
+resume needs. Memory stays flat whatever the size of the data: windows are read one by one, as uint16, and
+become int64 only in the batch.
 
-Imported by the other scripts; nothing to run. Opening 10,000 shards takes about a second.
+Imported by the other scripts; nothing to run. Opening 10,000 shards takes half a second.
 """
 import errno
 import hashlib
 import io
 import json
 import math
-import mmap
 import os
 import re
 import shutil
@@ -39,8 +38,7 @@ from configurator import UserError
 
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256  # llm.c, dev/data/data_common.py
 TOKEN = np.dtype("<u2")     # on disk, whatever the machine's byte order
-MAX_OPEN_SHARDS = 128       # each map holds a file descriptor; the usual limit is 1024
-READS_PER_RELEASE = 64      # a read of a few kB can map the 2 MB around it: up to 128 MB between releases
+MAX_OPEN_SHARDS = 128       # file descriptors held; the usual limit is 1024
 MANIFEST, UNFINISHED = "manifest.json", "build.json"  # fineweb.py writes the second first and removes it last
 SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)(?:_(?P<index>\d+))?\.(?:npy|bin)")
 
@@ -135,11 +133,7 @@ def read_header(path: Path) -> tuple[int, int]:
 
 def read_shard(path: Path) -> np.ndarray:
     """The ids of a shard as a read-only memory map, uint16 (tokens,); UserError as read_header raises it."""
-    return map_tokens(Path(path), *read_header(Path(path)))
-
-
-def map_tokens(path: Path, tokens: int, offset: int) -> np.ndarray:
-    """The memory map of a shard whose header is known."""
+    tokens, offset = read_header(Path(path))
     if tokens == 0:
         return np.frombuffer(b"", dtype=TOKEN)  # an empty range cannot be mapped
     return np.memmap(path, dtype=TOKEN, mode="r", offset=offset, shape=(tokens,))
@@ -237,8 +231,8 @@ class TokenStream:
         self.ends = list(accumulate(counts))  # stream position just after each shard
         described = [[name, found[name]["tokens"], records[name].get("sha256")] for name in found]
         self.fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()  # shard number -> map, the oldest use first
-        self._reads = 0  # since the pages were last given back
+        self._open: OrderedDict[int, io.FileIO] = OrderedDict()  # by shard number, the oldest use first
+        self._pid = os.getpid()
 
     def _check_manifest(self, folder: Path, found: dict) -> dict:
         records = {record["file"]: record for record in self.manifest["files"]}
@@ -263,32 +257,41 @@ class TokenStream:
         return self.paths[i], position - (self.ends[i - 1] if i else 0)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), uint16 (count,): a view of the map, or a copy across shards."""
-        if not 0 <= start <= start + count <= len(self):
-            raise IndexError(f"tokens {start:,} to {start + count:,} are outside the stream of {len(self):,}")
+        """Tokens [start, start + count), uint16 (count,)."""
+        out = np.empty(count, dtype=TOKEN)
+        self.read_into(start, out)
+        return out
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fill `out`, uint16 (n,), with tokens [start, start + n).
+
+        Plain reads, not memory maps: a map of a set larger than memory counts every page it ever touched as
+        resident, reads 2 MB for a window of 2 kB, and kills the process when a file shrinks under it.
+        """
+        if not 0 <= start <= start + len(out) <= len(self):
+            raise IndexError(f"tokens {start:,} to {start + len(out):,} of {len(self):,} do not exist")
         i = bisect_right(self.ends, start)
-        parts = []
-        while count:
+        while len(out):
             first = start - (self.ends[i - 1] if i else 0)
-            parts.append(self._shard(i)[first:first + count])
-            start, count, i = start + len(parts[-1]), count - len(parts[-1]), i + 1
-        self._reads += 1
-        if self._reads >= READS_PER_RELEASE:
-            self._release()
-        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, dtype=TOKEN), *parts])
+            tokens, header_bytes = self._headers[i]
+            wanted = memoryview(out[:tokens - first]).cast("B")
+            start, out, i = start + len(wanted) // TOKEN.itemsize, out[tokens - first:], i + 1
+            file = self._file(i - 1)
+            file.seek(header_bytes + first * TOKEN.itemsize)
+            while wanted:
+                got = file.readinto(wanted)
+                if not got:
+                    raise UserError(f"{self.paths[i - 1]} has become shorter since it was opened; build or "
+                                    f"download it again")
+                wanted = wanted[got:]
 
-    def _release(self) -> None:
-        # mapped pages count as resident memory and would grow to the whole data; the file stays in the cache
-        for shard in self._open.values():
-            if hasattr(mmap, "MADV_DONTNEED") and isinstance(shard, np.memmap):  # Windows has no madvise
-                shard.base.madvise(mmap.MADV_DONTNEED)
-        self._reads = 0
-
-    def _shard(self, i: int) -> np.ndarray:
+    def _file(self, i: int) -> io.FileIO:
+        if self._pid != os.getpid():  # a forked process must not move its parent's place in a file
+            self._open, self._pid = OrderedDict(), os.getpid()
         if i not in self._open:
-            self._open[i] = map_tokens(self.paths[i], *self._headers[i])
+            self._open[i] = open(self.paths[i], "rb", buffering=0)
             if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
+                self._open.popitem(last=False)[1].close()
         self._open.move_to_end(i)
         return self._open[i]
 
@@ -367,7 +370,7 @@ class WindowLoader:
         """Inputs and targets of the windows `ids` (B,): x and y, int64 (B, T), y one token ahead of x."""
         tokens = np.empty((len(ids), self.T + 1), dtype=TOKEN)  # (B, T+1)
         for row in np.argsort(ids, kind="stable").tolist():  # in file order: a shard is opened once
-            tokens[row] = self.stream.read(int(ids[row]) * self.T, self.T + 1)
+            self.stream.read_into(int(ids[row]) * self.T, tokens[row])
         if len(ids) and tokens.max() >= self.n_vocab:
             row, column = np.argwhere(tokens >= self.n_vocab)[0].tolist()
             path, offset = self.stream.locate(int(ids[row]) * self.T + column)
