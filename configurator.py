@@ -15,7 +15,9 @@ comments. Writes nothing.
 """
 
 import difflib
+import errno
 import math
+import os
 import sys
 import tokenize
 import types
@@ -44,7 +46,7 @@ def configure(namespace: dict, argv: list[str] | None = None) -> dict:
     settings = _settings(namespace)
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(help_text(namespace, settings))
+        print(help_text(namespace, settings), flush=True)
         sys.exit(0)
     resolved = {key: namespace[key] for key in settings}
     for arg in argv:
@@ -168,7 +170,11 @@ def help_text(namespace: dict, settings: dict) -> str:
 
 
 def _exit_with_message(kind, error, traceback):
-    if not issubclass(kind, UserError):
+    if kind is BrokenPipeError:  # `... | head` has read enough
+        os._exit(1)
+    if kind is OSError and error.errno == errno.ENOSPC:
+        error = f"no space left on the disk ({error.filename or 'while writing'}); free some, then run again"
+    elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, traceback)
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)  # a SystemExit raised inside the hook sets the exit code

@@ -16,7 +16,7 @@ import numpy as np
 
 from configurator import UserError, configure
 
-log_dir = "log"  # folder with log.txt, or a log file itself; several separated by commas
+log_dir = "log"  # a run's folder with log.txt, or a log file itself; several separated by commas
 out = ""  # the figure; empty = log_plot.png beside the first log
 model_size = ""  # 124M|350M|774M|1558M: draw that size's published baselines, for FineWeb; empty = none
 
@@ -85,6 +85,9 @@ def draw(logs: dict[str, dict], out_path: Path) -> None:
             steps, values = np.array(sorted(streams["hella"].items())).T
             axes[0, 1].plot(steps, values, color=color, marker="o", markersize=3,
                             label=f"{name} (last {values[-1]:.3f})")
+        if "unigram" in streams:
+            loss_axis.axhline(streams["unigram"][0], color="gray", linestyle=":",
+                              label=f"unigram model on {name}'s val ({streams['unigram'][0]:.2f})")
     if model_size in VAL_LOSS_GPT2:
         loss_axis.axhline(VAL_LOSS_GPT2[model_size], color="red", linestyle=":",
                           label=f"OpenAI GPT-2 {model_size} on FineWeb val ({VAL_LOSS_GPT2[model_size]:.2f})")
@@ -123,13 +126,12 @@ def main() -> None:
         raise UserError(f"model_size={model_size!r}: wanted one of {', '.join(HELLASWAG_GPT2)}, "
                         f"or nothing for no baselines")
     paths = [find_log(name) for name in log_dir.split(",")]
-    logs = {path.parent.name or path.name: parse_log(path) for path in paths}
+    logs = {str(path.parent if path.name == "log.txt" else path): parse_log(path) for path in paths}
     out_path = Path(out) if out else paths[0].parent / "log_plot.png"
     draw(logs, out_path)
     for name, streams in logs.items():
-        finals = [f"{stream} {list(values.values())[-1]:.4f}" for stream, values in streams.items()
-                  if stream in ("train", "val")]
-        print(f"{name}: {', '.join(finals) or 'no losses yet'}")
+        last = [f"{stream} {list(values.values())[-1]:.6g}" for stream, values in streams.items()]
+        print(f"{name}, last values: {', '.join(last) or 'none yet'}")
     print(f"figure: {out_path}")
 
 

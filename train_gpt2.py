@@ -110,6 +110,9 @@ def sum_over_ranks(*values):
 
 
 # ---- data
+for key in ("batch_size", "block_size", "max_steps", "keep_checkpoints", "val_tokens", "num_samples"):
+    if config[key] < 1:
+        raise UserError(f"{key}={config[key]}: wanted 1 or more")
 B, T = batch_size, block_size
 train_stream, val_stream = TokenStream(data_dir, "train"), TokenStream(data_dir, "val")
 tok = load_tokenizer(tokenizer)
@@ -133,7 +136,7 @@ if num_epochs > 0:
     max_steps = config["max_steps"] = math.floor(num_epochs * train_loader.steps_per_epoch)
 if not 0 <= warmup_steps <= max_steps or max_steps < 1:
     raise UserError(f"warmup_steps={warmup_steps}, max_steps={max_steps}: "
-                    f"wanted 0 <= warmup_steps <= max_steps and at least one step; "
+                    f"wanted 0 <= warmup_steps <= max_steps, and 1 step or more; "
                     f"an epoch of this data is {train_loader.steps_per_epoch:.2f} steps")
 
 
@@ -231,6 +234,8 @@ say(f"step: {batch_tokens:,} tokens = {grad_accum_steps} micro-steps of {B} x {T
     f"on {world_size} process(es); {max_steps:,} steps, starting at {start_step}")
 if master_process:
     unigram = unigram_loss()
+    if start_step == 0:
+        log(0, unigram=unigram)
     say(f"to beat: {math.log(tok.n_vocab):.4f} for guessing, "
         f"{unigram:.4f} for a unigram model on the same val tokens")
 

@@ -165,6 +165,16 @@ def test_a_mistake_exits_2_without_a_traceback(tmp_path):
     assert done.stderr == f"error: flag --batchsize=8: {message}\n"
 
 
+def test_a_full_disk_exits_2_and_a_closed_pipe_is_quiet(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"{SCRIPT}\nopen('/dev/full', 'wb', buffering=0).write(b'x')\n", encoding="utf-8")
+    for command, code, words in [(f"{sys.executable} {script}", 2, "no space left on the disk"),
+                                 (f"{sys.executable} {script} --help | true", 0, "")]:
+        done = subprocess.run(command, shell=True, capture_output=True, text=True,
+                              env={"PYTHONPATH": str(ROOT)})
+        assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+
+
 def test_help_lists_key_type_default_and_comment(tmp_path):
     done = run(tmp_path, "--help")
     assert done.returncode == 0

@@ -579,3 +579,20 @@ def test_python_corpus_order_is_not_the_file_systems(tmp_path, monkeypatch):
 ])
 def test_worth_learning(text, worth):
     assert fineweb.worth_learning(text) == worth
+
+
+def test_ids_of_the_whole_embedded_corpus_are_tiktokens():
+    """Every document of this Python installation: 100M tokens or more, where torch and numba are installed."""
+    tok = load_tokenizer("gpt2")
+    encoding, n_documents = tok.to_tiktoken(), 0
+    facts, chunks = fineweb.python_source(seed=0)
+    for chunk in chunks():
+        for text, offsets in chunk.read(*chunk.args):
+            ids, id_offsets = tok.encode_documents(text, offsets)
+            for d in range(len(offsets) - 1):
+                document = text[offsets[d]:offsets[d + 1]].tobytes().decode("utf-8")
+                expected = encoding.encode_to_numpy(document, disallowed_special=())
+                assert ids[id_offsets[d]] == tok.eot
+                assert np.array_equal(ids[id_offsets[d] + 1:id_offsets[d + 1]], expected), document[:200]
+                n_documents += 1
+    assert n_documents == facts["documents"] > 1000

@@ -50,7 +50,8 @@ def test_a_figure_is_drawn(tmp_path, hella, model_size):
     write_log(tmp_path / "log", hella)
     done = plot(tmp_path, f"--model_size={model_size}")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"log: train 2.5119, val {10.5 * 76**-0.3:.4f}\nfigure: log/log_plot.png\n"
+    last = f"train 2.51189, val {10.5 * 76**-0.3:.6g}{', hella 0.325' if hella else ''}"
+    assert done.stdout == f"log, last values: {last}\nfigure: log/log_plot.png\n"
     assert (tmp_path / "log" / "log_plot.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["log.txt", "log_plot.png"]
 
@@ -61,7 +62,7 @@ def test_several_runs_in_one_figure(tmp_path):
     done = plot(tmp_path, "--log_dir=a,b/log.txt", "--out=plots/both.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "plots" / "both.png").exists()
-    assert "a: train" in done.stdout and "b: train" in done.stdout
+    assert "a, last values: train" in done.stdout and "b, last values: train" in done.stdout
 
 
 def test_mistakes_exit_2(tmp_path):
