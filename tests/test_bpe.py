@@ -1,0 +1,476 @@
+"""
+The tokenizer against tiktoken and against a slow twin in plain Python.
+
+    python -m pytest tests/test_bpe.py
+
+Reads the corpora under GPT2_SHARED_DATA where that is set, and GPT-2's vocabulary, else
+bootstrapped.
+"""
+
+import base64
+import hashlib
+import importlib.metadata
+import itertools
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bpe
+from bpe import load_tokenizer, tokenizer_from_ranks
+from configurator import UserError
+
+REPO = Path(__file__).parent.parent
+DATA = Path(os.environ["GPT2_SHARED_DATA"]) if "GPT2_SHARED_DATA" in os.environ else None
+# Where it is set and a file is missing, that is a failure.
+needs_data = pytest.mark.skipif(DATA is None, reason="GPT2_SHARED_DATA is not set")
+
+# How many members each class has and the sha256 of them (UTF-8, by code point) in tiktoken 0.14.0. A
+# release that changes a class changes the tokens of texts that hold its characters.
+CLASSES = {
+    bpe.LETTER: (141028, "8192a1dcc0cae66ef7888a27dc546e3c758d994435fa88302acf52cb50e66292"),
+    bpe.NUMBER: (1911, "08fc258c1e391e3d68efae939d8a1cc3cc7bc91c6290006133415a192b9b2a55"),
+    bpe.SPACE: (25, "c15308e40d85febdfed0e22e587f8319ce6609a2a09b062ca7238df2a065fafd"),
+}
+
+# A vocabulary of 256 bytes and 14 more tokens. Merging pairs never makes "xyz", only looking up whole pieces.
+SMALL_MERGES = [b"ab", b"bc", b"cd", b"abcd", b" a", b"aa", b"aaaa", b"\xc3\xa9", b"  ", b"th", b"he", b"the",
+                b"xyz", b"'s"]
+SMALL_RANK_FILE = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in
+                           enumerate([bytes([byte]) for byte in reversed(range(256))] + SMALL_MERGES))
+
+gpt2 = load_tokenizer("gpt2" if DATA is None else str(DATA / "tokenizer" / "gpt2.tiktoken"))
+small = tokenizer_from_ranks(SMALL_RANK_FILE, "small")
+TIKTOKEN = {tokenizer: tokenizer.to_tiktoken() for tokenizer in (gpt2, small)}
+
+ALPHABETS = [
+    st.characters(),  # any, lone surrogates included
+    st.sampled_from(" \t\n\r\x0b\x0c\x1c\x85\xa0\u2003\u3000a1.'"),  # spaces of one, two and three bytes
+    st.sampled_from("'\u2019sStTmdlvre aZ1\n"),  # contractions, and what only looks like them
+    st.sampled_from("0123456789٣²½Ⅷ ,.xé"),  # numbers
+    st.sampled_from("abcdeth é\x00_-\u0301\U0001f600東"),
+]
+texts = st.one_of([st.text(alphabet, max_size=80) for alphabet in ALPHABETS])
+
+
+def pack(documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Documents -> (text, offsets) as encode_documents wants them."""
+    offsets = np.cumsum([0, *map(len, documents)])
+    return np.frombuffer(b"".join(documents), np.uint8), offsets
+
+
+def check(tokenizer, text: str):
+    """The ids are tiktoken's and decode to the text."""
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == TIKTOKEN[tokenizer].encode_ordinary(text)
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
+    assert tokenizer.decode(ids) == whole
+
+
+def check_documents(tokenizer, documents: list[bytes]):
+    """Each document is the end-of-text id and tiktoken's ids of it as Python decodes it."""
+    ids, id_offsets = tokenizer.encode_documents(*pack(documents))
+    assert ids.dtype == np.uint16 and id_offsets.dtype == np.int64
+    decoded = [document.decode("utf-8", errors="replace") for document in documents]
+    expected = [[tokenizer.eot, *TIKTOKEN[tokenizer].encode_ordinary(text)] for text in decoded]
+    assert id_offsets.tolist() == np.cumsum([0, *map(len, expected)]).tolist()
+    assert ids.tolist() == list(itertools.chain.from_iterable(expected))
+
+
+def slow_twin(tokens: list[bytes], text: str) -> list[int]:
+    """Ids of ASCII text by GPT-2's original pattern and textbook merging, in plain Python."""
+    import re
+
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    ids = []
+    for piece in re.findall(pattern, text, re.ASCII):
+        parts = [piece.encode()] if piece.encode() in ranks else [bytes([byte]) for byte in piece.encode()]
+        while len(parts) > 1:
+            rank, i = min((ranks.get(parts[i] + parts[i + 1], 1 << 20), i) for i in range(len(parts) - 1))
+            if rank == 1 << 20:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        ids += [ranks[part] for part in parts]
+    return ids
+
+
+# ---- ids -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", [
+    "xyz", "1xyz xyz(xyz)", "", " ", "  ", "\n", "a", "'", "''", "it's 'twas I'll they're we've I'm he'd",
+    "IT'S don'T", "'S'LL'Ve",
+    "a'sb 's ''s '' s'", "'l 'v 'r 'le 'lll", "x  y   z\n\n  w \t\n", "end  ", "end\n", "12 345  6 7a8", " 1",
+    "<|endoftext|>", "a<|endoftext|>b <|endoftext|>", "é ñ 東京 ½ ٣٤", "\u00a0a\u00a0\u00a0b \u00a0",
+    "a \u3000b", "\u3000\u3000", "\x00", "a\x00", "a\x00\x00 \x00b", "\ud800", "a\ud83d\ude00b\udc00",
+    "👩‍👩‍👧", "e\u0301 \u0301",
+])  # fmt: skip
+def test_chosen_texts(text):
+    check(gpt2, text)
+    check(small, text)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(texts)
+def test_any_text(text):
+    check(gpt2, text)
+    check(small, text)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(texts, max_size=6))
+def test_any_documents(documents):
+    check_documents(gpt2, [document.encode("utf-8", "replace") for document in documents])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(st.sampled_from("abcdethxyzAZ019 '.,_-\t\n\x00slmrv"), max_size=120))
+def test_slow_twin(text):
+    assert small.encode(text).tolist() == slow_twin(small.tokens[:-1], text)
+    assert gpt2.encode(text).tolist() == slow_twin(gpt2.tokens[:-1], text)
+
+
+@pytest.mark.parametrize("before, after",
+                         [("", ""), ("a", "b"), (" ", ""), (" ", " "), ("1", "\n"), ("  ", "!")])
+def test_every_code_point(before, after):
+    documents = [before + chr(code) + after for code in range(0x110000) if not 0xD800 <= code <= 0xDFFF]
+    text = "\n".join(documents)  # as one text: tiktoken takes a minute for a million calls
+    assert gpt2.encode(text).tolist() == TIKTOKEN[gpt2].encode_ordinary(text)
+
+
+def test_every_code_point_alone():
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code <= 0xDFFF]
+    ids, id_offsets = gpt2.encode_documents(*pack([character.encode() for character in characters]))
+    assert np.array_equal(ids[id_offsets[:-1]], np.full(len(characters), gpt2.eot))
+    without_eot = np.delete(ids, id_offsets[:-1])
+    assert gpt2.decode_bytes(without_eot) == "".join(characters).encode()
+    for i in range(0, len(characters), 97):
+        expected = TIKTOKEN[gpt2].encode_ordinary(characters[i])
+        assert ids[id_offsets[i] + 1:id_offsets[i + 1]].tolist() == expected
+
+
+LONG = 1_000_000
+LONG_TEXTS = {
+    "a": "a" * LONG, "^": "^" * LONG, "blank": " " * LONG, "newline": "\n" * LONG, "_": "_" * LONG,
+    "letters": "".join(map(chr, np.random.default_rng(1).integers(97, 123, LONG))),
+    "digits": "".join(map(chr, np.random.default_rng(2).integers(48, 58, LONG))),
+    "cjk": "".join(map(chr, np.random.default_rng(3).integers(0x4E00, 0x9FA6, LONG // 3))),
+    "nul": "\x00" * LONG,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG_TEXTS)
+def test_long_runs(name):
+    """One piece of a million bytes: tokens as tiktoken's, in far less than quadratic time."""
+    expected = np.array(TIKTOKEN[gpt2].encode_ordinary(LONG_TEXTS[name]), np.uint16)
+    assert np.array_equal(gpt2.encode(LONG_TEXTS[name]), expected)
+
+
+def test_long_blank_before_a_word():
+    """Where tiktoken 0.14 panics (a limit on backtracking): the last blank goes with the word."""
+    expected = [*gpt2.encode(" " * (LONG - 1)), *TIKTOKEN[gpt2].encode_ordinary(" word")]
+    assert gpt2.encode(" " * LONG + "word").tolist() == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 200), st.sampled_from(["a", "_", " ", "-=", "abcd", "é", "0x1f"]), st.integers(0, 20))
+def test_piece_lengths(length, unit, shift):
+    """Around the edges of a word (8), two words (16) and SHORT_PIECE (64), at every distance from the end."""
+    check(gpt2, "x" * shift + " " + unit * length + "!")
+    check(small, "x" * shift + " " + unit * length)
+
+
+def test_cache_of_pieces():
+    """Pieces from the cache equal fresh ones, when many share a slot and differ in one part of the key."""
+    suffixes = ["".join(letters) for letters in itertools.product("abcdefghijklmnop", repeat=4)]
+    same_head = [f"1 abcdefg{suffix}" for suffix in suffixes]
+    same_tail = [f"1 {suffix}xyzabcdefgh" for suffix in suffixes]
+    same_but_length = ["1" + "\x00" * (i % 17) + " 22" + "\x00" * (i % 11) for i in range(1000)]
+    text = " ".join(same_head + same_tail + same_but_length)
+    expected = TIKTOKEN[gpt2].encode_ordinary(text)
+    for _ in range(2):
+        assert gpt2.encode(text).tolist() == expected
+
+
+@needs_data
+def test_shakespeare():
+    text = (DATA / "shakespeare" / "input.txt").read_text(encoding="utf-8")
+    check(gpt2, text)
+    assert len(gpt2.encode(text)) == 338_025  # published with run B
+
+
+@needs_data
+def test_openstax_from_arrow():
+    """All 4,609 sections straight from Arrow's buffers, one call per row group."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    tokens = documents = 0
+    for column in parquet.read_table(DATA / "openstax" / "openstax.parquet", columns=["text"])["text"].chunks:
+        _, offsets, text = column.buffers()
+        width = np.int64 if "large" in str(column.type) else np.int32
+        offsets = np.frombuffer(offsets, width)[column.offset:column.offset + len(column) + 1]
+        ids, id_offsets = gpt2.encode_documents(np.frombuffer(text, np.uint8), offsets)
+        expected = [[gpt2.eot, *TIKTOKEN[gpt2].encode_ordinary(document.as_py())] for document in column]
+        assert id_offsets.tolist() == np.cumsum([0] + [len(row) for row in expected]).tolist()
+        assert np.array_equal(ids, np.concatenate(expected))
+        tokens, documents = tokens + len(ids) - len(column), documents + len(column)
+    assert (tokens, documents) == (15_353_736, 4_609)
+
+
+def test_python_source():
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    check_documents(gpt2, [source.read_bytes() for source in sources])
+
+
+def test_tables_find_what_is_there_and_nothing_else():
+    """Small open-addressing tables, whose runs of full slots often go round the end."""
+    generator = np.random.default_rng(4)
+    for _ in range(300):
+        keys = generator.choice(1 << 16, 8, replace=False).astype(np.uint64)
+        left, right = keys >> np.uint64(8), keys & np.uint64(255)
+        entries = left << np.uint64(32) | right << np.uint64(16) | np.uint64(7)
+        pairs = np.zeros(bpe.table_size(7), np.uint64)
+        bpe.fill_pairs(entries[:7], pairs)
+        found = [bpe.find_pair(int(left[i]), int(right[i]), pairs) for i in range(8)]
+        assert found == [7] * 7 + [bpe.NO_MERGE]
+
+        blob = keys.view(np.uint8)  # 8 tokens of 8 bytes
+        vocab = np.full(bpe.table_size(7), -1, np.int32), blob, np.arange(0, 64, 8)
+        assert bpe.fill_vocab(vocab) == -1
+        assert [bpe.find_token(blob, 8 * i, 8 * i + 8, vocab)[0] for i in range(8)] == [*range(7), -1]
+
+
+# ---- documents, bytes that are not UTF-8 ---------------------------------------
+
+almost_utf8 = st.lists(st.sampled_from(
+    [b"a", b" ", b"\x80", b"\xc2", b"\xc0\x80", b"\xe0\xa0", b"\xed\xa0\x80", b"\xed\x9f\xbf",
+     b"\xf0\x90\x80", b"\xf4\x90", b"\xf4\x8f\xbf\xbf", b"\xe2\x80\x99", b"\xff", b"\xc2\xa0"]),
+    max_size=12).map(b"".join)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.lists(st.one_of(st.binary(max_size=24), almost_utf8), max_size=4))
+def test_invalid_utf8(documents):
+    check_documents(gpt2, documents)
+    check_documents(small, documents)
+
+
+def test_every_lead_and_second_byte():
+    """One document a call: among others, one that is wrongly taken for valid is put right with them."""
+    for lead, second in itertools.product(range(0xC0, 0x100), range(0x7E, 0xC2)):
+        for tail in (b"", b"\x80", b"\x80\x80", b"\xbfa"):
+            check_documents(gpt2, [bytes([lead, second]) + tail])
+
+
+@pytest.mark.parametrize("character", ["é", "東", "\U0001f600", "\u00a0"])
+def test_character_cut_by_an_offset(character):
+    data = f"ab{character}cd".encode()
+    for cut in range(len(data) + 1):
+        check_documents(gpt2, [data[:cut], data[cut:]])
+
+
+def test_offsets_need_not_cover_the_text():
+    text = np.frombuffer(b"skip this hello skip", np.uint8)
+    ids, id_offsets = gpt2.encode_documents(text, np.array([9, 9, 15], np.int32))
+    assert ids.tolist() == [gpt2.eot, gpt2.eot, *TIKTOKEN[gpt2].encode_ordinary(" hello")]
+    assert id_offsets.tolist() == [0, 1, 3]
+
+
+def test_no_documents():
+    ids, id_offsets = gpt2.encode_documents(np.empty(0, np.uint8), np.array([0]))
+    assert len(ids) == 0 and id_offsets.tolist() == [0]
+
+
+@pytest.mark.parametrize("text, offsets", [
+    (b"abc", [0, 4]), (b"abc", [-1, 3]), (b"abc", [2, 1, 3]), (b"abc", []), (b"abc", [0.0, 3.0]),
+    (b"abc", [[0, 3]]), (b"abc", [0, 2**63 - 1, -2, 3]), (b"abc", [0, 9, 3]), ("utf-16", [0, 3]),
+])  # fmt: skip
+def test_bad_arguments(text, offsets):
+    text = np.frombuffer(text, np.uint8) if isinstance(text, bytes) else np.zeros(3, np.uint16)
+    with pytest.raises(ValueError, match="wanted"):
+        gpt2.encode_documents(text, np.array(offsets))
+
+
+# ---- decode, description, other processes --------------------------------------
+
+def test_decode():
+    ids = gpt2.encode("naïve 東京")
+    assert gpt2.decode(ids.tolist()) == gpt2.decode(iter(ids)) == gpt2.decode(ids) == "naïve 東京"
+    assert gpt2.decode([gpt2.eot]) == bpe.EOT_TEXT and gpt2.decode_bytes([]) == b""
+    assert gpt2.decode(ids[:-1]).endswith("\ufffd")  # the last character's bytes are not all there
+    for bad in (-1, gpt2.n_vocab):
+        with pytest.raises(ValueError, match=f"id {bad} .*wanted 0 to 50256"):
+            gpt2.decode([5, bad])
+
+
+def test_description():
+    assert (gpt2.name, gpt2.n_vocab, gpt2.eot, gpt2.sha256) == ("gpt2", 50257, 50256, bpe.GPT2_SHA256)
+    lengths = gpt2.token_bytes()
+    assert lengths.dtype == np.int64 and lengths.shape == (50257,) and lengths[gpt2.eot] == 0
+    text = "It's naïve, 東京!"
+    assert lengths[gpt2.encode(text)].sum() == len(text.encode())
+
+
+def encode_elsewhere(tokenizer):
+    return tokenizer.encode("as good as new").tolist()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes(method):
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(encode_elsewhere, [small] * 4) == [small.encode("as good as new").tolist()] * 4
+    assert pickle.loads(pickle.dumps(small)).sha256 == small.sha256
+
+
+def test_character_classes():
+    classes = bpe.unicode_classes()
+    for kind, expected in CLASSES.items():
+        members = "".join(map(chr, np.flatnonzero(classes == kind))).encode()
+        found = int((classes == kind).sum()), hashlib.sha256(members).hexdigest()
+        version = importlib.metadata.version("tiktoken")
+        assert found == expected, f"tiktoken {version}: class {kind} is not 0.14.0's: other tokens"
+
+
+def test_old_tiktoken_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.12.0")
+    with pytest.raises(UserError, match=r"0\.12\.0 is installed, wanted 0\.13 or later: pip install"):
+        bpe.unicode_classes()
+
+
+# ---- rank files ----------------------------------------------------------------
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda lines: [*lines, b"not base64! 270"], "line 271.*wanted a token in base64"),
+    (lambda lines: [*lines, b"YWI="], "line 271"),
+    (lambda lines: [*lines, b"YWI= x"], "line 271"),
+    (lambda lines: [*lines, b"YWJj 3"], "line 271: rank 3 occurs twice"),
+    (lambda lines: [*lines, b"YWJj 271"], "no rank 270"),
+    (lambda lines: [*lines, b"YWI= 270"], "token b'ab' of rank 270"),
+    (lambda lines: lines[1:], "no rank 0"),
+    (lambda lines: [b"eHl4eQ== 0", *lines[1:]], r"lacks 1 of the 256 single bytes, first b'\\xff'"),
+    (lambda lines: lines + [base64.b64encode(b"%07d" % rank) + b" %d" % rank for rank in range(270, 65537)],
+     "65537 ranks, wanted at most 65535"),
+    (lambda lines: [], "lacks 256"),
+])  # fmt: skip
+def test_bad_rank_files(damage, message):
+    with pytest.raises(UserError, match=message):
+        tokenizer_from_ranks(b"\n".join(damage(SMALL_RANK_FILE.splitlines())), "mine")
+
+
+def test_largest_vocabulary():
+    lines = SMALL_RANK_FILE.splitlines()
+    lines += [base64.b64encode(b"%06x" % rank) + b" %d" % rank for rank in range(len(lines), 65535)]
+    large = tokenizer_from_ranks(b"\r\n".join(lines), "large")
+    assert (large.n_vocab, large.eot) == (65536, 65535)
+    text = "00fffe 00ffff 000110 ab'00ffxy"
+    assert large.encode(text).tolist() == large.to_tiktoken().encode_ordinary(text)
+
+
+def test_load_tokenizer_from_a_path(tmp_path):
+    (tmp_path / "my_words.tiktoken").write_bytes(SMALL_RANK_FILE)
+    tokenizer = load_tokenizer(str(tmp_path / "my_words.tiktoken"))
+    assert (tokenizer.name, tokenizer.n_vocab, tokenizer.rank_file) == ("my_words", 271, SMALL_RANK_FILE)
+    with pytest.raises(UserError, match="no such file; wanted gpt2 or the path"):
+        load_tokenizer(str(tmp_path / "absent"))
+
+
+# ---- bootstrap -----------------------------------------------------------------
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and no way to fetch anything: a dead proxy, a pip without an index."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    for scheme in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(scheme, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    return folder
+
+
+def test_cached_vocabulary_is_used(cache):
+    cache.mkdir()
+    (cache / bpe.GPT2_CACHE_NAME).write_bytes(gpt2.rank_file)
+    assert load_tokenizer("gpt2").sha256 == bpe.GPT2_SHA256
+
+
+def test_damaged_cache_is_fetched_again(cache, monkeypatch, capsys):
+    cache.mkdir()
+    (cache / bpe.GPT2_CACHE_NAME).write_bytes(gpt2.rank_file[:-1])
+    monkeypatch.setattr(bpe, "fetch_with_tiktoken", lambda: gpt2.rank_file)
+    assert bpe.gpt2_rank_file() == gpt2.rank_file
+    assert "tiktoken's cache: damaged" in capsys.readouterr().err
+    assert [path.name for path in cache.iterdir()] == [bpe.GPT2_CACHE_NAME]  # no temporary file left
+    assert (cache / bpe.GPT2_CACHE_NAME).read_bytes() == gpt2.rank_file
+
+
+def test_a_wrong_download_is_not_kept(cache, monkeypatch):
+    monkeypatch.setattr(bpe, "fetch_with_tiktoken", lambda: b"a captive portal")
+    with pytest.raises(UserError, match="tiktoken's download: damaged"):
+        bpe.gpt2_rank_file()
+    assert not cache.exists()
+
+
+def test_no_source_at_all(cache):
+    done = subprocess.run([sys.executable, REPO / "bpe.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    sources = "tiktoken's cache: ", "tiktoken's download: ", "by pip: "
+    for wanted in (*sources, str(cache / bpe.GPT2_CACHE_NAME), bpe.GPT2_SHA256):
+        assert wanted in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_silent_source_is_given_up(cache, monkeypatch):
+    monkeypatch.setattr(bpe, "DOWNLOAD_SECONDS", 0.2)
+    with pytest.raises(OSError, match=r"no answer within 0\.2 seconds"):
+        bpe.run_python(["-c", "import time; time.sleep(60)"])
+
+
+def test_fetch_with_tiktoken(monkeypatch, tmp_path):
+    """The rank file rebuilt from tiktoken's ranks has the same bytes (tiktoken finds it in a cache here)."""
+    (tmp_path / bpe.GPT2_CACHE_NAME).write_bytes(gpt2.rank_file)
+    run_python = bpe.run_python
+
+    def run_with_cache(arguments, **environment):
+        return run_python(arguments, TIKTOKEN_CACHE_DIR=str(tmp_path))
+
+    monkeypatch.setattr(bpe, "run_python", run_with_cache)
+    assert bpe.fetch_with_tiktoken() == gpt2.rank_file
+
+
+def test_cache_switched_off_or_not_writable(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bpe, "fetch_with_tiktoken", lambda: gpt2.rank_file)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    assert bpe.gpt2_rank_file() == gpt2.rank_file
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file"))  # a file where the folder should be
+    assert bpe.gpt2_rank_file() == gpt2.rank_file
+    assert "could not keep" in capsys.readouterr().err
+
+
+def test_script(tmp_path):
+    path = tmp_path / "small.tiktoken"
+    path.write_bytes(SMALL_RANK_FILE)
+    done = subprocess.run([sys.executable, REPO / "bpe.py", f"--tokenizer={path}"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(path) in done.stdout and "ids equal tiktoken's" in done.stdout
+
+
+def test_bounds(tmp_path):
+    """No kernel indexes outside an array: the tests of odd texts again, with numba's bounds checks."""
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    names = "chosen or any_documents or piece_lengths or invalid_utf8 or cut_by or cover or bad_arguments"
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", names],
+                          cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
