@@ -32,13 +32,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import uuid
 from pathlib import Path
 
 import numpy as np
 from numba import njit
 
 from configurator import UserError, configure
+from shards import write_atomically
 
 EOT_TEXT = "<|endoftext|>"
 # tiktoken's pattern of gpt2 and r50k_base; only to build the equivalent tiktoken.Encoding: the kernels
@@ -719,8 +719,9 @@ def gpt2_rank_file() -> bytes:
                         f"    {path}\nor name it with --tokenizer=FILE, and run this again.")
     if read is not read_cached and cache_file() is not None:
         try:
+            cache_file().parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cache_file(), data)
-        except OSError as error:  # the vocabulary is here and right; but the next start will fetch it again
+        except (OSError, UserError) as error:  # the vocabulary is here; the next start will fetch it again
             print(f"bpe.py: could not keep GPT-2's vocabulary in the cache: {error}", file=sys.stderr)
     return data
 
@@ -767,20 +768,6 @@ def run_python(arguments: list[str], **environment: str) -> bytes:
             lines = errors.read().decode(errors="replace").strip().splitlines()
             raise OSError(lines[-1].strip() if lines else f"exit code {done.returncode}")
         return output.read()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is whole or not there: temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 tokenizer = "gpt2"  # gpt2, or the path of a rank file in tiktoken's format: one `base64 rank` per line

@@ -10,6 +10,8 @@ Nothing is asked of the hardware before `resolve_device` is called, so that flag
 line, and only when compile was wanted and does not work here.
 """
 
+import ctypes
+import os
 import platform
 from dataclasses import dataclass
 
@@ -118,6 +120,7 @@ def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = Fa
             raise UserError("device=mps: this torch sees no MPS device; try --device=cpu")
         name, auto_dtype = f"Apple {platform.machine()}", "float32"
     elif resolved.type == "cpu":
+        _keep_freed_memory()
         name = _cpu_name()
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         auto_dtype = "bfloat16" if has_bf16 else "float32"
@@ -127,6 +130,21 @@ def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = Fa
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: wanted auto, {', '.join(DTYPES)}")
     return Device(resolved, DTYPES[dtype], compile and _compile_works(resolved), name)
+
+
+def _keep_freed_memory():
+    """Let torch reuse the memory of large tensors from step to step; without effect where libc is not glibc.
+
+    By default glibc hands every large freed buffer back to the system, and the next step waits for zeroed
+    pages of 4 kB again: of the logits alone, hundreds of MB.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for 2 MB pages for large tensors
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large buffers
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+    except (OSError, AttributeError):
+        pass
 
 
 def _compile_works(device):
