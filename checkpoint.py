@@ -8,7 +8,8 @@ Checkpoints: written whole or not at all, loaded without running code, enough on
 A checkpoint is a dict of tensors and plain containers:
     model, optimizer, scaler   state dicts; model has the keys of the bare GPT, compiled or not, DDP or not
     step                       optimizer steps done
-    val_loss, best             nats per token at this step or None; {"step", "val_loss"} of the best one kept
+    train_loss, val_loss       nats per token: of the last step's batch; after it, on the validation tokens
+    best                       {"step", "val_loss"} of the best checkpoint so far
     config, model_config       the script's settings as resolved; the fields of GPTConfig
     tokenizer                  {"name", "sha256", "rank_file"}; rank_file is None for GPT-2's own
     data                       fingerprint of the training tokens
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from bpe import Tokenizer, load_tokenizer, tokenizer_from_ranks
+from bpe import GPT2_SHA256, Tokenizer, load_tokenizer, tokenizer_from_ranks
 from configurator import UserError
 from model import GPT, GPTConfig
 
@@ -35,8 +36,10 @@ FORMAT = "gpt2-checkpoint-1"
 
 
 def save_checkpoint(log_dir: str | Path, step: int, state: dict) -> Path:
-    """Write `state` to LOG_DIR/ckpt_{step:07d}.pt by way of a temporary name; a crash leaves the old files
-    alone."""
+    """Write `state` to LOG_DIR/ckpt_{step:07d}.pt by way of a temporary name; a crash leaves the old files.
+
+    Raises UserError when the disk is full or the folder cannot be written.
+    """
     path = Path(log_dir) / f"ckpt_{step:07d}.pt"
     temporary = path.with_suffix(".tmp")
     try:
@@ -45,24 +48,26 @@ def save_checkpoint(log_dir: str | Path, step: int, state: dict) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise  # of the device, say; torch's writer wraps a full disk in a RuntimeError too
         raise UserError(f"checkpoint {path} could not be written ({error}); free disk space, then continue "
                         f"with --resume; the checkpoints already in {log_dir} are whole") from error
     return path
 
 
 def prune_checkpoints(log_dir: str | Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the one at `best_step`."""
+    """Remove all but the newest `keep` >= 1 checkpoints and the one at `best_step`."""
     for path in list_checkpoints(log_dir)[:-keep]:
-        if _step(path) != best_step:
+        if step_of(path) != best_step:
             path.unlink()
 
 
 def list_checkpoints(log_dir: str | Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     found = (path for path in Path(log_dir).glob("ckpt_*.pt") if re.fullmatch(r"ckpt_\d+\.pt", path.name))
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -84,16 +89,16 @@ def load_checkpoint(path: str | Path) -> dict:
             print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
     found = f"{len(candidates)} damaged ones" if candidates else "none"
     raise UserError(f"checkpoint {path}: wanted a folder with a whole ckpt_*.pt, got {found}; "
-                    f"name another with --checkpoint=, or train one with make demo")
+                    f"name another, or train one with make demo")
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
     """The model of a checkpoint, in eval mode on `device`, and the checkpoint itself (on the CPU)."""
     state = load_checkpoint(path)
-    model = GPT(GPTConfig(**state["model_config"]))
     try:
+        model = GPT(GPTConfig(**state["model_config"]))
         model.load_state_dict(state["model"], strict=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"checkpoint {path}: its tensors do not fit its own model_config: {error}") from error
     return model.to(device).eval(), state
 
@@ -102,13 +107,13 @@ def checkpoint_tokenizer(state: dict) -> Tokenizer:
     """The tokenizer a checkpoint was trained with: its own rank file, or GPT-2's."""
     saved = state["tokenizer"]
     if saved["rank_file"] is None:
-        return load_tokenizer(saved["name"])
+        return load_tokenizer("gpt2")
     return tokenizer_from_ranks(saved["rank_file"].numpy().tobytes(), saved["name"])
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict:
     """What a checkpoint keeps of a tokenizer; the inverse of `checkpoint_tokenizer`."""
-    own = tokenizer.name != "gpt2"
+    own = tokenizer.sha256 != GPT2_SHA256
     rank_file = torch.frombuffer(bytearray(tokenizer.rank_file), dtype=torch.uint8) if own else None
     return {"name": tokenizer.name, "sha256": tokenizer.sha256, "rank_file": rank_file}
 
@@ -118,7 +123,8 @@ def describe_model(model: GPT) -> dict:
     return dataclasses.asdict(model.config)
 
 
-def _step(path):
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
     return int(path.stem.removeprefix("ckpt_"))
 
 

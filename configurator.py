@@ -43,6 +43,8 @@ def configure(namespace: dict, argv: list[str] | None = None) -> dict:
     the script. Raises UserError. --help prints the table of settings and exits 0.
     """
     sys.excepthook = _exit_with_message
+    if hasattr(sys.stdout, "reconfigure"):  # text of a model must not end a run where stdout is not UTF-8
+        sys.stdout.reconfigure(errors="replace")
     settings = _settings(namespace)
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
@@ -172,9 +174,15 @@ def help_text(namespace: dict, settings: dict) -> str:
 def _exit_with_message(kind, error, traceback):
     if kind is BrokenPipeError:  # `... | head` has read enough
         os._exit(1)
-    if kind is OSError and error.errno == errno.ENOSPC:
+    if kind is KeyboardInterrupt:
+        print("interrupted", file=sys.__stderr__, flush=True)
+        sys.exit(130)  # a SystemExit raised inside the hook sets the exit code; 128 + SIGINT
+    if issubclass(kind, OSError) and error.errno == errno.ENOSPC:
         error = f"no space left on the disk ({error.filename or 'while writing'}); free some, then run again"
+    elif issubclass(kind, OSError) and error.filename is not None:
+        error = f"{error.filename}: {error.strerror}; name another path, or mend this one"
     elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, traceback)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)  # a SystemExit raised inside the hook sets the exit code
+    # not sys.stderr: torch.distributed calls this hook with a buffer there, which a SystemExit would lose
+    print(f"error: {error}", file=sys.__stderr__, flush=True)
+    sys.exit(2)

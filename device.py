@@ -61,7 +61,7 @@ class Device:
     @property
     def fused(self) -> bool:
         """Whether AdamW has a one-pass kernel here."""
-        return self.type in ("cuda", "cpu")
+        return self.type in ("cuda", "cpu", "mps")
 
     def autocast(self):
         return torch.autocast(self.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -112,7 +112,6 @@ def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = Fa
                             f"or torchrun with at most {count} processes")
         resolved = torch.device("cuda", index)
         torch.cuda.set_device(resolved)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
         name = torch.cuda.get_device_name(resolved)
         auto_dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     elif resolved.type == "mps":
@@ -129,6 +128,8 @@ def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = Fa
     dtype = auto_dtype if dtype == "auto" else dtype
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: wanted auto, {', '.join(DTYPES)}")
+    if resolved.type == "cuda" and dtype != "float32":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     return Device(resolved, DTYPES[dtype], compile and _compile_works(resolved), name)
 
 

@@ -66,6 +66,8 @@ def main() -> None:
         raise UserError(f"num_samples={num_samples}, max_new_tokens={max_new_tokens}, "
                         f"temperature={temperature}, top_k={top_k}, top_p={top_p}: "
                         f"wanted at least 1, at least 1, at least 0, at least 0, and 0 < top_p <= 1")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed}: wanted 0 to 2**63 - 1")
     dev = resolve_device(device, dtype)
     model, state = load_model(checkpoint or newest_checkpoint(), dev.device)
     tok = checkpoint_tokenizer(state)

@@ -87,6 +87,8 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, nh, S, hs)
+        if x.device.type == "mps":  # which gets strided inputs wrong (pytorch #181133)
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         S = k.size(2)
         mask = None
         if 1 < T < S:  # a chunk after cached tokens: query t sees the keys up to S - T + t
@@ -240,7 +242,7 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: fl
     Degeneration"."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no overflow
     if 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)

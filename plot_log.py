@@ -6,7 +6,7 @@ Draw a run's log: train and validation loss on a log scale, HellaSwag accuracy b
     python plot_log.py --log_dir=log,log_b --out=plots/compare.png   # several runs in one figure
 
 Reads LOG_DIR/log.txt (`step stream value` per line; where a step occurs twice the later line counts), also
-the logs of build-nanogpt. Writes one PNG and prints its path and the final losses. Takes a few seconds.
+the logs of build-nanogpt. Writes one figure and prints its path and the last values. Takes a few seconds.
 """
 
 import os
@@ -17,7 +17,7 @@ import numpy as np
 from configurator import UserError, configure
 
 log_dir = "log"  # a run's folder with log.txt, or a log file itself; several separated by commas
-out = ""  # the figure; empty = log_plot.png beside the first log
+out = ""  # the figure, .png, .svg or .pdf; empty = log_plot.png beside the first log
 model_size = ""  # 124M|350M|774M|1558M: draw that size's published baselines, for FineWeb; empty = none
 
 # Quoted from build-nanogpt's notebook: loss of OpenAI's checkpoint on FineWeb-Edu's val shard; HellaSwag of
@@ -30,12 +30,15 @@ HELLASWAG_GPT3 = {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547}
 def parse_log(path: Path) -> dict[str, dict[int, float]]:
     """{stream: {step: value}} of a log file; raises UserError naming the line that does not parse."""
     streams = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # half a line: the run was killed while it wrote
+    for number, line in enumerate(lines, start=1):
         try:
             step, stream, value = line.split()
             streams.setdefault(stream, {})[int(step)] = float(value)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: got {line!r}, wanted `step stream value`; "
+            raise UserError(f"{path}, line {number}: got {line.rstrip()!r}, wanted `step stream value`; "
                             f"remove the line") from error
     return streams
 
@@ -107,8 +110,11 @@ def draw(logs: dict[str, dict], out_path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out_path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
+    temporary = out_path.with_name(f"{out_path.stem}.tmp{out_path.suffix}")
+    try:
+        figure.savefig(temporary, dpi=120)
+    except ValueError as error:  # matplotlib lists the suffixes it knows
+        raise UserError(f"out={out_path}: {error}; type --out=FIGURE.png") from error
     os.replace(temporary, out_path)
     plt.close(figure)
 

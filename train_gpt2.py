@@ -33,7 +33,7 @@ from bpe import load_tokenizer
 from configurator import UserError, configure
 from device import resolve_device
 from model import GPT, GPTConfig
-from shards import TokenStream, WindowLoader
+from shards import TokenStream, WindowLoader, write_atomically
 
 # ---- data and output
 data_dir = "edu_fineweb10B"  # folder of token shards, *_train_*.npy|bin and *_val_*.npy|bin
@@ -49,7 +49,7 @@ vocab_size = 0  # rows of wte; 0 = the tokenizer's ids rounded up to a multiple 
 dropout = 0.0  # 0 is right for one epoch of web text
 norm_position = "pre"  # pre (GPT-2) or post (the original transformer)
 # ---- batch
-batch_size = 32  # sequences per process per micro-step; halve it when memory runs out, the result is the same
+batch_size = 32  # sequences per process per micro-step; halve it when memory runs out: same tokens per step
 batch_tokens = 524_288  # tokens per optimizer step over all processes, 2**19; accumulation is derived
 # ---- schedule
 max_steps = 19_073  # optimizer steps; 10B tokens / batch_tokens
@@ -79,6 +79,18 @@ compile = True  # torch.compile the training step; off by itself, with a line, w
 peak_tflops = 0.0  # dense peak of one device for the MFU; 0 = from the table in device.py, or n/a
 seed = 1337  # of initial weights, data order, dropout and samples
 config = configure(globals())
+LEGAL = {  # lowest and highest value of the settings that nothing else checks
+    (1, math.inf): "batch_size block_size max_steps keep_checkpoints val_tokens num_samples max_new_tokens",
+    (0, math.inf): "vocab_size num_epochs target_loss warmup_steps min_lr weight_decay grad_clip peak_tflops "
+                   "val_interval checkpoint_interval sample_interval",
+    (min_lr, math.inf): "max_lr",
+    (0, 1 - 1e-9): "beta1 beta2",
+    (0, 2**63 - 1): "seed",
+}
+for (low, high), keys in LEGAL.items():
+    for key in keys.split():
+        if not low <= config[key] <= high:
+            raise UserError(f"{key}={config[key]}: wanted {low} to {high}; type --{key}=VALUE")
 
 
 # ---- processes and device: the only block that reads RANK and friends
@@ -86,9 +98,11 @@ world_size = int(os.environ.get("WORLD_SIZE", 1))
 rank = int(os.environ.get("RANK", 0))
 ddp = world_size > 1
 master_process = rank == 0
-if not resume and Path(log_dir, "log.txt").exists():
+if not resume and (Path(log_dir, "log.txt").exists() or checkpoint.list_checkpoints(log_dir)):
     raise UserError(f"log_dir={log_dir} already holds a run; continue it with --resume, "
                     f"or choose --log_dir=ANOTHER")
+if ddp and ":" in device:
+    raise UserError(f"device={device} is one device for {world_size} processes; give --device=cuda")
 dev = resolve_device(device, dtype, compile, int(os.environ.get("LOCAL_RANK", 0)))
 if ddp:
     dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
@@ -104,15 +118,12 @@ def sum_over_ranks(*values):
     """Python numbers -> their sums over all processes."""
     if not ddp:
         return values
-    sums = torch.tensor(values, dtype=torch.float64, device=dev.device)
+    sums = torch.tensor(values, dtype=torch.float64, device=dev.device if dev.type == "cuda" else "cpu")
     dist.all_reduce(sums)
     return sums.tolist()
 
 
 # ---- data
-for key in ("batch_size", "block_size", "max_steps", "keep_checkpoints", "val_tokens", "num_samples"):
-    if config[key] < 1:
-        raise UserError(f"{key}={config[key]}: wanted 1 or more")
 B, T = batch_size, block_size
 train_stream, val_stream = TokenStream(data_dir, "train"), TokenStream(data_dir, "val")
 tok = load_tokenizer(tokenizer)
@@ -126,8 +137,7 @@ if batch_tokens < micro_tokens or batch_tokens % micro_tokens:
     below = max(micro_tokens, batch_tokens // micro_tokens * micro_tokens)
     raise UserError(f"batch_tokens={batch_tokens} is not a multiple of batch_size * block_size * processes "
                     f"= {B} * {T} * {world_size} = {micro_tokens}; "
-                    f"try --batch_tokens={below} or {below + micro_tokens}, "
-                    f"or a --batch_size that divides {batch_tokens / (T * world_size):g}")
+                    f"try --batch_tokens={below} or {below + micro_tokens}, or another --batch_size")
 grad_accum_steps = batch_tokens // micro_tokens
 train_loader = WindowLoader(train_stream, T, batch_tokens, seed, tok.n_vocab)
 val_loader = WindowLoader(val_stream, T, B * T, seed, tok.n_vocab, shuffle=False)
@@ -146,10 +156,19 @@ def fetch_batch(step, micro_step):
     return dev.to_device(x), dev.to_device(y)
 
 
-def unigram_loss(limit=2**24):
-    """Val loss of a model that knows frequencies only: add-one counts of the first `limit` train tokens."""
-    counts = 1 + np.bincount(train_stream.read(0, min(limit, len(train_stream))), minlength=tok.n_vocab)
-    val_counts = np.bincount(val_stream.read(1, n_val_windows * T), minlength=tok.n_vocab)
+def count_targets(loader, n_windows):
+    """How often each id is a target in the first windows of a stream, int64 (n_vocab,)."""
+    counts = np.zeros(tok.n_vocab, dtype=np.int64)
+    for first in range(0, n_windows, 1024):
+        _, y = loader.read_windows(np.arange(first, min(first + 1024, n_windows)))
+        counts += np.bincount(y.ravel(), minlength=tok.n_vocab)
+    return counts
+
+
+def unigram_loss():
+    """Val loss of a model that knows frequencies only: add-one counts of the first 2**24 train tokens."""
+    counts = 1 + count_targets(train_loader, min(train_loader.n_windows, 2**24 // T + 1))
+    val_counts = count_targets(val_loader, n_val_windows)
     return math.log(counts.sum()) - (val_counts * np.log(counts)).sum() / val_counts.sum()
 
 
@@ -162,15 +181,10 @@ raw_model = GPT(GPTConfig(block_size, vocab_size, tok.n_vocab, n_layer, n_head, 
 raw_model.to(dev.device)
 optimizer = raw_model.configure_optimizers(weight_decay, max_lr, (beta1, beta2), dev.fused)
 scaler = dev.grad_scaler()
-# evaluation, sampling and saving use raw_model; only the training step is compiled and synchronised
-model = torch.compile(raw_model, dynamic=False) if dev.compile else raw_model
-if ddp:
-    model = DistributedDataParallel(model, device_ids=[dev.device.index] if dev.type == "cuda" else None)
 
 
 # ---- resume
-log_path = Path(log_dir, "log.txt")
-start_step, best = 0, None
+start_step, best, reached = 0, None, False
 if resume and checkpoint.list_checkpoints(log_dir):
     state = checkpoint.load_checkpoint(log_dir)
     saved = {**state["config"], **state["model_config"],
@@ -188,10 +202,31 @@ if resume and checkpoint.list_checkpoints(log_dir):
         if key in saved and key not in fixed and key != "resume" and saved[key] != config[key]:
             say(f"resume: {key} was {saved[key]}, is now {config[key]}")
     raw_model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    groups = [{**group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])  # moments, and settings, of which today's count
+    for group, today in zip(optimizer.param_groups, groups):
+        group.update({key: value for key, value in today.items() if key != "params"})
+    if state["scaler"] and scaler.is_enabled():  # empty unless the run that saved it was in float16
+        scaler.load_state_dict(state["scaler"])
     start_step, best = state["step"], state["best"]
+    reached = 0 < state["train_loss"] <= target_loss
     del state
+if start_step > max_steps:
+    raise UserError(f"cannot --resume {log_dir}: its newest checkpoint is of step {start_step}, "
+                    f"got max_steps={max_steps}; give --max_steps={start_step} or more")
+if ddp:
+    places = [None] * world_size
+    dist.all_gather_object(places, (start_step, train_stream.fingerprint, val_stream.fingerprint))
+    if len(set(places)) > 1:
+        raise UserError(f"processes disagree on (start step, train data, val data): {sorted(set(places))}; "
+                        f"log_dir={log_dir} and data_dir={data_dir} must be the same folders on every node")
+
+# evaluation, sampling and saving use raw_model; only the training step is compiled and synchronised
+model = torch.compile(raw_model, dynamic=False) if dev.compile else raw_model
+if ddp:  # from here on every process has the weights of rank 0
+    model = DistributedDataParallel(model, device_ids=[dev.device.index] if dev.type == "cuda" else None)
+x, y = fetch_batch(start_step, 0)
+unigram = unigram_loss() if master_process else None
 
 
 # ---- the record of the run
@@ -205,13 +240,21 @@ def git_revision():
 
 provenance = {"git": git_revision(), "torch": str(torch.__version__), "device": dev.name,
               "world_size": world_size}
+log_path = Path(log_dir, "log.txt")
 if master_process:
     Path(log_dir).mkdir(parents=True, exist_ok=True)
-    kept = log_path.read_text(encoding="utf-8").splitlines(keepends=True) if log_path.exists() else []
-    kept = [line for line in kept if line.endswith("\n") and int(line.split()[0]) < start_step]
-    temporary = log_path.with_suffix(".tmp")  # without what came after the checkpoint: it will happen again
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, log_path)
+    for path in checkpoint.list_checkpoints(log_dir):
+        if checkpoint.step_of(path) > start_step:  # newer than the newest whole one: damaged
+            path.rename(path.with_suffix(".damaged"))
+    lines = log_path.read_text(encoding="utf-8").splitlines(keepends=True) if log_path.exists() else []
+    if lines and start_step == 0:
+        lines, old_log = [], Path(log_dir, f"log_before_{time.time_ns()}.txt")
+        say(f"resume: no checkpoint in {log_dir}, starting at step 0; its log is now {old_log}")
+        log_path.rename(old_log)
+    # without what came after the checkpoint, which is about to happen again, and without half a line
+    kept = [line for line in lines if line.endswith("\n")
+            and not (line.split(" ")[0].isdigit() and int(line.split(" ")[0]) >= start_step)]
+    write_atomically(log_path, "".join(kept).encode())
     with open(Path(log_dir, "runs.jsonl"), "a", encoding="utf-8") as file:
         record = {"start_step": start_step, "config": config, "data": train_stream.fingerprint, **provenance}
         file.write(json.dumps(record) + "\n")
@@ -233,7 +276,6 @@ say(f"data: {data_dir}: {len(train_stream):,} train tokens, "
 say(f"step: {batch_tokens:,} tokens = {grad_accum_steps} micro-steps of {B} x {T} "
     f"on {world_size} process(es); {max_steps:,} steps, starting at {start_step}")
 if master_process:
-    unigram = unigram_loss()
     if start_step == 0:
         log(0, unigram=unigram)
     say(f"to beat: {math.log(tok.n_vocab):.4f} for guessing, "
@@ -257,8 +299,9 @@ def evaluate_loss():
     raw_model.eval()
     token_bytes = tok.token_bytes()
     loss_sum, n_tokens, n_bytes = 0.0, 0, 0
-    for first in range(rank * B, n_val_windows, world_size * B):
-        x, y = val_loader.read_windows(np.arange(first, min(first + B, n_val_windows)))
+    rows = max(1, B // 4)  # a sequence takes more memory here than in the compiled step, which fuses the loss
+    for first in range(rank * rows, n_val_windows, world_size * rows):
+        x, y = val_loader.read_windows(np.arange(first, min(first + rows, n_val_windows)))
         with dev.autocast():
             loss_sum += raw_model(dev.to_device(x), dev.to_device(y), reduction="sum").item()
         n_tokens += y.size
@@ -266,6 +309,13 @@ def evaluate_loss():
     raw_model.train()
     loss_sum, n_tokens, n_bytes = sum_over_ranks(loss_sum, n_tokens, n_bytes)
     return loss_sum / n_tokens, loss_sum / math.log(2) / n_bytes
+
+
+def stop_unless_finite(what, value, step):
+    if not math.isfinite(value):  # the same value on every process, so all of them stop
+        newest = (checkpoint.list_checkpoints(log_dir) or ["none"])[-1]
+        sys.exit(f"error: {what} is {value} at step {step}; stopped. Last good checkpoint: {newest}. "
+                 f"Continue from it with --resume and a lower --max_lr, or try --dtype=float32")
 
 
 def print_samples(step):
@@ -281,34 +331,34 @@ def print_samples(step):
 
 # ---- the loop
 raw_model.train()
-x, y = fetch_batch(start_step, 0)
-step_times, val_loss, val_bpb, reached = [], None, None, False
+step_times, loss = [], math.inf
 for step in range(start_step, max_steps + 1):  # one extra turn, to judge and save the final weights
     last_step = step == max_steps or reached
 
-    # ---- evaluate: every process, fixed tokens, off the clock
-    evaluated = last_step or (val_interval > 0 and step % val_interval == 0)
-    if evaluated:
+    # ---- evaluate: every process, fixed tokens, off the clock; whatever is saved is judged first
+    checkpoint_due = last_step or (checkpoint_interval > 0 and step > 0 and step % checkpoint_interval == 0)
+    if checkpoint_due or (val_interval > 0 and step % val_interval == 0):
         val_loss, val_bpb = evaluate_loss()
         log(step, val=val_loss, val_bpb=val_bpb)
         say(f"step {step} | val loss: {val_loss:.4f} | bits per byte: {val_bpb:.4f}")
+        stop_unless_finite("val loss", val_loss, step)
     if master_process and sample_interval > 0 and step > 0 and step % sample_interval == 0 and not last_step:
         print_samples(step)
 
     # ---- checkpoint: at step s, s updates have been made
-    if step > start_step and (last_step or (checkpoint_interval > 0 and step % checkpoint_interval == 0)):
-        if evaluated and (best is None or val_loss < best["val_loss"]):
+    if checkpoint_due and step > start_step:
+        if best is None or val_loss < best["val_loss"]:
             best = {"step": step, "val_loss": val_loss}
         if master_process:
-            path = checkpoint.save_checkpoint(log_dir, step, {
-                "step": step, "val_loss": val_loss if evaluated else None, "best": best,
+            checkpoint.save_checkpoint(log_dir, step, {
+                "step": step, "train_loss": loss, "val_loss": val_loss, "best": best,
                 "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "config": config, "model_config": checkpoint.describe_model(raw_model),
                 "tokenizer": checkpoint.describe_tokenizer(tok), "data": train_stream.fingerprint,
                 "provenance": provenance,
             })
-            checkpoint.prune_checkpoints(log_dir, keep_checkpoints, best["step"] if best else None)
+            checkpoint.prune_checkpoints(log_dir, keep_checkpoints, best["step"])
     if last_step:
         break
 
@@ -348,13 +398,13 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     peak = peak_tflops or dev.peak_tflops()
     mfu = raw_model.flops_per_token(T) * tok_s / (peak * 1e12 * world_size) if peak else None
     log(step, train=loss, lr=lr, norm=norm, tok_s=tok_s, **({} if mfu is None else {"mfu": mfu}))
-    eta = time.strftime("%H:%M:%S", time.gmtime((max_steps - 1 - step) * float(np.median(step_times[-100:]))))
+    minutes, seconds = divmod(round((max_steps - 1 - step) * float(np.median(step_times[-100:]))), 60)
+    eta = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
     say(f"step {step} | loss: {loss:.6f} | lr: {lr:.2e} | norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
         f"tok/sec: {tok_s:.2f} | mfu: {'n/a' if mfu is None else f'{mfu:.1%}'} | eta: {eta}")
-    if not math.isfinite(loss):
-        newest = (checkpoint.list_checkpoints(log_dir) or ["none"])[-1]
-        sys.exit(f"error: loss is {loss} at step {step}; stopped. Last good checkpoint: {newest}. "
-                 f"Try a lower --max_lr or --dtype=float32")
+    stop_unless_finite("loss", loss, step)
+    if not scaler.is_enabled():  # with a scaler, a step of infinite gradients was left out and is no harm
+        stop_unless_finite("gradient norm", norm, step)
     reached = target_loss > 0 and loss <= target_loss
 
 # ---- what came of it

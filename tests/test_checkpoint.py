@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpe import load_tokenizer
+from bpe import load_tokenizer, tokenizer_from_ranks
 from checkpoint import (
     checkpoint_tokenizer,
     describe_model,
@@ -56,10 +56,14 @@ def test_the_tied_matrix_is_stored_once(state, tmp_path):
     assert path.stat().st_size < 4 * numbers + 30_000
 
 
-def test_gpt2_rank_file_is_not_stored():
-    tok = load_tokenizer("gpt2")
-    saved = describe_tokenizer(tok)
-    assert saved["rank_file"] is None and checkpoint_tokenizer({"tokenizer": saved}).sha256 == tok.sha256
+def test_only_gpt2s_own_rank_file_is_not_stored(byte_tokenizer):
+    """What counts is the file's hash: another vocabulary may be called gpt2, and GPT-2's anything."""
+    gpt2, own = load_tokenizer("gpt2"), tokenizer_from_ranks(byte_tokenizer.read_bytes(), "gpt2")
+    renamed = tokenizer_from_ranks(gpt2.rank_file, "mine")
+    for tok, stored in [(gpt2, False), (renamed, False), (own, True)]:
+        saved = describe_tokenizer(tok)
+        assert (saved["rank_file"] is not None) == stored
+        assert checkpoint_tokenizer({"tokenizer": saved}).sha256 == tok.sha256
 
 
 def damage_at_the_end(path):
@@ -124,6 +128,13 @@ def test_not_a_checkpoint_of_ours(tmp_path):
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     with pytest.raises(UserError, match="not written by train_gpt2"):
         load_checkpoint(tmp_path / "foreign.pt")
+
+
+def test_a_model_config_of_another_kind(state, tmp_path):
+    state["model_config"]["rotary"] = True
+    save_checkpoint(tmp_path, 1, state)
+    with pytest.raises(UserError, match="rotary"):
+        load_model(tmp_path)
 
 
 def test_tensors_that_do_not_fit_are_named(state, tmp_path):

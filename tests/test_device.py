@@ -43,7 +43,7 @@ def test_mps_computes_in_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     dev = resolve_device("auto")
-    assert dev.type == "mps" and dev.dtype == torch.float32 and not dev.fused
+    assert dev.type == "mps" and dev.dtype == torch.float32 and dev.fused
 
 
 def test_peak_is_known_or_none():

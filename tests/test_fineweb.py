@@ -582,7 +582,7 @@ def test_worth_learning(text, worth):
 
 
 def test_ids_of_the_whole_embedded_corpus_are_tiktokens():
-    """Every document of this Python installation: 100M tokens or more, where torch and numba are installed."""
+    """Every document of this Python installation: 100M tokens where torch and numba are installed."""
     tok = load_tokenizer("gpt2")
     encoding, n_documents = tok.to_tiktoken(), 0
     facts, chunks = fineweb.python_source(seed=0)

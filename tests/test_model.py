@@ -221,6 +221,7 @@ def test_sample_token():
     assert frequencies(1.0, 0, 0.5)[0] == 1.0  # the likeliest alone has 0.64
     assert frequencies(1.0, 0, 0.7)[2:].sum() == 0.0 and frequencies(1.0, 0, 0.7)[1] > 0.2
     assert frequencies(1.0, 99, 1e-9)[0] == 1.0
+    assert frequencies(1e-40, 0, 1.0)[0] == 1.0  # no overflow on the way to greedy
 
 
 @pytest.mark.parametrize(("overrides", "words"), [

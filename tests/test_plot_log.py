@@ -33,6 +33,8 @@ def test_parse_log_takes_the_later_line_of_a_step(tmp_path):
     path = tmp_path / "log.txt"
     path.write_text("0 val 10.9\n0 train 10.9\n1 train 9\n1 train 8.5\n1 hella 0.2501\n", encoding="utf-8")
     assert parse_log(path) == {"val": {0: 10.9}, "train": {0: 10.9, 1: 8.5}, "hella": {1: 0.2501}}
+    path.write_text("0 val 10.9\n1 tra", encoding="utf-8")  # killed while it wrote
+    assert parse_log(path) == {"val": {0: 10.9}}
     path.write_text("0 val 10.9\n1 train nine\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"line 2: got '1 train nine'"):
         parse_log(path)
@@ -59,14 +61,15 @@ def test_a_figure_is_drawn(tmp_path, hella, model_size):
 def test_several_runs_in_one_figure(tmp_path):
     write_log(tmp_path / "a", hella=True)
     write_log(tmp_path / "b")
-    done = plot(tmp_path, "--log_dir=a,b/log.txt", "--out=plots/both.png")
+    done = plot(tmp_path, "--log_dir=a,b/log.txt", "--out=plots/both.svg")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "plots" / "both.png").exists()
+    assert (tmp_path / "plots" / "both.svg").read_text(encoding="utf-8").startswith("<?xml")
     assert "a, last values: train" in done.stdout and "b, last values: train" in done.stdout
 
 
 def test_mistakes_exit_2(tmp_path):
     write_log(tmp_path / "log")
-    for flag, words in [("--log_dir=nosuch", "no log.txt"), ("--model_size=1B", "wanted one of 124M")]:
+    for flag, words in [("--log_dir=nosuch", "no log.txt"), ("--model_size=1B", "wanted one of 124M"),
+                        ("--out=figure.txt", "--out=FIGURE.png"), ("--out=/proc/x/y.png", "/proc/x")]:
         done = plot(tmp_path, flag)
         assert done.returncode == 2 and words in done.stderr

@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,12 @@ COMMANDS = [(name, command) for name in SOURCES if (ROOT / name).exists()
 
 
 @pytest.mark.parametrize(("source", "command"), COMMANDS, ids=[f"{s}: {c[:60]}" for s, c in COMMANDS])
-def test_commands_parse(source, command):
+def test_commands_parse(source, command, monkeypatch):
     for part in re.split(r"&&|\|", command):
         words = shlex.split(part)
         scripts = [word for word in words if word.endswith(".py") and "/" not in word]
         if words[0] in ("python", "torchrun") and scripts:
+            monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure replaces it
             flags = [word for word in words[words.index(scripts[0]) + 1:] if word != "--help"]
             configure(script_settings(scripts[0]), flags)
         elif words[0] == "make":
@@ -64,6 +66,14 @@ def test_every_file_is_in_the_file_map():
         assert f"`{name}`" in README, f"{name} is missing in README.md"
     for name in re.findall(r"`([a-z_0-9/]+\.(?:py|md))`", README):
         assert (ROOT / name).exists(), f"README.md names {name}, which is not there"
+
+
+def test_nothing_is_left_to_fill_in_and_links_lead_somewhere():
+    for name in ("README.md", "RESULTS.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert not re.search(r"[A-Z]+_[A-Z]+ |TODO|TBD|XXX", text.replace("GPT2_SHARED_DATA ", "")), name
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("https://") or (ROOT / target).exists(), f"{name} links to {target}"
 
 
 def test_every_dependency_has_its_reason():

@@ -6,19 +6,22 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from checkpoint import list_checkpoints, load_checkpoint
+from shards import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP_LINE = re.compile(r"step (\d+) \| loss: \d+\.\d{6} \| lr: \d\.\d\de-\d\d \| norm: \d+\.\d{4} \| "
                        r"dt: \d+\.\d\dms \| tok/sec: \d+\.\d\d \| mfu: (n/a|\d+\.\d%) \| "
-                       r"eta: \d\d:\d\d:\d\d")
+                       r"eta: \d+:\d\d:\d\d")
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def train(flags, processes=1, **overrides):
 
 def attempt(flags, **overrides):
     """A run that need not succeed: its exit code and what it said are the caller's to judge."""
-    return subprocess.run(command(flags, **overrides), capture_output=True, text=True)
+    return subprocess.run(command(flags, **overrides), capture_output=True, text=True, timeout=240)
 
 
 def read_log(log_dir, *streams):
@@ -158,16 +161,6 @@ def test_processes_and_accumulation_do_not_matter(flags, tmp_path):
             assert got == pytest.approx(expected, rel=1e-5, abs=1e-5), stream
 
 
-def test_resume_at_another_world_size(flags, tmp_path):
-    train(flags, log_dir=tmp_path / "one", max_steps=8)
-    train(flags, 2, log_dir=tmp_path / "two", max_steps=4, warmup_steps=3)
-    out = train(flags, log_dir=tmp_path / "two", max_steps=8, resume="true")
-    assert "max_steps was 4, is now 8" in out
-    # the schedule of the first four steps differed, the tokens did not: step 0 is the same to the last digits
-    assert losses(tmp_path / "two")[0] == pytest.approx(losses(tmp_path / "one")[0], rel=1e-6)
-    assert len(losses(tmp_path / "two")) == 8
-
-
 def test_resume_of_a_two_process_run_by_one(flags, tmp_path):
     """The token stream and the dropout masks are the same at another world size, so the losses are."""
     train(flags, log_dir=tmp_path / "one")
@@ -256,24 +249,112 @@ def test_damaged_checkpoint_on_resume(flags, tmp_path):
     assert done.returncode == 2 and "damaged" in done.stderr
 
 
-def test_loss_that_is_not_finite_stops_the_run(flags, tmp_path):
+def test_a_diverged_model_is_never_saved(flags, tmp_path):
+    """The step that ruins the weights is followed by a checkpoint at once: the good one must stay."""
     train(flags, log_dir=tmp_path, max_steps=4)
-    done = attempt(flags, log_dir=tmp_path, resume="true", max_lr=1e30, grad_clip=0)
+    ruin = {"resume": "true", "max_lr": 1e30, "grad_clip": 0, "checkpoint_interval": 1, "keep_checkpoints": 1}
+    done = attempt(flags, log_dir=tmp_path, **ruin)
+    assert done.returncode == 1 and "val loss is nan at step 5" in done.stderr, done.stderr
+    assert f"Last good checkpoint: {tmp_path / 'ckpt_0000004.pt'}" in done.stderr
+    done = attempt(flags, log_dir=tmp_path, **{**ruin, "checkpoint_interval": 0})
     assert done.returncode == 1 and "loss is nan at step 5" in done.stderr, done.stderr
-    assert str(tmp_path / "ckpt_0000004.pt") in done.stderr
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_0000004.pt"]
+
+
+def test_what_a_resume_may_change(flags, tmp_path):
+    train(flags, log_dir=tmp_path, max_steps=4)
+    log, before = (tmp_path / "log.txt").read_text(encoding="utf-8"), snapshot(tmp_path)
+    done = attempt(flags, log_dir=tmp_path, resume="true", max_steps=3)
+    assert done.returncode == 2 and "--max_steps=4 or more" in done.stderr, done.stderr
+    assert snapshot(tmp_path) == before
+    out = train(flags, log_dir=tmp_path, resume="true", max_steps=6, weight_decay=0.5, beta2=0.9,
+                dtype="float16")
+    for words in ("max_steps was 4, is now 6", "weight_decay was 0.1, is now 0.5", "dtype was float32"):
+        assert f"resume: {words}" in out
+    groups = load_checkpoint(tmp_path)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]  # and not what the checkpoint had
+    assert all(group["betas"] == (0.9, 0.9) for group in groups)
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").startswith(log.partition("4 val ")[0])
+
+
+def test_nothing_of_an_earlier_run_is_lost(flags, tmp_path):
+    train(flags, log_dir=tmp_path, max_steps=4)
+    log = (tmp_path / "log.txt").read_bytes()
+    newest = list_checkpoints(tmp_path)[-1]
+    (tmp_path / "log.txt").rename(tmp_path / "elsewhere.txt")
+    done = attempt(flags, log_dir=tmp_path)
+    assert done.returncode == 2 and "already holds a run" in done.stderr
+    (tmp_path / "elsewhere.txt").rename(tmp_path / "log.txt")
+    newest.unlink()
+    assert "no checkpoint" in train(flags, log_dir=tmp_path, max_steps=2, warmup_steps=1, resume="true")
+    kept, = tmp_path.glob("log_before_*.txt")
+    assert kept.read_bytes() == log and len(losses(tmp_path)) == 2
+
+
+def test_a_run_that_reached_its_target_stays_done(flags, tmp_path):
+    flags = {**flags, "log_dir": tmp_path, "max_steps": 300}
+    train(flags, target_loss=4.5)
+    steps = len(losses(tmp_path))
+    assert f"done: step {steps}," in train(flags, target_loss=4.5, resume="true")
+    assert len(losses(tmp_path)) == steps
+    train(flags, target_loss=4.2, resume="true")
+    assert len(losses(tmp_path)) > steps
+
+
+def test_nodes_that_do_not_share_the_log_dir(flags, tmp_path):
+    """Two nodes in two folders: rank 0 has a checkpoint and rank 1 has none. Neither may train on."""
+    (tmp_path / "1").mkdir()
+    train(flags, log_dir=tmp_path / "0" / "log", max_steps=4)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = []
+    for rank in (0, 1):
+        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        nodes.append(subprocess.Popen(command(flags, log_dir="log", resume="true"), cwd=tmp_path / str(rank),
+                                      env=environment, stderr=subprocess.PIPE, text=True))
+    for node in nodes:
+        _, stderr = node.communicate(timeout=120)
+        assert node.returncode == 2 and "processes disagree" in stderr, stderr
+
+
+def test_ids_beyond_the_vocabulary(flags, tmp_path):
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    for split in ("train", "val"):
+        ids = np.arange(5000) % 257
+        ids[4000] = 300
+        write_shard(data_dir / f"x_{split}_000000.npy", ids)
+    done = attempt(flags, data_dir=data_dir, log_dir=tmp_path / "log")
+    assert done.returncode == 2 and "got id 300 at token 4,000" in done.stderr, done.stderr
+    assert not (tmp_path / "log").exists()
+
+
+def test_log_dir_that_is_a_file(flags, tmp_path):
+    (tmp_path / "log").write_text("mine", encoding="utf-8")
+    done = attempt(flags, log_dir=tmp_path / "log")
+    assert done.returncode == 2 and str(tmp_path / "log") in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
     ({"data_dir": "/nonexistent"}, ["make prepare", "make demo"]),
     ({"batch_tokens": 500}, ["batch_tokens=500", "--batch_tokens=384 or 512"]),
-    ({"batch_tokens": 64}, ["--batch_tokens=128"]),
+    ({"batch_tokens": 64}, ["--batch_tokens=128 or 256"]),
     ({"block_size": 100_000, "batch_size": 1, "batch_tokens": 100_000}, ["block_size", "tokens"]),
     ({"tokenizer": "gpt2"}, ["another vocabulary", "--tokenizer="]),
     ({"n_embd": 33}, ["n_embd=33", "n_head=2"]),
     ({"vocab_size": 200}, ["vocab_size=200", "--vocab_size=384"]),
     ({"norm_position": "mid"}, ["wanted pre or post"]),
     ({"warmup_steps": 13}, ["warmup_steps=13"]),
-    ({"max_steps": 0, "warmup_steps": 0}, ["at least"]),
+    ({"max_steps": 0}, ["max_steps=0: wanted 1"]),
+    ({"num_epochs": 0.01, "warmup_steps": 0}, ["max_steps=0", "1 step or more"]),
+    ({"max_new_tokens": 0}, ["max_new_tokens=0: wanted 1"]),
+    ({"grad_clip": -1}, ["grad_clip=-1.0: wanted 0"]),
+    ({"max_lr": 1e-4}, ["max_lr=0.0001: wanted 0.001"]),
+    ({"beta1": 1.5}, ["beta1=1.5"]),
+    ({"seed": -1}, ["seed=-1"]),
     ({"device": "tpu"}, ["device='tpu'"]),
     ({"device": "cuda:99"}, ["--device=cpu"]),
     ({"dtype": "int8"}, ["dtype='int8'"]),
