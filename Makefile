@@ -24,7 +24,7 @@ install: $(RUN_STAMP)  ## install what running needs, and fetch GPT-2's vocabula
 demo: install  ## train a small GPT-2 on this Python installation's source, in minutes; again = continue
 	$(PYTHON) fineweb.py --dataset=python --data_dir=python_corpus --max_tokens=12e6
 	$(PYTHON) train_gpt2.py config/demo_cpu.py --resume
-	$(PYTHON) generate.py --checkpoint=log_demo --prompt="def "
+	$(PYTHON) generate.py --checkpoint=log_demo --prompt="def" --temperature=0.7
 	$(PYTHON) plot_log.py --log_dir=log_demo
 	@echo
 	@echo 'next: python generate.py --checkpoint=log_demo --prompt="class Queue:" --num_samples=3'

@@ -18,6 +18,6 @@ val_interval = 400
 val_tokens = 65_536
 checkpoint_interval = 200
 sample_interval = 400
-prompt = "def "
+prompt = "def"
 num_samples = 1
 max_new_tokens = 64
