@@ -1,5 +1,5 @@
-# What `make demo` trains: a small GPT-2 on the source and documentation of the Python installation, minutes on
-# 2 cores. Most of its work is the output layer over 50,257 ids, so a narrow model sees more text in the time.
+# What `make demo` trains: a small GPT-2 on the source and documentation of the Python installation. Minutes
+# on 2 cores. Most of the work is the output layer over 50,257 ids: a narrow model sees more text in the time.
 #     python fineweb.py --dataset=python --data_dir=python_corpus --max_tokens=12e6
 #     python train_gpt2.py config/demo_cpu.py
 data_dir = "python_corpus"
