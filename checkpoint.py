@@ -50,8 +50,8 @@ def save_checkpoint(log_dir: str | Path, step: int, state: dict) -> Path:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise  # of the device, say; torch's writer wraps a full disk in a RuntimeError too
+        if not isinstance(error, OSError) and "inline_container" not in str(error):
+            raise  # of the device, say; torch's zip writer turns a full disk into a RuntimeError too
         raise UserError(f"checkpoint {path} could not be written ({error}); free disk space, then continue "
                         f"with --resume; the checkpoints already in {log_dir} are whole") from error
     return path

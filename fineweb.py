@@ -464,7 +464,10 @@ def encode_in_order(jobs: Iterable[tuple], num_workers: int) -> Iterator[Encoded
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    except BrokenProcessPool as error:
+    except (BrokenProcessPool, BrokenPipeError) as error:  # the second from a worker that died as it started
+        # the pool ends the workers that it knew of when one died, and waits for ever for one it started since
+        for worker in multiprocessing.active_children():
+            worker.terminate()
         raise UserError(f"one of {num_workers} worker processes died, most often because memory ran out; run "
                         f"this again, with a smaller --num_workers=... if it was that") from error
     finally:

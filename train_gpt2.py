@@ -114,6 +114,13 @@ def say(text=""):
         print(text, flush=True)
 
 
+def leave_together():
+    """Take the process group down when every process is done with it: gloo aborts one whose peers are not."""
+    if ddp:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def sum_over_ranks(*values):
     """Python numbers -> their sums over all processes."""
     if not ddp:
@@ -218,6 +225,7 @@ if ddp:
     places = [None] * world_size
     dist.all_gather_object(places, (start_step, train_stream.fingerprint, val_stream.fingerprint))
     if len(set(places)) > 1:
+        leave_together()
         raise UserError(f"processes disagree on (start step, train data, val data): {sorted(set(places))}; "
                         f"log_dir={log_dir} and data_dir={data_dir} must be the same folders on every node")
 
@@ -314,6 +322,7 @@ def evaluate_loss():
 def stop_unless_finite(what, value, step):
     if not math.isfinite(value):  # the same value on every process, so all of them stop
         newest = (checkpoint.list_checkpoints(log_dir) or ["none"])[-1]
+        leave_together()
         sys.exit(f"error: {what} is {value} at step {step}; stopped. Last good checkpoint: {newest}. "
                  f"Continue from it with --resume and a lower --max_lr, or try --dtype=float32")
 
@@ -414,5 +423,4 @@ if master_process:
     say(f"val loss {val_loss:.4f} nats per token ({val_bpb:.4f} bits per byte) "
         f"on {n_val_windows * T:,} tokens of {data_dir}; a unigram model has {unigram:.4f}")
     say(f"checkpoint: {checkpoint.list_checkpoints(log_dir)[-1]}")
-if ddp:
-    dist.destroy_process_group()
+leave_together()

@@ -1,5 +1,6 @@
 """fineweb.py: every kind of input gives the shards that a slow twin gives: tiktoken, document by document."""
 import contextlib
+import functools
 import gzip
 import hashlib
 import itertools
@@ -460,12 +461,15 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_killed_worker_is_an_error_and_the_rerun_is_identical(tmp_path, large_input):
-    flags = {"input": large_input, "num_workers": 2, "shard_tokens": 200_000}
-    process = subprocess.Popen(fineweb_command(tmp_path / "out", **flags), stderr=subprocess.PIPE, text=True,
-                               encoding="utf-8")
-    os.kill(wait_for(lambda: workers_of(process.pid))[0], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2 and "worker processes died" in stderr and "--num_workers" in stderr
+    """Also one that dies while the pool still starts others, for which CPython's pool waits for ever."""
+    flags = {"input": large_input, "num_workers": 8, "shard_tokens": 200_000}
+    for _ in range(4):
+        process = subprocess.Popen(fineweb_command(tmp_path / "out", **flags), stderr=subprocess.PIPE,
+                                   text=True, encoding="utf-8")
+        os.kill(wait_for(functools.partial(workers_of, process.pid))[0], signal.SIGKILL)
+        _, stderr = process.communicate(timeout=30)
+        assert process.returncode == 2 and "worker processes died" in stderr, stderr
+        assert "--num_workers" in stderr
     expected = contents(build(tmp_path / "whole", **{**flags, "num_workers": 1}))
     assert contents(build(tmp_path / "out", **flags)) == expected
 
