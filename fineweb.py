@@ -34,7 +34,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
@@ -449,6 +449,14 @@ def start_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def submit(pool: ProcessPoolExecutor, job: tuple) -> Future:
+    """encode_chunk(*job) in the pool; BrokenProcessPool if a worker died, also while another is started."""
+    try:
+        return pool.submit(encode_chunk, *job)
+    except (OSError, ValueError) as error:  # starting a worker, the pool found its pipes closed
+        raise BrokenProcessPool(str(error)) from error
+
+
 def encode_in_order(jobs: Iterable[tuple], num_workers: int) -> Iterator[Encoded]:
     """encode_chunk(*job) of each job, in order; at most 2 * num_workers + 1 of them are in memory at once."""
     if num_workers == 1:
@@ -459,12 +467,12 @@ def encode_in_order(jobs: Iterable[tuple], num_workers: int) -> Iterator[Encoded
     pending = deque()
     try:
         for job in jobs:
-            pending.append(pool.submit(encode_chunk, *job))
+            pending.append(submit(pool, job))
             if len(pending) > 2 * num_workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    except (BrokenProcessPool, BrokenPipeError) as error:  # the second from a worker that died as it started
+    except BrokenProcessPool as error:
         # the pool ends the workers that it knew of when one died, and waits for ever for one it started since
         for worker in multiprocessing.active_children():
             worker.terminate()

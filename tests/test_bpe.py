@@ -209,6 +209,11 @@ def test_shakespeare():
 
 
 @needs_data
+def test_hellaswag():
+    check(gpt2, (DATA / "hellaswag" / "hellaswag_val.jsonl").read_text(encoding="utf-8"))
+
+
+@needs_data
 def test_openstax_from_arrow():
     """All 4,609 sections straight from Arrow's buffers, one call per row group."""
     parquet = pytest.importorskip("pyarrow.parquet")
