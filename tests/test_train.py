@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from checkpoint import list_checkpoints, load_checkpoint
-from shards import write_shard
+from model import GPT, GPTConfig
+from shards import TokenStream, WindowLoader, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP_LINE = re.compile(r"step (\d+) \| loss: \d+\.\d{6} \| lr: \d\.\d\de-\d\d \| norm: \d+\.\d{4} \| "
@@ -91,8 +92,9 @@ def test_schedule(warmup, steps):
     get_lr = load_get_lr()
     rates = [get_lr(step, warmup, steps, 6e-4, 6e-5) for step in range(steps)]
     assert rates[0] > 0 and max(rates) <= 6e-4
-    up, down = rates[: warmup + 1], rates[warmup:]
-    assert up == sorted(up) and down == sorted(down, reverse=True)
+    up, down = rates[:warmup], rates[warmup:]
+    assert up == pytest.approx([6e-4 * (step + 1) / (warmup + 1) for step in range(warmup)])
+    assert down == sorted(down, reverse=True)
     if warmup < steps:
         assert rates[warmup] == 6e-4
     if warmup < steps - 1:
@@ -124,6 +126,17 @@ def test_a_run_logs_what_happened(flags, tmp_path):
     state = load_checkpoint(log_dir)
     assert state["step"] == 12 and state["config"] == runs[0]["config"]
     assert "unigram" in out and f"checkpoint: {log_dir / 'ckpt_0000012.pt'}" in out
+
+
+def test_each_step_trains_on_the_loaders_batch(flags, tmp_path, tiny_data):
+    """At learning rate 0 the model stays as it was drawn, so each step's loss says which tokens it saw."""
+    train(flags, log_dir=tmp_path, max_lr=0, min_lr=0, dropout=0)
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(64, 384, 257, 2, 2, 32))
+    loader = WindowLoader(TokenStream(tiny_data, "train"), 64, 512, 1337, 257)
+    batches = [map(torch.from_numpy, loader.batch(step, 0, 8)) for step in range(12)]
+    with torch.no_grad():
+        assert losses(tmp_path) == pytest.approx([model(x, y).item() for x, y in batches], rel=1e-5)
 
 
 def test_killed_and_resumed_equals_never_stopped(flags, tmp_path):
@@ -232,6 +245,7 @@ def test_bfloat16_learns_the_same(flags, tmp_path):
     train(flags, log_dir=tmp_path / "float32")
     train(flags, log_dir=tmp_path / "bfloat16", dtype="bfloat16")
     assert losses(tmp_path / "bfloat16") == pytest.approx(losses(tmp_path / "float32"), rel=0.05)
+    assert losses(tmp_path / "bfloat16") != losses(tmp_path / "float32")  # it did compute in 16 bits
     assert all(t.dtype == torch.float32 for t in load_checkpoint(tmp_path / "bfloat16")["model"].values())
 
 
