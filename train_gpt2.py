@@ -302,8 +302,7 @@ def get_lr(step, warmup_steps, max_steps, max_lr, min_lr):
 
 @torch.no_grad()
 def evaluate_loss():
-    """(nats per token, bits per byte) over the first n_val_windows of the val split, every token weighted the
-    same."""
+    """(nats per token, bits per byte) over the first n_val_windows of val; every token weighs the same."""
     raw_model.eval()
     token_bytes = tok.token_bytes()
     loss_sum, n_tokens, n_bytes = 0.0, 0, 0
