@@ -568,7 +568,8 @@ class Tokenizer:
     def __reduce__(self):
         return tokenizer_from_ranks, (self.rank_file, self.name)
 
-    def encode_documents(self, text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode_documents(self, text: np.ndarray, offsets: np.ndarray,
+                         errors: str = "replace") -> tuple[np.ndarray, np.ndarray]:
         """Documents text[offsets[i]:offsets[i+1]] -> (ids uint16, id_offsets int64 (n_docs + 1,)).
 
         text is a uint8 array of UTF-8 (an Arrow buffer as it is), offsets has n_docs + 1 integers. Document i
@@ -591,7 +592,7 @@ class Tokenizer:
         ids = self._encode(text, offsets, id_offsets)
         if ids is None:  # rare: go through Python's decoder, which sets the rule for what is not UTF-8
             documents = [text[offsets[i]:offsets[i + 1]].tobytes() for i in range(len(sizes))]
-            documents = [document.decode("utf-8", errors="replace").encode() for document in documents]
+            documents = [document.decode("utf-8", errors).encode() for document in documents]
             offsets = np.cumsum([0] + [len(document) for document in documents])
             ids = self._encode(np.frombuffer(b"".join(documents), np.uint8), offsets, id_offsets)
             assert ids is not None, "Python wrote UTF-8 that classify_wide refuses"

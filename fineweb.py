@@ -2,39 +2,41 @@
 Text in, shards out: FineWeb-Edu from the Hugging Face hub, your own files, or the source of Python itself.
 
     python fineweb.py                                                # FineWeb-Edu: 10B tokens, 20 GB
+    python fineweb.py --max_tokens=25e6 --data_dir=edu_fineweb25M    # only the part of it that is needed
     python fineweb.py --input=books/,more.jsonl.gz --data_dir=books  # parquet, jsonl[.gz|.zst], txt
     python fineweb.py --dataset=python --data_dir=python_corpus      # no download; 100M tokens in 10 s
+    python fineweb.py --dataset=kjj0/fineweb10B-gpt2 --data_dir=fw   # ready-made .bin shards of the hub
+    python fineweb.py --verify --data_dir=books                      # read all of it again and check
+    torchrun --nnodes=4 ... fineweb.py                               # machines share data_dir and the work
 
 Writes data_dir/NAME_{train,val}_000000.npy, ... and, last, manifest.json (shards.py has the formats). The
-output is the same, byte for byte, for any number of workers. A folder that holds something else is refused; a
-build that was killed starts over when it is run again, and one that is finished is left as it is.
+output is the same, byte for byte, for any number of workers, and whether or not the build was killed on the
+way: run again, it goes on after its last shard. A finished build is left as it is, but for shards that are
+missing, which are made again. A folder that holds something else is refused.
 
-A document is a row of a parquet file, a line of a jsonl file or a whole txt file; nulls and empty ones are
-skipped and counted. It becomes <|endoftext|> and the tokens of its text, in which <|endoftext|> is ordinary
-text and bytes that are not UTF-8 count as U+FFFD. A hash of the text decides its side, so that equal
-documents never end up on both. If that leaves a side empty (a single txt file, say), the corpus is cut at the
-line boundary nearest to its last val_fraction instead, and its end becomes validation.
+A document is a row of a parquet file, a line of a jsonl file or a whole txt file. It becomes <|endoftext|>
+and the tokens of its text, in which <|endoftext|> is ordinary text. Empty ones are skipped and counted; what
+is null, not UTF-8, not JSON or damaged ends the build, unless --skip_bad allows for so many. A hash of the
+text decides its side, so that equal documents never end up on both. If that leaves a side empty (a single txt
+file, say), the corpus is cut at the line boundary nearest to its last val_fraction instead, and its end
+becomes validation.
 """
 import contextlib
+import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import multiprocessing
-import operator
 import os
 import re
 import shlex
 import signal
-import string
 import sys
-import sysconfig
 import threading
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
@@ -44,19 +46,35 @@ from numba import njit
 
 from bpe import load_tokenizer
 from configurator import UserError, configure
+from documents import (
+    Chunk,
+    Documents,
+    Source,
+    fingerprint,
+    hash_documents,
+    hash_finish,
+    input_files,
+    input_source,
+    pack,
+    python_source,
+)
 from shards import (
+    SHARD_NAME,
     UNFINISHED,
     ShardWriter,
-    TokenStream,
     list_shards,
+    read_header,
     read_manifest,
+    read_shard,
     write_atomically,
     write_manifest,
+    write_shard,
 )
 
 # ---- settings: override with a config file and/or --key=value -----------------
-dataset = "fineweb-edu"     # fineweb-edu or fineweb from the hub, or python: this installation's source
+dataset = "fineweb-edu"     # fineweb-edu or fineweb from the hub; python; OWNER/NAME of ready-made shards
 subset = "sample-10BT"      # of the hub's: sample-10BT, sample-100BT, sample-350BT, default, or CC-MAIN-...
+revision = "main"           # branch, tag or commit on the hub
 input = ""                  # your own files instead: PATH[,PATH...], each a file, a glob or a folder
 text_column = "text"        # the parquet column or jsonl field that holds the text
 data_dir = "edu_fineweb10B"  # where the shards go
@@ -66,62 +84,65 @@ val_fraction = 0.01         # share of documents for validation; 0 = none
 max_tokens = 0              # stop after the document that reaches this many; 0 = all
 num_workers = 0             # processes; 0 = one per core
 shard_format = "npy"        # npy, or bin with llm.c's header
+skip_bad = 0                # leave out up to this many bad documents or files, and list them in the manifest
+keep_downloads = False      # keep parquet files in the hub's cache when their shards are done
+verify = False              # build nothing: read data_dir's shards and check them against its manifest
 seed = 1337                 # order of the documents of --dataset=python
 
 HUB_NAMES = {"fineweb-edu": "edufineweb", "fineweb": "fineweb"}  # of HuggingFaceFW: name of its shards
-HUB_TIMEOUT = 10            # seconds to wait for the hub's answer
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
-CHUNK_BYTES = 1 << 23       # text that a worker tokenizes at a time; enough to hide the pool's overhead
-BIG_ROW_GROUP = 8 * CHUNK_BYTES  # row groups above this are read by the parent, piece by piece
-
-# ---- D documents: `text` uint8 (n,), end to end, and `offsets` int64 (D+1,), from 0 to n ----
+RANK_SHARDS = 10_000        # of several machines, rank r numbers its shards from r * 10,000
+WAIT_SECONDS = 600          # that a machine waits for the first one to make the folder
+SPLITS = ("train", "val")
 
 
-class Chunk(NamedTuple):
-    """Some megabytes of documents, cheap to send to a worker: where to find them, or the bytes themselves."""
-    read: Callable[..., Iterable]  # read(*args) yields (text, offsets), in order
-    args: tuple
-    cut: tuple[int, int, int] | None = None  # sides by hash; or by place, as cut_chunks says
+class Plan(NamedTuple):
+    """What to build, checked: settings, and what follows from them."""
+    folder: Path
+    name: str        # of the shards
+    settings: dict   # all that the bytes of the shards depend on
+    command: str     # that builds them, to be shown
+    tokenizer: str
+    val_fraction: float
+    shard_tokens: int
+    shard_format: str
+    max_tokens: int
+    skip_bad: int
+    num_workers: int
+    rank: int        # of ranks machines
+    ranks: int
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a build is: with the ids that fill no shard yet, all that a later run needs to go on."""
+    unit: int = 0     # the next chunk to take, and the number of chunks
+    index: int = 0
+    chunks: int = 0
+    text_bytes: int = 0  # taken; before the next chunk, that is
+    revision: str = ""   # the commit, of a hub's dataset
+    totals: dict = dataclasses.field(default_factory=lambda: {split: [0, 0, 0] for split in SPLITS})
+    empty: int = 0
+    bad: list = dataclasses.field(default_factory=list)
+    sizes: list = dataclasses.field(default_factory=list)  # bytes of text taken from each chunk
+    cut_at: int | None = None  # byte of the text at which to cut, in the second pass over `sizes`
+    files: dict = dataclasses.field(default_factory=lambda: {split: [] for split in SPLITS})
+    finished: bool = False
+
+
+# ---- tokenizing, in a pool of processes ----------------------------------------
+
+tokenizer_of = functools.cache(load_tokenizer)  # once per process
 
 
 class Encoded(NamedTuple):
     """What a worker returns for a chunk with D documents that are not empty."""
-    train: np.ndarray   # ids of the documents on each side, uint16, in order
-    val: np.ndarray
+    ids: np.ndarray     # of all of them, uint16, in order
     is_val: np.ndarray  # bool (D,)
     tokens: np.ndarray  # of each document, int64 (D,)
     sizes: np.ndarray   # bytes of text of each, int64 (D,)
     empty: int          # documents skipped
-
-
-@njit(cache=True)
-def hash_kernel(text, offsets, out):
-    """out[d], uint64 (D,), becomes a 64-bit hash of the bytes of document d.
-
-    h starts from the length, takes eight bytes at a time (little-endian, the last word padded with zeros) by
-    h = (h ^ word) * odd; h ^= h >> 32, which loses nothing of h, and ends with MurmurHash3's finaliser.
-    """
-    for d in range(len(out)):
-        start, stop = offsets[d], offsets[d + 1]
-        h = np.uint64(stop - start) * np.uint64(0x9E3779B97F4A7C15)
-        for i in range(start, stop, 8):
-            word = np.uint64(0)
-            for k in range(min(8, stop - i)):
-                word |= np.uint64(text[i + k]) << np.uint64(8 * k)
-            h = (h ^ word) * np.uint64(0xD6E8FEB86659FD93)
-            h ^= h >> np.uint64(32)
-        h = (h ^ (h >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-        h = (h ^ (h >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-        out[d] = h ^ (h >> np.uint64(33))
-
-
-def hash_documents(text: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """64-bit hashes of the documents, uint64 (D,)."""
-    text = text.view()
-    text.flags.writeable = False  # one compiled kernel for arrays of both kinds
-    out = np.empty(len(offsets) - 1, dtype=np.uint64)
-    hash_kernel(text, offsets, out)
-    return out
+    bad: list[tuple[str, str]]  # (place, reason)
+    continues: bool     # the first document is the next piece of the last one of the chunk before
 
 
 def cut_point(text: bytes, near: int, span: int) -> int:
@@ -139,272 +160,6 @@ def cut_point(text: bytes, near: int, span: int) -> int:
     return near
 
 
-def pack(documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """(text, offsets) of a list of documents."""
-    offsets = np.zeros(len(documents) + 1, dtype=np.int64)
-    np.cumsum([len(document) for document in documents], out=offsets[1:])
-    return np.frombuffer(b"".join(documents), dtype=np.uint8), offsets
-
-
-@contextlib.contextmanager
-def reading(path: Path):
-    """Turn what goes wrong while a user's file is read into a UserError that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # Arrow's errors are OSError and ValueError
-        raise UserError(f"{path}: cannot be read ({error}); it is damaged or not what its name says: replace "
-                        f"it, or leave it out of --input") from error
-
-
-# ---- readers of each kind of file ----------------------------------------------
-
-
-def parquet_chunks(path: Path, column: str) -> Iterator[Chunk]:
-    """One chunk per row group, to be read by a worker; several of a row group too large for one."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    with reading(path):
-        with pq.ParquetFile(path) as file:
-            names, metadata = file.schema_arrow.names, file.metadata
-            kind = file.schema_arrow.field(column).type if column in names else None
-        if kind is not None and pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if kind not in (pa.string(), pa.large_string()):
-            got = f"type {kind} in column {column!r}" if kind else f"columns {', '.join(names)}"
-            raise UserError(f"{path}: got {got}, wanted a column of text; name it with --text_column=...")
-        for group in range(metadata.num_row_groups):
-            columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
-            size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == column)
-            rows = max(1, metadata.row_group(group).num_rows * CHUNK_BYTES // max(1, size))
-            if size <= BIG_ROW_GROUP:
-                yield Chunk(read_parquet, (path, group, column, rows))
-            else:  # cannot be entered in the middle, and would fill the memory if every worker took one
-                for documents in read_parquet(path, group, column, rows):
-                    yield Chunk(iter, ([documents],))
-
-
-def read_parquet(path: Path, group: int, column: str, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(text, offsets) of a row group, `rows` documents at a time, from Arrow's own buffers."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    with reading(path), pq.ParquetFile(path, buffer_size=1 << 20) as file:
-        for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
-            array = batch.column(0)
-            if pa.types.is_dictionary(array.type):
-                array = array.dictionary_decode()
-            yield arrow_documents(array)
-
-
-def arrow_documents(array) -> tuple[np.ndarray, np.ndarray]:
-    """(text, offsets) of an Arrow array of (large_)string, without a copy of the text; a null is empty."""
-    if array.null_count:
-        array = array.fill_null("")  # a null may have bytes under it
-    width = np.int64 if str(array.type) == "large_string" else np.int32
-    _, offsets, text = array.buffers()
-    if not len(array) or text is None:  # no bytes at all
-        return np.zeros(0, dtype=np.uint8), np.zeros(len(array) + 1, dtype=np.int64)
-    offsets = np.frombuffer(offsets, dtype=width)[array.offset:array.offset + len(array) + 1].astype(np.int64)
-    return np.frombuffer(text, dtype=np.uint8)[offsets[0]:offsets[-1]], offsets - offsets[0]
-
-
-def jsonl_chunks(path: Path, column: str) -> Iterator[Chunk]:
-    """Whole lines: decompressed here, as a file cannot be entered in the middle; parsed by the workers."""
-    import pyarrow as pa
-    line, rest = 1, b""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
-    with reading(path), pa.input_stream(str(path), compression=compression) as file:
-        while block := file.read(CHUNK_BYTES):
-            head, newline, tail = block.rpartition(b"\n")
-            if newline:
-                block = rest + head + newline
-                yield Chunk(read_jsonl, (path, line, block, column))
-                line, rest = line + block.count(b"\n"), tail
-            else:
-                rest += block
-        if rest:
-            yield Chunk(read_jsonl, (path, line, rest, column))
-
-
-def read_jsonl(path: Path, first_line: int, block: bytes,
-               column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(text, offsets) of a block of lines; UserError with the file, the line and the reason for a bad one."""
-    documents = []
-    for number, line in enumerate(block.split(b"\n"), first_line):
-        if not line.strip():
-            continue
-        try:
-            text = (row := json.loads(line))[column]
-            documents.append(b"" if text is None else text.encode("utf-8", "surrogatepass"))
-        except (ValueError, RecursionError) as error:
-            reason = f"not JSON: {error}"
-        except KeyError:
-            reason = f"got fields {', '.join(row)}; name the one with the text with --text_column=..."
-        except (TypeError, AttributeError):
-            reason = f"wanted an object with a string in field {column!r} (--text_column)"
-        else:
-            continue
-        raise UserError(f"{path}, line {number}: {reason}; mend or delete the line, then run this again")
-    yield pack(documents)
-
-
-def document_chunks(documents: Iterable[tuple[Path | bytes, int]]) -> Iterator[Chunk]:
-    """Chunks of documents that are each a whole file, or bytes; `documents` yields (path or bytes, size)."""
-    some, total = [], 0
-    for document, size in documents:
-        if some and total + size > CHUNK_BYTES:
-            yield Chunk(read_documents, (some,))
-            some, total = [], 0
-        some.append(document)
-        total += size
-    if some:
-        yield Chunk(read_documents, (some,))
-
-
-def read_documents(documents: list[Path | bytes]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(text, offsets) of documents that are each a whole file, or bytes."""
-    texts = []
-    for document in documents:
-        with reading(document):
-            texts.append(document if isinstance(document, bytes) else document.read_bytes())
-    yield pack(texts)
-
-
-# ---- sources: facts for the manifest, and a function that yields the chunks in order ----
-
-
-def input_source(input: str, column: str) -> tuple[dict, Callable[[], Iterator[Chunk]]]:
-    """The files named by --input, in the order given; those of a folder or a glob sorted by name."""
-    files: dict[Path, None] = {}
-    for name in filter(None, input.split(",")):
-        path = Path(name).expanduser()
-        if path.is_dir():  # may hold other files too; what is named itself must be of a known kind
-            found = [file for file in sorted(path.rglob("*")) if file.name.endswith(SUFFIXES)]
-        else:
-            top = Path(path.anchor)
-            found = [path] if path.exists() else sorted(top.glob(str(path.relative_to(top))))
-        wrong = [file.name for file in found if not file.name.endswith(SUFFIXES)]
-        if wrong or not found:
-            raise UserError(f"--input={name}: got {wrong[0] if wrong else 'no such files'}, wanted a file, a "
-                            f"glob or a folder of {', '.join(SUFFIXES)}")
-        files.update(dict.fromkeys(found))
-
-    def chunks() -> Iterator[Chunk]:
-        for suffix, group in itertools.groupby(files, key=operator.attrgetter("suffix")):
-            if suffix == ".txt":
-                yield from document_chunks((file, file.stat().st_size) for file in group)
-            else:
-                for file in group:
-                    yield from (parquet_chunks if suffix == ".parquet" else jsonl_chunks)(file, column)
-
-    return {"files": len(files), "file_bytes": sum(file.stat().st_size for file in files)}, chunks
-
-
-def hub_source(dataset: str, subset: str, column: str) -> tuple[dict, Callable[[], Iterator[Chunk]]]:
-    """The parquet files of a subset on the hub, one at a time, kept in the hub's own cache (HF_HOME)."""
-    import huggingface_hub
-    repo = f"HuggingFaceFW/{dataset}"
-    folder = f"sample/{subset[7:]}" if subset.startswith("sample-") else f"data/{subset}"
-    folder = "data" if subset == "default" else folder
-
-    def hub(call: Callable, **arguments):
-        try:
-            return call(repo_id=repo, repo_type="dataset", **arguments)
-        except Exception as error:  # the hub's client raises its own classes, its HTTP library's and OSError
-            raise UserError(
-                f"cannot get {repo} ({subset}) from the Hugging Face hub ({type(error).__name__}: {error}).\n"
-                f"Other ways: a mirror, with HF_ENDPOINT=https://...; the files of its folder {folder}/ "
-                f"(000_00000.parquet, ...) fetched elsewhere, with --input=FOLDER; ready-made uint16 shards "
-                f"(*_train_*.npy or .bin, *_val_*) put into data_dir; or --dataset=python or `make demo`, "
-                f"which need no download") from error
-
-    info = hub(huggingface_hub.HfApi().repo_info, timeout=HUB_TIMEOUT)
-    files = sorted(file.rfilename for file in info.siblings
-                   if file.rfilename.startswith(f"{folder}/") and file.rfilename.endswith(".parquet"))
-    if not files:
-        raise UserError(f"got subset={subset!r}, but {repo} has no parquet files in {folder}/; wanted one of "
-                        f"its subsets, such as --subset=sample-10BT")
-
-    def chunks() -> Iterator[Chunk]:
-        for i, file in enumerate(files):
-            print(f"file {i + 1} of {len(files)}: {file}", file=sys.stderr)
-            path = hub(huggingface_hub.hf_hub_download, filename=file, revision=info.sha,
-                       etag_timeout=HUB_TIMEOUT)
-            yield from parquet_chunks(Path(path), column)
-
-    return {"repo": repo, "revision": info.sha, "files": len(files)}, chunks
-
-
-def python_source(seed: int) -> tuple[dict, Callable[[], Iterator[Chunk]]]:
-    """The embedded corpus: source of the standard library and the installed packages, and the texts beside.
-
-    Read: .py, .rst, .md and .txt files, and the topics of pydoc's help. Left out, and counted: files that
-    worth_learning refuses, and those that cannot be read. Equal ones count once. The order is that of a keyed
-    hash of the contents: the same whatever order the file system lists them in.
-    """
-    from pydoc_data.topics import topics
-    found: dict[bytes, tuple[Path | bytes, int]] = {}  # hash: (document, bytes)
-    left_out = 0
-
-    def add(text: bytes, document: Path | bytes) -> None:
-        found.setdefault(hashlib.blake2b(text, key=str(seed).encode()).digest(), (document, len(text)))
-
-    for topic in topics.values():
-        add(topic.encode(), topic.encode())
-    roots = [Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")]
-    for root in dict.fromkeys(roots):
-        # the standard library's folder may hold the packages of another environment, and no others are wanted
-        hidden = {"__pycache__", *(("site-packages", "dist-packages") if root == roots[0] else ())}
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = [name for name in subfolders if name not in hidden and not name.startswith(".")]
-            for name in names:
-                path = Path(folder, name)
-                if path.suffix not in (".py", ".rst", ".md", ".txt"):
-                    continue
-                try:
-                    text = path.read_bytes()
-                except OSError:
-                    text = b""
-                if worth_learning(text):
-                    add(text, path)
-                else:
-                    left_out += 1
-    documents = [found[key] for key in sorted(found)]
-    return {"documents": len(documents), "files_left_out": left_out}, lambda: document_chunks(documents)
-
-
-def worth_learning(text: bytes) -> bool:
-    """Whether a file looks like something to learn to write from, rather than a table or generated code.
-
-    That is: 200 bytes to 500 kB of UTF-8, no line over 1,000 bytes, 40 or more ASCII letters in 100 bytes.
-    """
-    if not 200 <= len(text) <= 500_000 or max(map(len, text.split(b"\n"))) > 1000:
-        return False
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    letters = len(text) - len(text.translate(None, string.ascii_letters.encode()))
-    return letters >= 0.4 * len(text)
-
-
-# ---- tokenizing, in a pool of processes ----------------------------------------
-
-tokenizer_of = functools.cache(load_tokenizer)  # once per process
-
-
-def cut_chunks(chunks: Iterable[Chunk], sizes: list[int], cut_at: int) -> Iterator[Chunk]:
-    """The chunks again, of which an earlier pass took `sizes` bytes each, now with a cut at byte `cut_at`.
-
-    Each gets cut=(cut_at counted from its own start, bytes of the validation part, bytes of it to take).
-    """
-    start = 0
-    for chunk, size in zip(chunks, sizes):
-        yield chunk._replace(cut=(cut_at - start, sum(sizes) - cut_at, size))
-        start += size
-
-
 def cut_documents(text: np.ndarray, offsets: np.ndarray, near: int,
                   span: int) -> tuple[np.ndarray, np.ndarray]:
     """(offsets, is_val) with the document around byte `near` of the text cut in two; is_val from there on."""
@@ -416,26 +171,63 @@ def cut_documents(text: np.ndarray, offsets: np.ndarray, near: int,
     return offsets, offsets[:-1] >= near
 
 
-def encode_chunk(chunk: Chunk, tokenizer: str, val_fraction: float) -> Encoded:
-    """Tokenize a chunk, in a worker, and deal its documents to the two sides."""
-    tok = tokenizer_of(tokenizer)
-    none = np.zeros(0, dtype=np.int64)
-    parts, empty, before = [(none, none, none.astype(bool), none, none)], 0, 0
-    for text, offsets in chunk.read(*chunk.args):
-        empty += int((np.diff(offsets) == 0).sum())
-        offsets = np.unique(offsets)  # an empty document's end is the one before it
-        if chunk.cut is None:
-            is_val = hash_documents(text, offsets) < np.uint64(val_fraction * 2.0**64)
+def without_invalid(documents: Documents) -> Documents:
+    """The documents that are UTF-8; the others join `bad`."""
+    texts, numbers, bad = [], [], list(documents.bad)
+    for d, number in enumerate(documents.numbers):
+        text = documents.text[documents.offsets[d]:documents.offsets[d + 1]].tobytes()
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            bad.append((f"{documents.label}{number}", f"not UTF-8: {error.reason} at byte {error.start:,}"))
         else:
-            near, span, take = chunk.cut
-            offsets = offsets[offsets <= max(0, take - before)]
-            offsets, is_val = cut_documents(text, offsets, near - before, span)
-            before += len(text)
-        ids, id_offsets = tok.encode_documents(text[:offsets[-1]], offsets)
-        tokens = np.diff(id_offsets)
-        in_val = np.repeat(is_val, tokens)
-        parts.append((ids[~in_val], ids[in_val], is_val, tokens, np.diff(offsets)))
-    return Encoded(*(np.concatenate(arrays) for arrays in zip(*parts)), empty)
+            texts.append(text)
+            numbers.append(number)
+    text, offsets = pack(texts)
+    return documents._replace(text=text, offsets=offsets, numbers=numbers, bad=bad)
+
+
+def encode_documents(documents: Documents, tokenizer: str, val_fraction: float,
+                     cut: tuple[int, int, int] | None) -> tuple[np.ndarray, ...]:
+    """(ids, is_val, tokens, sizes) as in Encoded; UnicodeDecodeError if one is not UTF-8."""
+    text, offsets = documents.text, np.unique(documents.offsets)  # an empty one ends where the last one did
+    if cut is not None:
+        near, span, take = cut
+        offsets, is_val = cut_documents(text, offsets[offsets <= max(0, take)], near, span)
+    elif documents.hash is not None:
+        is_val = np.full(len(offsets) - 1, documents.hash < int(val_fraction * 2.0**64))
+    else:
+        is_val = hash_documents(text, offsets) < np.uint64(val_fraction * 2.0**64)
+    ids, id_offsets = tokenizer_of(tokenizer).encode_documents(text[:offsets[-1]], offsets, errors="strict")
+    return ids, is_val, np.diff(id_offsets), np.diff(offsets)
+
+
+def encode_chunk(chunk: Chunk, tokenizer: str, val_fraction: float,
+                 cut: tuple[int, int, int] | None = None) -> Encoded:
+    """Tokenize a chunk, in a worker, and decide the sides of its documents.
+
+    cut: not by hash, but by place: (byte of the chunk's text at which to cut, bytes of the validation part,
+    bytes of the chunk to take).
+    """
+    continues = chunk.continues and not (cut and cut[0] == 0)  # the other side starts a document of its own
+    parts, empty, bad = [], 0, []
+    for documents in chunk.read(*chunk.args):
+        try:
+            part = encode_documents(documents, tokenizer, val_fraction, cut)
+        except UnicodeDecodeError:
+            documents = without_invalid(documents)
+            part = encode_documents(documents, tokenizer, val_fraction, cut)
+        parts.append(part)
+        empty += int((np.diff(documents.offsets) == 0).sum())
+        bad += documents.bad
+        if cut:
+            cut = cut[0] - len(documents.text), cut[1], cut[2] - len(documents.text)
+    none = np.zeros(0, dtype=np.int64)
+    parts = parts or [(none.astype(np.uint16), none.astype(bool), none, none)]
+    ids, is_val, tokens, sizes = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts))
+    if continues and len(tokens):
+        ids, tokens[0] = ids[1:], tokens[0] - 1
+    return Encoded(ids, is_val, tokens, sizes, empty, bad, continues)
 
 
 def start_worker() -> None:
@@ -457,193 +249,544 @@ def submit(pool: ProcessPoolExecutor, job: tuple) -> Future:
         raise BrokenProcessPool(str(error)) from error
 
 
-def encode_in_order(jobs: Iterable[tuple], num_workers: int) -> Iterator[Encoded]:
-    """encode_chunk(*job) of each job, in order; at most 2 * num_workers + 1 of them are in memory at once."""
+def encode_in_order(jobs: Iterable[tuple[tuple, tuple]],
+                    num_workers: int) -> Iterator[tuple[tuple, Encoded]]:
+    """(place, encode_chunk(*job)) of each (place, job), in order; at most 2 * num_workers + 1 in memory."""
     if num_workers == 1:
-        yield from (encode_chunk(*job) for job in jobs)
+        yield from ((place, encode_chunk(*job)) for place, job in jobs)
         return
     # spawn on every platform: a fork copies the locks of whatever threads numba, Arrow and the hub started
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=start_worker)
     pending = deque()
     try:
-        for job in jobs:
-            pending.append(submit(pool, job))
+        for place, job in jobs:
+            pending.append((place, submit(pool, job)))
             if len(pending) > 2 * num_workers:
-                yield pending.popleft().result()
+                place, future = pending.popleft()
+                yield place, future.result()
         while pending:
-            yield pending.popleft().result()
+            place, future = pending.popleft()
+            yield place, future.result()
     except BrokenProcessPool as error:
         # the pool ends the workers that it knew of when one died, and waits for ever for one it started since
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise UserError(f"one of {num_workers} worker processes died, most often because memory ran out; run "
-                        f"this again, with a smaller --num_workers=... if it was that") from error
+                        f"this again, and it goes on after its last shard, with a smaller --num_workers=... "
+                        f"if it was that") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def write_splits(chunks: Iterable[Chunk], writers: dict[str, ShardWriter], job: tuple, num_workers: int,
-                 max_tokens: int) -> tuple[dict[str, np.ndarray], int, list[int]]:
-    """Tokenize chunks into the two writers, up to the document that reaches max_tokens (0 = all).
+# ---- from chunks to shards -----------------------------------------------------
 
-    job: the other arguments of encode_chunk. Returns ({split: documents, tokens and bytes of text}, empty
-    documents, bytes of text taken from each chunk).
-    """
+
+def progress_path(plan: Plan) -> Path:
+    return plan.folder / f"progress_{plan.rank:05d}.part"
+
+
+def save_progress(plan: Plan, state: dict, left: dict[str, tuple[np.ndarray, list]]) -> None:
+    """Write a Progress, as a dict, and {split: (ids that fill no shard yet, their origin)}."""
+    head = {"settings": plan.settings, "progress": state,
+            "left": {split: [len(ids), origin] for split, (ids, origin) in left.items()}}
+    parts = (ids.data for ids, _ in left.values())
+    write_atomically(progress_path(plan), f"{json.dumps(head)}\n".encode(), *parts)
+
+
+def load_progress(plan: Plan) -> tuple[Progress, dict[str, tuple[np.ndarray, list]]]:
+    """What save_progress wrote; a fresh start where there is nothing, or a shard it counts is not whole."""
+    try:
+        head, ids = progress_path(plan).read_bytes().split(b"\n", 1)
+        head, ids = json.loads(head), np.frombuffer(ids, dtype="<u2")
+        progress = Progress(**head["progress"])
+        for record in progress.files["train"] + progress.files["val"]:
+            if read_header(plan.folder / record["file"])[0] != record["tokens"]:
+                raise UserError(f"{record['file']} has another number of tokens than noted")
+    except FileNotFoundError:
+        return Progress(), {}
+    except (ValueError, KeyError, TypeError) as error:  # UserError is a ValueError
+        print(f"starting over: {error}", file=sys.stderr)
+        return Progress(), {}
+    left = {}
+    for split, (count, origin) in head["left"].items():
+        left[split], ids = (ids[:count], origin), ids[count:]
+    return progress, left
+
+
+def jobs_of(source: Source, progress: Progress, plan: Plan) -> Iterator[tuple[tuple, tuple]]:
+    """((unit, index), arguments of encode_chunk) of each chunk from the progress on."""
+    chunks = source.chunks(progress.unit, progress.index)
+    settings = plan.tokenizer, plan.val_fraction
+    if progress.cut_at is None:
+        yield from (((unit, index), (chunk, *settings)) for unit, index, chunk in chunks)
+        return
+    sizes, start = progress.sizes, progress.text_bytes
+    for size, (unit, index, chunk) in zip(sizes[progress.chunks:], chunks):
+        cut = progress.cut_at - start, sum(sizes) - progress.cut_at, sum(sizes) - start
+        yield (unit, index), (chunk, *settings, cut)
+        start += size
+
+
+class Output:
+    """The shards of both sides and the progress, kept in step; a thread writes while the build goes on."""
+
+    def __init__(self, plan: Plan, source: Source, progress: Progress, left: dict):
+        self.plan, self.source, self.progress = plan, source, progress
+        self.max_tokens = plan.max_tokens if progress.cut_at is None else 0
+        self.writers = {}
+        for split in SPLITS:
+            writer = ShardWriter(plan.folder, plan.name, split, plan.shard_tokens, plan.shard_format,
+                                 plan.rank * RANK_SHARDS + len(progress.files[split]))
+            writer.records += progress.files[split]
+            if split in left:
+                writer.add(*left[split])
+            self.writers[split] = writer
+        self.released = progress.unit
+        self.thread, self.job = ThreadPoolExecutor(1), None
+
+    def tokens(self) -> int:
+        return sum(tokens for _, tokens, _ in self.progress.totals.values())
+
+    def is_complete(self, done: Encoded) -> bool:
+        """Whether max_tokens were reached, and `done` does not go on with the document that did."""
+        return 0 < self.max_tokens <= self.tokens() and not done.continues
+
+    def add(self, place: tuple[int, int], done: Encoded) -> None:
+        """Take a chunk's documents, up to the one that reaches max_tokens."""
+        progress, ends, count = self.progress, np.cumsum(done.tokens), len(done.tokens)
+        if self.max_tokens:
+            count = min(count, 1 + int(np.searchsorted(ends, self.max_tokens - self.tokens())))
+        runs = np.flatnonzero(np.diff(done.is_val[:count].view(np.int8), prepend=-1, append=-1))
+        for first, last in zip(runs[:-1].tolist(), runs[1:].tolist()):  # of documents on one side
+            split = SPLITS[int(done.is_val[first])]
+            start, stop = int(ends[first] - done.tokens[first]), int(ends[last - 1])
+            self.writers[split].add(done.ids[start:stop], (*place, progress.text_bytes, start))
+            documents = last - first - (first == 0 and done.continues)
+            added = documents, stop - start, int(done.sizes[first:last].sum())
+            progress.totals[split] = [a + b for a, b in zip(progress.totals[split], added)]
+        size = int(done.sizes[:count].sum())
+        if progress.cut_at is None:
+            progress.sizes.append(size)
+        progress.unit, progress.index = place[0], place[1] + 1
+        progress.chunks += 1
+        progress.text_bytes += size
+        progress.empty += done.empty
+        progress.bad += done.bad
+        if any(writer.full for writer in self.writers.values()):
+            self.save()
+
+    def enter(self, unit: int) -> None:
+        """Before the first chunk of another unit: all that came before can be made safe, and released."""
+        self.progress.unit, self.progress.index = unit, 0
+        if self.source.release:
+            self.save()
+
+    def save(self) -> None:
+        """Have the full shards and then the progress written; raises what went wrong the last time."""
+        full, left = {}, {}
+        for split, writer in self.writers.items():
+            full[split], writer.full = writer.full, []
+            left[split] = writer.buffer[:writer.used], writer.origin  # later ids go behind these
+        self.wait()
+        self.job = self.thread.submit(self._write, full, dataclasses.asdict(self.progress), left)
+
+    def _write(self, full: dict, state: dict, left: dict) -> None:
+        for split, shards in full.items():
+            self.writers[split].write(shards)
+            if self.plan.ranks > 1 and len(self.writers[split].records) >= RANK_SHARDS:
+                raise UserError(f"got {RANK_SHARDS:,} {split} shards on machine {self.plan.rank}, wanted "
+                                f"fewer; delete {self.plan.folder}, and choose a larger --shard_tokens")
+            state["files"][split] = list(self.writers[split].records)
+        save_progress(self.plan, state, left)
+        for unit in range(self.released, state["unit"]) if self.source.release else ():
+            self.source.release(unit)
+        self.released = state["unit"]
+
+    def wait(self) -> None:
+        if self.job is not None:
+            self.job.result()
+
+    def close(self) -> None:
+        """Write what is left, as the last shards of each side."""
+        self.wait()
+        for split, writer in self.writers.items():
+            self.progress.files[split] = writer.close()
+
+
+def check_bad(progress: Progress, skip_bad: int) -> None:
+    """Raise UserError if more is bad than was allowed."""
+    if len(progress.bad) > skip_bad:
+        place, reason = progress.bad[skip_bad]
+        after = f", after {skip_bad} left out (--skip_bad={skip_bad})" if skip_bad else ""
+        raise UserError(f"{place}: {reason}{after}; mend or remove it, or leave out what is bad, up to N of "
+                        f"such, with --skip_bad=N")
+
+
+def write_splits(source: Source, plan: Plan, progress: Progress, left: dict) -> None:
+    """Tokenize the chunks from `progress` on into shards, and bring `progress` to its end."""
     from tqdm import tqdm
-    totals = {split: np.zeros(3, dtype=np.int64) for split in writers}
-    tokens, empty, taken, began = 0, 0, [], time.perf_counter()
-    quiet = not sys.stderr.isatty()  # then a line per minute is enough
-    with tqdm(unit="B", unit_scale=True, mininterval=60 if quiet else 0.5) as bar, contextlib.closing(
-            encode_in_order(((chunk, *job) for chunk in chunks), num_workers)) as results:
-        for done in results:
-            count = len(done.tokens)
-            if max_tokens:
-                count = min(count, 1 + int(np.searchsorted(np.cumsum(done.tokens), max_tokens - tokens)))
-            for split, ids, side in (("train", done.train, ~done.is_val), ("val", done.val, done.is_val)):
-                chosen = np.flatnonzero(side[:count])
-                added = np.array([len(chosen), done.tokens[chosen].sum(), done.sizes[chosen].sum()])
-                writers[split].append(ids[:added[1]])
-                totals[split] += added
-                tokens += int(added[1])
-            empty += done.empty
-            taken.append(int(done.sizes[:count].sum()))
-            rate = tokens / (time.perf_counter() - began)
-            bar.set_postfix_str(f"{tokens:,} tokens, {rate:,.0f} tok/s", refresh=False)
-            bar.update(taken[-1])
-            if max_tokens and tokens >= max_tokens:
+    output, jobs = Output(plan, source, progress, left), jobs_of(source, progress, plan)
+    began, tokens_before = time.perf_counter(), output.tokens()
+    every = 0.5 if sys.stderr.isatty() else 60  # seconds; in a log, a line per minute is enough
+    with (output.thread,  # its job is waited for
+          tqdm(unit="B", unit_scale=True, mininterval=every, initial=progress.text_bytes) as bar,
+          contextlib.closing(encode_in_order(jobs, plan.num_workers)) as results):
+        for place, done in results:
+            if output.is_complete(done):
                 break
-    return totals, empty, taken
+            if place[0] > progress.unit:
+                output.enter(place[0])
+            output.add(place, done)
+            check_bad(progress, plan.skip_bad)
+            rate = (output.tokens() - tokens_before) / (time.perf_counter() - began)
+            bar.set_postfix_str(f"{output.tokens():,} tokens, {rate:,.0f} tok/s", refresh=False)
+            bar.update(progress.text_bytes - bar.n)
+    output.close()
+
+
+def tokenize(source: Source, plan: Plan) -> Progress:
+    """All shards of this machine, from where a killed build left off; returns the finished progress."""
+    progress, left = load_progress(plan)
+    if progress.finished:
+        return progress
+    remove_shards(plan, keep={record["file"] for records in progress.files.values() for record in records})
+    progress.revision = source.facts.get("revision", "")
+    write_splits(source, plan, progress, left)
+    if not sum(progress.sizes) and plan.ranks == 1:
+        progress_path(plan).unlink(missing_ok=True)
+        raise UserError(f"got a corpus without text ({progress.empty} empty documents), wanted some; check "
+                        f"--input and --text_column")
+    one_sided = plan.val_fraction and not all(total[1] for total in progress.totals.values())
+    if one_sided and progress.cut_at is None and plan.ranks == 1:
+        # too few documents, or too many equal ones, for a hash to deal out: once more, with a cut
+        size = sum(progress.sizes)
+        progress = Progress(revision=progress.revision, sizes=progress.sizes,
+                            cut_at=min(max(1, int(size * (1 - plan.val_fraction))), size - 1))
+        save_progress(plan, dataclasses.asdict(progress), {})
+        return tokenize(source, plan)
+    if one_sided and plan.ranks == 1:
+        progress_path(plan).unlink()
+        raise UserError(f"got {sum(progress.sizes)} bytes of text, too few to cut in two; wanted more, or "
+                        f"--val_fraction=0")
+    progress.finished = True
+    return progress
 
 
 # ---- the folder ----------------------------------------------------------------
 
 
-def claim_folder(folder: Path, name: str, settings: dict, command: str) -> bool:
-    """Make the folder ready for a build by these settings; False if it holds that very build, finished.
+def claim_folder(plan: Plan) -> bool:
+    """Make the folder ready for this build; False if it holds the very build, finished.
 
     Raises UserError if it holds anything else that a build would mix with or overwrite.
     """
+    folder, settings = plan.folder, plan.settings
     ways = "delete it yourself if you no longer need it, or give another --data_dir=..."
+
+    def check_same(have: dict, what: str) -> None:
+        different = [f"{key}={have.get(key)}, wanted {settings.get(key)}" for key in settings | have
+                     if have.get(key) != settings.get(key)]
+        if different:
+            raise UserError(f"{folder} holds {what} by other settings: got {'; '.join(different)}; {ways}")
+
     manifest = read_manifest(folder)
     if manifest is not None:
         have = manifest.get("settings", {})
-        different = [f"{key}={have.get(key)}, wanted {settings[key]}" for key in settings
-                     if have.get(key) != settings[key]]
-        if different:
-            raise UserError(f"{folder} holds a finished build by other settings: got {'; '.join(different)}; "
-                            f"{ways}")
-        TokenStream(folder, "train")  # raises if a shard has gone missing
-        (folder / UNFINISHED).unlink(missing_ok=True)
+        check_same(have | {"machines": settings.get("machines")}, "a finished build")  # no matter by how many
+        remove_unfinished(folder)
         return False
+    deadline = time.monotonic() + WAIT_SECONDS
+    while plan.rank > 0 and not (folder / UNFINISHED).exists():  # the first machine makes it
+        if time.monotonic() > deadline:
+            raise UserError(f"machine {plan.rank} of {plan.ranks} sees no {folder / UNFINISHED} after "
+                            f"{WAIT_SECONDS} s; wanted a --data_dir on storage that all machines share")
+        time.sleep(0.2)
     if (folder / UNFINISHED).exists():
         try:
-            left = json.loads((folder / UNFINISHED).read_text(encoding="utf-8"))
-        except ValueError:
-            left = {}
-        if left.get("settings") != settings:
-            raise UserError(f"{folder} holds an unfinished build by other settings, {left.get('command')}; "
-                            f"{ways}")
-        remove_shards(folder, name)
-    elif found := list_shards(folder, "train") + list_shards(folder, "val"):
+            have = json.loads((folder / UNFINISHED).read_text(encoding="utf-8"))["settings"]
+        except (ValueError, KeyError):
+            have = {}
+        check_same(have, "an unfinished build")
+        return True
+    if found := list_shards(folder, "train") + list_shards(folder, "val"):
         raise UserError(f"{folder} holds shards already ({found[0].name}, ...); {ways}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder} ({error.strerror}); {ways}") from error
-    left = json.dumps({"settings": settings, "command": command}, indent=1)
+    left = json.dumps({"settings": settings, "command": plan.command}, indent=1)
     write_atomically(folder / UNFINISHED, left.encode())
     return True
 
 
-def remove_shards(folder: Path, name: str) -> None:
-    """Remove what an unfinished build of this name can have left, and nothing else."""
-    ours = re.compile(rf"{re.escape(name)}_(train|val)_\d{{6}}\.(npy|bin)(\.\d+\.tmp)?"
-                      r"|(manifest|build)\.json\.\d+\.tmp")
-    for path in folder.iterdir():
-        if ours.fullmatch(path.name):
-            path.unlink()
+def remove_shards(plan: Plan, keep: Iterable[str] = ()) -> None:
+    """Remove the shards and torn files that a build on this machine can have left, but for `keep`."""
+    ours = re.compile(rf"{re.escape(plan.name)}_(train|val)_(?P<index>\d{{6,}})\.(npy|bin)(\.\d+\.tmp)?"
+                      rf"|{progress_path(plan).name}\.\d+\.tmp")
+    for path in plan.folder.iterdir():
+        match = ours.fullmatch(path.name)
+        if match and path.name not in keep:
+            if match["index"] is None or plan.ranks == 1 or int(match["index"]) // RANK_SHARDS == plan.rank:
+                path.unlink()
 
 
-def build(dataset: str, subset: str, input: str, text_column: str, data_dir: str, tokenizer: str,
-          shard_tokens: int, val_fraction: float, max_tokens: int, num_workers: int, shard_format: str,
-          seed: int) -> None:
-    """Build data_dir; the arguments are the settings at the top of this file. Raises UserError."""
-    if dataset not in (*HUB_NAMES, "python"):
-        raise UserError(f"got dataset={dataset!r}, wanted {', '.join(HUB_NAMES)} or python; "
-                        f"your own files go into --input=PATH[,PATH...]")
-    if not 0 <= val_fraction < 1 or shard_tokens < 1 or max_tokens < 0 or num_workers < 0:
+def remove_unfinished(folder: Path) -> None:
+    """Remove the notes of a build that its manifest has made superfluous."""
+    for path in [*folder.glob("progress_*.part*"), *folder.glob("*.json.*.tmp"), folder / UNFINISHED]:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Keep a second build out of the folder while this one lives; the system lets go of it when it dies."""
+    lock = None
+    try:
+        import fcntl
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another build is at work in {folder}; wait for it, or give another "
+                        f"--data_dir=...") from None
+    except (ImportError, OSError):
+        pass  # Windows, and file systems that cannot: they go without
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def finish(plan: Plan, source: Source) -> dict:
+    """Wait for the progress of all machines, and write the manifest."""
+    parts, told = [], 0.0
+    for rank in range(plan.ranks):
+        theirs = plan._replace(rank=rank)
+        while not (part := load_progress(theirs)[0]).finished:
+            if time.monotonic() - told > 60:
+                print(f"waiting for machine {rank} of {plan.ranks}", file=sys.stderr)
+                told = time.monotonic()
+            time.sleep(0.5)
+        parts.append(part)
+    if len({part.revision for part in parts}) > 1:
+        raise UserError(f"the machines read revisions {', '.join(part.revision for part in parts)} of the "
+                        f"dataset, wanted one; delete {plan.folder}, and run this with --revision=COMMIT")
+    splits = {split: dict(zip(("documents", "tokens", "text_bytes"),
+                              map(sum, zip(*(part.totals[split] for part in parts))))) for split in SPLITS}
+    if plan.val_fraction and not all(split["tokens"] for split in splits.values()):
+        raise UserError(f"no document fell on one of the sides in {plan.folder}; delete it, and build on one "
+                        f"machine")
+    totals = {key: splits["train"][key] + splits["val"][key] for key in splits["train"]}
+    tok = tokenizer_of(plan.tokenizer)
+    manifest = {
+        "tokenizer": {"name": tok.name, "sha256": tok.sha256, "n_vocab": tok.n_vocab}, "eot": tok.eot,
+        "settings": plan.settings, "source": source.facts, "cut_at_byte": parts[0].cut_at,
+        "cut_bytes": sum(parts[0].sizes) if parts[0].cut_at is not None else None, **totals,
+        "empty_documents": sum(part.empty for part in parts),
+        "bad": [bad for part in parts for bad in part.bad], "splits": splits,
+        "files": [record for split in SPLITS for part in parts for record in part.files[split]]}
+    write_manifest(plan.folder, manifest)
+    remove_unfinished(plan.folder)
+    return manifest
+
+
+def make_again(plan: Plan, manifest: dict, record: dict) -> None:
+    """Write a shard of a finished build anew; UserError if it does not come out as it was."""
+    unit, index, start, skip = record["origin"]
+    ranks = manifest["settings"].get("machines", 1)
+    rank = int(SHARD_NAME.fullmatch(record["file"])["index"]) // RANK_SHARDS if ranks > 1 else 0
+    source = open_source(plan._replace(rank=rank, ranks=ranks), manifest["source"].get("revision", ""))
+    cut_at, cut_bytes = manifest["cut_at_byte"], manifest["cut_bytes"]
+    writer = ShardWriter(plan.folder, plan.name, "train", record["tokens"])
+    for _, _, chunk in source.chunks(unit, index):
+        cut = None if cut_at is None else (cut_at - start, cut_bytes - cut_at, cut_bytes - start)
+        done = encode_chunk(chunk, plan.tokenizer, plan.val_fraction, cut)
+        mine = np.repeat(done.is_val == ("_val_" in record["file"]), done.tokens)
+        mine[:skip] = False
+        writer.add(done.ids[mine])
+        if writer.full:
+            break
+        start, skip = start + int(done.sizes.sum()), 0
+    path = plan.folder / record["file"]
+    ids = writer.full[0][1] if writer.full else writer.buffer[:writer.used]
+    if (made := write_shard(path, ids)["sha256"]) != record["sha256"]:
+        path.unlink()
+        raise UserError(f"{path} came out with sha256 {made}, wanted {record['sha256']}: the text or the "
+                        f"programs have changed since it was made; build all of it into another --data_dir")
+
+
+# ---- checking what is there ----------------------------------------------------
+
+
+@njit(cache=True, error_model="numpy")
+def hash_tokens(ids, eot, state, out):
+    """64-bit hashes of the documents that end in ids -> their number. state (2,): the hash of the last one so
+    far, and the documents begun, carried from shard to shard."""
+    n = 0
+    for i in range(len(ids)):
+        if ids[i] == eot:
+            if state[1] > 0:
+                out[n] = hash_finish(state[0])
+                n += 1
+            state[0], state[1] = np.uint64(0), state[1] + np.uint64(1)
+        else:
+            state[0] = (state[0] ^ np.uint64(ids[i])) * np.uint64(0xD6E8FEB86659FD93)
+            state[0] ^= state[0] >> np.uint64(32)
+    return n
+
+
+def check_shard(path: Path, record: dict, n_vocab: int) -> np.ndarray:
+    """The ids of a shard that is as its record says; UserError if it is not."""
+    if not path.exists():
+        raise UserError(f"{path} is missing")
+    ids = read_shard(path)
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if len(ids) != record["tokens"] or sha256 != record["sha256"]:
+        raise UserError(f"{path}: got {len(ids):,} tokens with sha256 {sha256[:16]}..., wanted "
+                        f"{record['tokens']:,} with {record['sha256'][:16]}...")
+    if ids.max() >= n_vocab:
+        raise UserError(f"{path}: got id {ids.max()}, wanted ids below {n_vocab}")
+    return ids
+
+
+def verify_folder(folder: Path) -> None:
+    """Read every shard and compare with the manifest; raises UserError for the first thing that is wrong."""
+    from tqdm import tqdm
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder} has no manifest.json to check against: it holds no build, or one that is "
+                        f"unfinished")
+    began, command = time.perf_counter(), command_of(manifest, folder)
+    disjoint, val_hashes = manifest["cut_at_byte"] is None, np.zeros(0, dtype=np.uint64)
+    with tqdm(total=2 * manifest["tokens"], unit="B", unit_scale=True) as bar:
+        for split in ("val", "train"):
+            state, hashes = np.zeros(2, dtype=np.uint64), []
+            for record in manifest["files"]:
+                path = folder / record["file"]
+                if f"_{split}_" not in path.name:
+                    continue
+                try:
+                    ids = check_shard(path, record, manifest["tokenizer"]["n_vocab"])
+                except UserError as error:
+                    raise UserError(f"{error}; to make this file again, and only it: "
+                                    f"rm -f {shlex.quote(str(path))} && {command}") from error
+                found = np.empty(np.count_nonzero(ids == manifest["eot"]), dtype=np.uint64)
+                hashes.append(found[:hash_tokens(ids, manifest["eot"], state, found)])
+                bar.update(2 * len(ids))
+            documents = int(state[1])
+            if documents != manifest["splits"][split]["documents"]:
+                raise UserError(f"{folder}: got {documents:,} {split} documents (<|endoftext|>), wanted "
+                                f"{manifest['splits'][split]['documents']:,} as the manifest says; delete "
+                                f"the folder, and build it again: {command}")
+            hashes = np.append(np.concatenate([val_hashes[:0], *hashes]), hash_finish(state[0]))[:documents]
+            if split == "val":
+                val_hashes = hashes
+            elif disjoint and (both := np.flatnonzero(np.isin(hashes, val_hashes))).size:
+                raise UserError(f"{folder}: got {both.size:,} train documents, the first of them number "
+                                f"{both[0]:,} (from 0), that are in validation too, wanted none; delete the "
+                                f"folder, and build it again: {command}")
+    also = "train and val share no document" if disjoint else "cut by place, so they may share documents"
+    print(f"{folder} is whole: {len(manifest['files'])} shards, {manifest['tokens']:,} tokens, "
+          f"{manifest['documents']:,} documents: sha256, counts and ids are as the manifest says; {also}; "
+          f"{time.perf_counter() - began:.1f} s")
+
+
+# ---- all of it -----------------------------------------------------------------
+
+
+def command_of(described: dict, folder: str | Path) -> str:
+    """The command that builds a folder, from its manifest or any dict that holds its settings."""
+    flags = [f"--{key}={value}" for key, value in described["settings"].items() if key in globals()]
+    return shlex.join(["python", "fineweb.py", f"--data_dir={folder}", *flags])
+
+
+def open_source(plan: Plan, revision: str = "") -> Source:
+    """Where the documents come from; revision: the commit that an earlier run of this build began with."""
+    settings = plan.settings
+    if "input" in settings:
+        return input_source(settings["input"], settings["text_column"], plan.rank, plan.ranks)
+    if settings["dataset"] == "python":
+        return python_source(settings["seed"])
+    raise NotImplementedError
+
+
+def make_plan(dataset: str, subset: str, revision: str, input: str, text_column: str, data_dir: str,
+              tokenizer: str, shard_tokens: int, val_fraction: float, max_tokens: int, num_workers: int,
+              shard_format: str, skip_bad: int, seed: int, **_) -> Plan:
+    """The settings at the top of this file, checked. Raises UserError."""
+    if dataset not in (*HUB_NAMES, "python") and "/" not in dataset:
+        raise UserError(f"got dataset={dataset!r}, wanted {', '.join(HUB_NAMES)}, python, or the OWNER/NAME "
+                        f"of ready-made shards; your own files go into --input=PATH[,PATH...]")
+    if not 0 <= val_fraction < 1 or shard_tokens < 1 or min(max_tokens, num_workers, skip_bad) < 0:
         raise UserError(f"got --val_fraction={val_fraction} --shard_tokens={shard_tokens} "
-                        f"--max_tokens={max_tokens} --num_workers={num_workers}, wanted a val_fraction from "
-                        f"0 to below 1, shard_tokens of 1 or more, the others 0 or more")
+                        f"--max_tokens={max_tokens} --num_workers={num_workers} --skip_bad={skip_bad}, "
+                        f"wanted 0 <= val_fraction < 1, shard_tokens of 1 or more, the others 0 or more")
     if shard_format not in ("npy", "bin"):
         raise UserError(f"got shard_format={shard_format!r}, wanted --shard_format=npy or bin")
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1 and (max_tokens or (dataset == "python" and not input)):
+        raise UserError(f"got --max_tokens={max_tokens} --dataset={dataset} on {ranks} machines, wanted "
+                        f"files to share out, and all of their tokens; run it on one")
     if input:
         name, origin = "text", {"input": input, "text_column": text_column}
     elif dataset == "python":
         name, origin = "python", {"dataset": dataset, "seed": seed}
     else:
-        name, origin = HUB_NAMES[dataset], {"dataset": dataset, "subset": subset, "text_column": text_column}
+        name = HUB_NAMES.get(dataset, "")
+        origin = {"dataset": dataset, "subset": subset, "revision": revision, "text_column": text_column}
     tok = tokenizer_of(tokenizer)
     if tok.n_vocab > 1 << 16:
         raise UserError(f"tokenizer {tok.name} has {tok.n_vocab:,} tokens, wanted at most 65,536, as ids are "
                         f"uint16; choose another --tokenizer=...")
     flags = {**origin, "tokenizer": tokenizer, "shard_tokens": shard_tokens, "val_fraction": val_fraction,
              "max_tokens": max_tokens, "shard_format": shard_format}
-    settings = {**flags, "tokenizer_sha256": tok.sha256}  # all that the bytes of the shards depend on
-    command = shlex.join(["python", "fineweb.py", f"--data_dir={data_dir}",
-                          *(f"--{key}={value}" for key, value in flags.items())])
-    folder, began = Path(data_dir), time.perf_counter()
-    hint = f"next: python train_gpt2.py --data_dir={shlex.quote(data_dir)}"
-    if not claim_folder(folder, name, settings, command):
-        print(f"{folder} is already built by these settings. {hint}")
-        return
-
+    settings = {**flags, "tokenizer_sha256": tok.sha256}
+    if input:
+        settings["input_contents"] = fingerprint(input_files(input))
+    if ranks > 1:
+        settings["machines"] = ranks
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    job, workers, cut_at = (tokenizer, val_fraction), num_workers or cores, None
+    num_workers = num_workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return Plan(Path(data_dir), name, settings, command_of({"settings": settings}, data_dir), tokenizer,
+                val_fraction, shard_tokens, shard_format, max_tokens, skip_bad, num_workers, rank, ranks)
 
-    def new_writers() -> dict[str, ShardWriter]:
-        return {split: ShardWriter(folder, name, split, shard_tokens, shard_format)
-                for split in ("train", "val")}
 
-    try:
-        if input:
-            facts, chunks = input_source(input, text_column)
-        elif dataset == "python":
-            facts, chunks = python_source(seed)
-        else:
-            facts, chunks = hub_source(dataset, subset, text_column)
-        writers = new_writers()
-        totals, empty, sizes = write_splits(chunks(), writers, job, workers, max_tokens)
-        if not sum(sizes):
-            raise UserError(f"got a corpus without text ({empty} empty documents), wanted some; check "
-                            f"--input and --text_column")
-        if val_fraction and not all(total.any() for total in totals.values()):
-            # too few documents, or too many equal ones, for a hash to deal out: once more, with a cut
-            cut_at = min(max(1, int(sum(sizes) * (1 - val_fraction))), sum(sizes) - 1)
-            remove_shards(folder, name)
-            writers = new_writers()
-            totals, empty, _ = write_splits(cut_chunks(chunks(), sizes, cut_at), writers, job, workers, 0)
-            if not all(total.any() for total in totals.values()):
-                raise UserError(f"got {sum(sizes)} bytes of text, too few to cut in two; wanted more, or "
-                                f"--val_fraction=0")
-        files = writers["train"].close() + writers["val"].close()
-    except UserError:  # nothing is worth keeping; what a killed build leaves is cleared by its next run
-        remove_shards(folder, name)
-        (folder / UNFINISHED).unlink(missing_ok=True)
-        raise
-    splits = {split: dict(zip(("documents", "tokens", "text_bytes"), total.tolist()))
-              for split, total in totals.items()}
-    documents, tokens, text_bytes = (totals["train"] + totals["val"]).tolist()
-    write_manifest(folder, {
-        "tokenizer": {"name": tok.name, "sha256": tok.sha256, "n_vocab": tok.n_vocab}, "eot": tok.eot,
-        "settings": settings, "source": facts, "cut_at_byte": cut_at, "documents": documents,
-        "empty_documents": empty, "tokens": tokens, "text_bytes": text_bytes, "splits": splits,
-        "files": files})
-    (folder / UNFINISHED).unlink()
-    print(f"{documents:,} documents ({empty:,} empty ones skipped), {tokens:,} tokens, "
-          f"{text_bytes / tokens:.3f} bytes per token, {time.perf_counter() - began:.1f} s; in {folder}: "
-          f"{len(writers['train'].records)} train and {len(writers['val'].records)} val shards (the last of "
-          f"each is short: it holds what is left). {hint}")
+def build(**settings) -> None:
+    """Build or verify data_dir; the arguments are the settings at the top of this file. Raises UserError."""
+    began = time.perf_counter()
+    if settings["verify"]:
+        return verify_folder(Path(settings["data_dir"]))
+    plan = make_plan(**settings)
+    hint = f"next: python train_gpt2.py --data_dir={shlex.quote(settings['data_dir'])}"
+    if not claim_folder(plan):
+        manifest = read_manifest(plan.folder)
+        missing = [record for record in manifest["files"] if not (plan.folder / record["file"]).exists()]
+        for record in missing if plan.rank == 0 else ():
+            print(f"making {record['file']} again")
+            make_again(plan, manifest, record)
+        print(f"{plan.folder} is already built by these settings. {hint}")
+        return
+    with locked(plan.folder) if plan.ranks == 1 else contextlib.nullcontext():
+        try:
+            source = open_source(plan, load_progress(plan)[0].revision)
+            progress = tokenize(source, plan)
+            save_progress(plan, dataclasses.asdict(progress), {})
+        except UserError:
+            if plan.ranks == 1 and not progress_path(plan).exists():  # nothing is worth keeping
+                remove_shards(plan)
+                remove_unfinished(plan.folder)
+            raise
+        if plan.rank > 0:
+            return
+        manifest = finish(plan, source)
+    skipped = f"{manifest['empty_documents']:,} empty ones skipped"
+    if manifest["bad"]:
+        skipped += f", {len(manifest['bad']):,} bad ones left out, listed in manifest.json"
+    counts = [sum(f"_{split}_" in record["file"] for record in manifest["files"]) for split in SPLITS]
+    print(f"{manifest['documents']:,} documents ({skipped}), {manifest['tokens']:,} tokens, "
+          f"{manifest['text_bytes'] / manifest['tokens']:.3f} bytes per token, "
+          f"{time.perf_counter() - began:.1f} s; in {plan.folder}: {counts[0]} train and {counts[1]} val "
+          f"shards (the last of each is short: it holds what is left). {hint}")
 
 
 if __name__ == "__main__":

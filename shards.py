@@ -175,35 +175,60 @@ def write_manifest(data_dir: str | Path, manifest: dict) -> None:
 
 
 class ShardWriter:
-    """Cuts a stream of ids into NAME_SPLIT_000000, 000001, ... of `shard_tokens`; the last may be shorter."""
+    """Cuts a stream of ids into NAME_SPLIT_000000, 000001, ... of `shard_tokens`; the last may be shorter.
+
+    append writes each shard when it is full. add only keeps them in `full`, for a caller that writes them
+    elsewhere: write(full) then makes the records.
+    """
 
     def __init__(self, data_dir: str | Path, name: str, split: str, shard_tokens: int,
-                 shard_format: str = "npy"):
+                 shard_format: str = "npy", first_index: int = 0):
         self.stem, self.suffix = Path(data_dir) / f"{name}_{split}", f".{shard_format}"
+        self.next_index = first_index
         self.buffer = np.empty(shard_tokens, dtype=TOKEN)  # the system hands out its pages as they fill
-        self.used = 0
+        self.used, self.origin = 0, None
+        self.full: list[tuple[Path, np.ndarray, object]] = []
         self.records: list[dict] = []
 
     def append(self, ids: np.ndarray) -> None:
         """Add ids, uint16 (n,); n may be more than a shard, or 0."""
-        while len(ids):
-            taken = min(len(ids), len(self.buffer) - self.used)
-            self.buffer[self.used:self.used + taken] = ids[:taken]
-            self.used += taken
-            ids = ids[taken:]
+        self.add(ids)
+        self.write(self.full)
+        self.full = []
+
+    def add(self, ids: np.ndarray, origin: tuple = ()) -> None:
+        """Add ids without writing. origin: where ids[0] comes from, integers of which the last counts ids.
+
+        A shard that starts at ids[k] gets "origin": origin, its last integer plus k, in its record.
+        """
+        taken = 0
+        while taken < len(ids):
+            if not self.used:
+                self.origin = [*origin[:-1], origin[-1] + taken] if origin else None
+            part = ids[taken:taken + len(self.buffer) - self.used]
+            self.buffer[self.used:self.used + len(part)] = part
+            self.used += len(part)
+            taken += len(part)
             if self.used == len(self.buffer):
-                self._write()
+                self._cut()
+
+    def write(self, full: list[tuple[Path, np.ndarray, object]]) -> None:
+        """Write shards that add has filled, in order, and note their records."""
+        for path, ids, origin in full:
+            self.records.append(write_shard(path, ids) | ({"origin": origin} if origin else {}))
 
     def close(self) -> list[dict]:
         """Write what is left; returns the records of all files for the manifest, [] if nothing was added."""
         if self.used:
-            self._write()
+            self._cut()
+        self.append(self.buffer[:0])
         return self.records
 
-    def _write(self) -> None:
-        path = self.stem.with_name(f"{self.stem.name}_{len(self.records):06d}{self.suffix}")
-        self.records.append(write_shard(path, self.buffer[:self.used]))
-        self.used = 0
+    def _cut(self) -> None:
+        path = self.stem.with_name(f"{self.stem.name}_{self.next_index:06d}{self.suffix}")
+        self.full.append((path, self.buffer[:self.used], self.origin))
+        self.buffer = np.empty(len(self.buffer), dtype=TOKEN)
+        self.next_index, self.used = self.next_index + 1, 0
 
 
 class TokenStream:

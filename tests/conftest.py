@@ -52,3 +52,14 @@ def tiny_data(tmp_path_factory, byte_tokenizer) -> Path:
         files += writer.close()
     write_manifest(data_dir, {"tokenizer": {"name": tok.name, "sha256": tok.sha256}, "files": files})
     return data_dir
+
+
+@pytest.fixture(scope="session")
+def encoding():
+    """tiktoken's GPT-2."""
+    import tiktoken
+
+    from bpe import load_tokenizer
+
+    load_tokenizer("gpt2")  # puts the vocabulary where tiktoken finds it
+    return tiktoken.get_encoding("r50k_base")

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import documents
 import fineweb
 from bpe import load_tokenizer
 from configurator import UserError
@@ -30,8 +30,9 @@ from shards import TokenStream, list_shards, read_manifest
 ROOT = Path(fineweb.__file__).resolve().parent
 EOT = 50_256
 DEFAULTS = {"dataset": "fineweb-edu", "subset": "sample-10BT", "input": "", "text_column": "text",
-            "tokenizer": "gpt2", "shard_tokens": 1000, "val_fraction": 0.1, "max_tokens": 0, "num_workers": 1,
-            "shard_format": "npy", "seed": 1}
+            "revision": "main", "tokenizer": "gpt2", "shard_tokens": 1000, "val_fraction": 0.1,
+            "max_tokens": 0, "num_workers": 1, "shard_format": "npy", "skip_bad": 0, "keep_downloads": False,
+            "verify": False, "seed": 1}
 
 
 def build(data_dir, **flags):
@@ -64,12 +65,6 @@ def tokens_of(folder, split):
 # ---- the slow twin -------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def encoding():
-    load_tokenizer("gpt2")  # puts the vocabulary where tiktoken finds it
-    return tiktoken.get_encoding("r50k_base")
-
-
 def slow_hash(text: bytes) -> int:
     mask = 2**64 - 1
     h = len(text) * 0x9E3779B97F4A7C15 & mask
@@ -81,10 +76,10 @@ def slow_hash(text: bytes) -> int:
     return h ^ h >> 33
 
 
-def slow_build(documents, encoding, val_fraction=0.1, max_tokens=0):
+def slow_build(docs, encoding, val_fraction=0.1, max_tokens=0):
     """(train ids, val ids) of documents, bytes or None."""
     sides, total = ([], []), 0
-    for document in filter(None, documents):
+    for document in filter(None, docs):
         ids = [EOT, *encoding.encode_ordinary(document.decode("utf-8", "replace"))]
         sides[slow_hash(document) < int(val_fraction * 2**64)].extend(ids)
         total += len(ids)
@@ -96,28 +91,28 @@ def slow_build(documents, encoding, val_fraction=0.1, max_tokens=0):
 def make_documents(count=150, seed=0):
     rng = random.Random(seed)
     words = ["the", "model", " learns", "\n", "naïve", "日本語", "🙂", "  ", "12345", "def f(x):", "\t"]
-    documents = [" ".join(rng.choices(words, k=rng.randrange(1, 60))).encode() for _ in range(count)]
-    documents[3] = documents[40] = b"twice the same"
-    documents[5] = b""
-    documents[7] = b"before <|endoftext|> after"
-    documents[11] = b"\n".join(b"line %d" % i for i in range(2000))  # longer than a shard
-    return documents
+    docs = [" ".join(rng.choices(words, k=rng.randrange(1, 60))).encode() for _ in range(count)]
+    docs[3] = docs[40] = b"twice the same"
+    docs[5] = b""
+    docs[7] = b"before <|endoftext|> after"
+    docs[11] = b"\n".join(b"line %d" % i for i in range(2000))  # longer than a shard
+    return docs
 
 
 DOCUMENTS = make_documents()
 
 
-def write_input(folder, kind, documents):
+def write_input(folder, kind, docs):
     """The documents as files of a kind; returns what to pass as --input."""
     folder.mkdir(exist_ok=True)
-    path, texts = folder / f"corpus.{kind}", [document.decode() for document in documents]
+    path, texts = folder / f"corpus.{kind}", [document.decode() for document in docs]
     lines = "".join(f"{json.dumps({'id': i, 'text': text})}\n" for i, text in enumerate(texts)).encode()
     match kind:
         case "parquet":
             pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, row_group_size=40)
-        case "large.parquet":  # with nulls where documents are empty
-            column = pa.array([text or None for text in texts], pa.large_string())
-            pq.write_table(pa.table({"text": column}), path, row_group_size=64, compression="zstd")
+        case "large.parquet":
+            table = pa.table({"text": pa.array(texts, pa.large_string())})
+            pq.write_table(table, path, row_group_size=64, compression="zstd")
         case "dictionary.parquet":
             pq.write_table(pa.table({"text": pa.array(texts).dictionary_encode()}), path, row_group_size=50)
         case "jsonl":
@@ -130,7 +125,7 @@ def write_input(folder, kind, documents):
         case "txt":
             path = folder / "texts"
             path.mkdir()
-            for i, document in enumerate(documents):
+            for i, document in enumerate(docs):
                 (path / f"{i:04d}.txt").write_bytes(document)
     return path
 
@@ -138,7 +133,7 @@ def write_input(folder, kind, documents):
 @pytest.mark.parametrize("kind", ["parquet", "large.parquet", "dictionary.parquet", "jsonl", "jsonl.gz",
                                   "jsonl.zst", "txt"])
 def test_every_kind_equals_the_slow_twin(tmp_path, encoding, kind, monkeypatch):
-    monkeypatch.setattr(fineweb, "CHUNK_BYTES", 3000)  # several chunks, and documents larger than one
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 3000)  # several chunks, and documents larger than one
     source = write_input(tmp_path / "in", kind, DOCUMENTS)
     folder = build(tmp_path / "out", input=source)
     train, val = slow_build(DOCUMENTS, encoding)
@@ -158,7 +153,7 @@ def test_every_kind_equals_the_slow_twin(tmp_path, encoding, kind, monkeypatch):
 
 
 def test_any_number_of_workers(tmp_path, encoding, monkeypatch):
-    monkeypatch.setattr(fineweb, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 3000)
     source = write_input(tmp_path / "in", "parquet", DOCUMENTS)
     flags = {"input": source, "shard_format": "bin", "max_tokens": 9000, "val_fraction": 0.3}
     folders = [build(tmp_path / f"out{n}", num_workers=n, **flags) for n in (1, 2, 3)]
@@ -169,48 +164,53 @@ def test_any_number_of_workers(tmp_path, encoding, monkeypatch):
 
 def test_big_row_groups_are_read_in_pieces(tmp_path, monkeypatch):
     source = write_input(tmp_path / "in", "parquet", DOCUMENTS)
-    expected = contents(build(tmp_path / "whole", input=source))
-    monkeypatch.setattr(fineweb, "CHUNK_BYTES", 500)
-    monkeypatch.setattr(fineweb, "BIG_ROW_GROUP", 1000)
-    assert len(list(fineweb.parquet_chunks(source, "text"))) > 8
-    assert contents(build(tmp_path / "pieces", input=source)) == expected
+    whole = build(tmp_path / "whole", input=source)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(documents, "BIG", 1000)
+    assert len(list(documents.parquet_chunks(source, "text"))) > 8
+    pieces = build(tmp_path / "pieces", input=source)
+    for folder in (whole, pieces):  # its manifest says in which chunk each shard begins
+        assert (folder / "manifest.json").unlink() is None
+    assert contents(pieces) == contents(whole)
 
 
 def test_sliced_arrays_and_bytes_under_nulls():
     array = pa.array(["zero", "one", None, "", "four", "five"])
     for kind in (pa.string(), pa.large_string()):
-        text, offsets = fineweb.arrow_documents(array.cast(kind)[1:5])
-        assert text.tobytes() == b"onefour" and offsets.tolist() == [0, 3, 3, 3, 7]
-        text, offsets = fineweb.arrow_documents(array.cast(kind)[3:])  # and without a null
-        assert text.tobytes() == b"fourfive" and offsets.tolist() == [0, 0, 4, 8]
+        got = documents.arrow_documents(array.cast(kind)[1:5], "row ", 11)
+        assert got.text.tobytes() == b"onefour" and got.offsets.tolist() == [0, 3, 3, 7]
+        assert list(got.numbers) == [11, 13, 14] and got.bad == [("row 12", "null, wanted text")]
+        got = documents.arrow_documents(array.cast(kind)[3:], "row ", 0)  # and without a null
+        assert got.text.tobytes() == b"fourfive" and got.offsets.tolist() == [0, 0, 4, 8]
+        assert list(got.numbers) == [0, 1, 2] and not got.bad
     buffers = [pa.py_buffer(b"\x05"), *pa.array(["ab", "hidden", "c"]).buffers()[1:]]  # bits: 1, null, 1
-    text, offsets = fineweb.arrow_documents(pa.Array.from_buffers(pa.string(), 3, buffers))
-    assert text.tobytes() == b"abc" and offsets.tolist() == [0, 2, 2, 3]
-    for array in (pa.array([], pa.string()), pa.array([None, None], pa.string()), pa.array(["", ""])):
-        text, offsets = fineweb.arrow_documents(array)
-        assert len(text) == 0 and offsets.tolist() == [0] * (len(array) + 1)
+    got = documents.arrow_documents(pa.Array.from_buffers(pa.string(), 3, buffers), "", 0)
+    assert got.text.tobytes() == b"abc" and got.offsets.tolist() == [0, 2, 3]
+    for values, left in (([], 0), ([None, None], 0), (["", ""], 2)):
+        got = documents.arrow_documents(pa.array(values, pa.string()), "", 0)
+        assert len(got.text) == 0 and got.offsets.tolist() == [0] * (left + 1)
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8))
 @settings(deadline=None)
-def test_hash_equals_its_slow_twin(documents):
-    text, offsets = fineweb.pack(documents)
-    assert fineweb.hash_documents(text, offsets).tolist() == [slow_hash(document) for document in documents]
+def test_hash_equals_its_slow_twin(docs):
+    text, offsets = documents.pack(docs)
+    assert documents.hash_documents(text, offsets).tolist() == [slow_hash(document) for document in docs]
 
 
 def test_hash_is_fair():
     """Near-equal documents fall on the two sides as often as val_fraction says."""
-    documents = [b"document number %d" % i for i in range(100_000)]
-    share = (fineweb.hash_documents(*fineweb.pack(documents)) < np.uint64(0.01 * 2.0**64)).mean()
+    docs = [b"document number %d" % i for i in range(100_000)]
+    share = (documents.hash_documents(*documents.pack(docs)) < np.uint64(0.01 * 2.0**64)).mean()
     assert abs(share - 0.01) < 0.0016  # 5 standard errors
 
 
 def test_sides_share_no_document_whatever_the_order(tmp_path):
-    documents = [b"document %d" % (i % 60) for i in range(200)]
+    docs = [b"document %d" % (i % 60) for i in range(200)]
     sides = []
     for seed in range(2):
-        random.Random(seed).shuffle(documents)
-        folder = build(tmp_path / f"out{seed}", input=write_input(tmp_path / f"in{seed}", "jsonl", documents))
+        random.Random(seed).shuffle(docs)
+        folder = build(tmp_path / f"out{seed}", input=write_input(tmp_path / f"in{seed}", "jsonl", docs))
         parts = [np.array(tokens_of(folder, split)) for split in ("train", "val")]
         sides.append([{tuple(document) for document in np.split(part, np.flatnonzero(part == EOT))} - {()}
                       for part in parts])
@@ -224,15 +224,15 @@ def test_sides_share_no_document_whatever_the_order(tmp_path):
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_few_documents_are_cut_at_a_line(tmp_path, encoding, kind, count, monkeypatch):
-    monkeypatch.setattr(fineweb, "CHUNK_BYTES", 100)  # every document is its own chunk
-    documents = [b"".join(b"%d: line %d\n" % (d, i) for i in range(500)) for d in range(count)]
-    folder = build(tmp_path / "out", input=write_input(tmp_path / "in", kind, documents), val_fraction=0.01)
-    cut = documents[-1].rindex(b"\n", 0, len(documents[-1]) - int(0.01 * sum(map(len, documents))) + 8) + 1
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 100)  # every document is its own chunk
+    docs = [b"".join(b"%d: line %d\n" % (d, i) for i in range(500)) for d in range(count)]
+    folder = build(tmp_path / "out", input=write_input(tmp_path / "in", kind, docs), val_fraction=0.01)
+    cut = docs[-1].rindex(b"\n", 0, len(docs[-1]) - int(0.01 * sum(map(len, docs))) + 8) + 1
     train, val = tokens_of(folder, "train"), tokens_of(folder, "val")
     text = encoding.decode(val[1:]).encode()
-    assert documents[-1].endswith(text) and documents[-1][:-len(text)].endswith(b"\n") and val[0] == EOT
-    assert abs(len(text) - 0.01 * sum(map(len, documents))) < 12, cut  # to the nearest line
-    expected = [EOT, *encoding.encode_ordinary(documents[-1][:-len(text)].decode())]
+    assert docs[-1].endswith(text) and docs[-1][:-len(text)].endswith(b"\n") and val[0] == EOT
+    assert abs(len(text) - 0.01 * sum(map(len, docs))) < 12, cut  # to the nearest line
+    expected = [EOT, *encoding.encode_ordinary(docs[-1][:-len(text)].decode())]
     assert train[-len(expected):] == expected and train.count(EOT) == count and val.count(EOT) == 1
     assert read_manifest(folder)["documents"] == count + 1 and read_manifest(folder)["cut_at_byte"] > 0
 
@@ -255,7 +255,7 @@ def test_cut_point(text, near, span, cut):
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_cut_with_equal_documents_and_max_tokens(tmp_path, encoding, kind, monkeypatch):
-    monkeypatch.setattr(fineweb, "CHUNK_BYTES", 10)  # parquet: pieces of a chunk beyond the last token
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 10)  # parquet: pieces of a chunk beyond the last token
     source = write_input(tmp_path / "in", kind, [b"same\nsame\n"] * 50)
     folder = build(tmp_path / "out", input=source, max_tokens=60, val_fraction=0.2)
     train, val = tokens_of(folder, "train"), tokens_of(folder, "val")
@@ -285,11 +285,11 @@ def test_no_validation(tmp_path, encoding):
 
 @pytest.mark.parametrize("max_tokens", [1, 500, 3000, 10**9])
 def test_max_tokens_ends_with_the_document_that_reaches_it(tmp_path, encoding, max_tokens):
-    documents = DOCUMENTS[12:] + DOCUMENTS[:12]
+    docs = DOCUMENTS[12:] + DOCUMENTS[:12]
     val_fraction = 0.5 if max_tokens > 1 else 0  # a single document would be cut
-    source = write_input(tmp_path / "in", "jsonl", documents)
+    source = write_input(tmp_path / "in", "jsonl", docs)
     folder = build(tmp_path / "out", input=source, max_tokens=max_tokens, val_fraction=val_fraction)
-    train, val = slow_build(documents, encoding, val_fraction, max_tokens)
+    train, val = slow_build(docs, encoding, val_fraction, max_tokens)
     assert tokens_of(folder, "train") == train and tokens_of(folder, "val") == val
 
 
@@ -304,17 +304,20 @@ def good_parquet(path):
 @pytest.mark.parametrize("name, content, flags, words", [
     ("a.txt", b"", {}, ["corpus without text"]),
     ("a.jsonl", b"\n\n", {}, ["corpus without text"]),
-    ("a.jsonl", b'{"text": ""}\n{"text": null}\n', {}, ["corpus without text", "2 empty"]),
+    ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', {}, ["corpus without text", "2 empty"]),
+    ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', {}, ["a.jsonl, line 2: wanted an object with a string"]),
+    ("a.jsonl", b'{"text": "a\\ud800"}\n', {}, ["line 1: half of a surrogate pair"]),
+    ("a.txt", b"caf\xe9 \xff\xfe ok", {}, ["a.txt: not UTF-8: invalid continuation byte at byte 3"]),
     ("a.txt", b"x", {}, ["1 bytes", "--val_fraction=0"]),
     ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', {}, ["a.jsonl, line 2: not JSON"]),
     ("a.jsonl", b'{"text": "a"}\n\n\xff\n', {}, ["a.jsonl, line 3: not JSON"]),
     ("a.jsonl", b'{"body": "a"}\n', {}, ["line 1: got fields body", "--text_column"]),
     ("a.jsonl", b'["text"]\n', {}, ["line 1: wanted an object", "'text'"]),
     ("a.jsonl", b'{"text": 3}\n', {}, ["line 1: wanted an object"]),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], {}, ["a.jsonl.gz: cannot be read"]),
-    ("a.jsonl.gz", b'{"text": "a"}\n', {}, ["a.jsonl.gz: cannot be read"]),
-    ("a.jsonl.zst", b"nonsense", {}, ["a.jsonl.zst: cannot be read"]),
-    ("a.parquet", b"PAR1 nonsense PAR1", {}, ["a.parquet: cannot be read"]),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-20], {}, ["a.jsonl.gz, from line 1 on: damaged"]),
+    ("a.jsonl.gz", b'{"text": "a"}\n', {}, ["a.jsonl.gz, from line 1 on: damaged"]),
+    ("a.jsonl.zst", b"nonsense", {}, ["a.jsonl.zst, from line 1 on: damaged"]),
+    ("a.parquet", b"PAR1 nonsense PAR1", {}, ["a.parquet: no parquet file"]),
     ("a.parquet", good_parquet, {"text_column": "body"}, ["got columns text, n", "--text_column"]),
     ("a.parquet", good_parquet, {"text_column": "n"}, ["type int64", "--text_column"]),
     ("a.pdf", b"x", {}, ["got a.pdf", ".parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt"]),
@@ -322,7 +325,7 @@ def good_parquet(path):
     ("a.txt", b"x", {"shard_format": "csv"}, ["'csv'", "--shard_format=npy"]),
     ("a.txt", b"x", {"val_fraction": 1.0}, ["val_fraction=1.0"]),
     ("a.txt", b"x", {"shard_tokens": 0}, ["shard_tokens=0"]),
-    ("a.txt", b"x", {"dataset": "wiki"}, ["'wiki'", "fineweb-edu, fineweb or python", "--input"]),
+    ("a.txt", b"x", {"dataset": "wiki"}, ["'wiki'", "fineweb-edu, fineweb, python", "--input"]),
 ])
 def test_bad_input_is_named_and_nothing_is_left(tmp_path, name, content, flags, words):
     (tmp_path / "in").mkdir()
@@ -336,25 +339,20 @@ def test_bad_input_is_named_and_nothing_is_left(tmp_path, name, content, flags, 
 
 
 def test_bad_line_of_a_later_chunk_has_its_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "CHUNK_BYTES", 50)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 50)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "some words"}\n' * 40 + b"{\n")
     with pytest.raises(UserError, match=r"a\.jsonl, line 41: not JSON"):
         build(tmp_path / "out", input=tmp_path / "a.jsonl")
 
 
-def test_damaged_row_group_is_named(tmp_path):
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_damaged_row_group_is_named(tmp_path, num_workers):
     path = tmp_path / "a.parquet"
     content = bytearray(good_parquet(path))
     content[4:40] = b"\xff" * 36  # the first page header
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.parquet: cannot be read"):
-        build(tmp_path / "out", input=path, num_workers=2)  # from a worker
-
-
-def test_bytes_that_are_not_utf8(tmp_path, encoding):
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xff\xfe ok")
-    folder = build(tmp_path / "out", input=tmp_path / "a.txt", val_fraction=0)
-    assert encoding.decode(tokens_of(folder, "train")[1:]) == "caf\ufffd \ufffd\ufffd ok"
+    with pytest.raises(UserError, match=r"a\.parquet, row group 0, rows 0 to 2999: damaged"):
+        build(tmp_path / "out", input=path, num_workers=num_workers)
 
 
 def test_input_takes_lists_globs_and_folders(tmp_path, encoding):
@@ -403,12 +401,39 @@ def test_existing_folders(tmp_path, capsys):
         build(tmp_path / "file", input=source)
 
 
-def test_already_built_with_a_shard_missing(tmp_path):
-    source = write_input(tmp_path / "in", "parquet", DOCUMENTS)
-    folder = build(tmp_path / "out", input=source)
-    list_shards(folder, "val")[0].unlink()
-    with pytest.raises(UserError, match="missing"):
-        build(folder, input=source)
+@pytest.mark.parametrize("kind, flags", [
+    ("parquet", {}), ("jsonl.gz", {"max_tokens": 9000, "val_fraction": 0.3}),
+    ("txt", {"val_fraction": 0.4, "shard_format": "bin"}),
+    ("few", {"val_fraction": 0.2}), ("few", {"val_fraction": 0.2, "max_tokens": 4000})])
+def test_missing_shards_are_made_again_and_nothing_else(tmp_path, kind, flags, monkeypatch, capsys):
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 3000)
+    few = [b"".join(b"%d: line %d\n" % (d, i) for i in range(500)) for d in range(3)]
+    corpus = ("jsonl", few) if kind == "few" else (kind, DOCUMENTS)
+    source = write_input(tmp_path / "in", *corpus)
+    folder = build(tmp_path / "out", input=source, **flags)
+    assert (read_manifest(folder)["cut_at_byte"] is not None) == (kind == "few")
+    before = contents(folder)
+    shards = list_shards(folder, "train") + list_shards(folder, "val")
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    for some in ([shards[0], shards[-1]], shards[1::3], shards):
+        for path in some:
+            path.unlink()
+        build(folder, input=source, **flags)
+        out = capsys.readouterr().out
+        assert contents(folder) == before and out.count("again") == len(some) and "already built" in out
+        if some is not shards:
+            assert all(path.stat().st_mtime_ns == times[path] for path in set(shards) - set(some))
+            times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_a_shard_that_comes_out_different_is_not_kept(tmp_path, monkeypatch):
+    folder = build(tmp_path / "out", input=write_input(tmp_path / "in", "parquet", DOCUMENTS))
+    list_shards(folder, "train")[2].unlink()
+    monkeypatch.setattr(fineweb, "cut_documents", None)
+    monkeypatch.setattr(fineweb, "hash_documents", lambda _, offsets: np.zeros(len(offsets) - 1, np.uint64))
+    with pytest.raises(UserError, match=r"_train_000002\.npy came out with sha256 .*another --data_dir"):
+        build(folder, input=tmp_path / "in" / "corpus.parquet")
+    assert not (folder / "text_train_000002.npy").exists() and not list(folder.glob("*.tmp"))
 
 
 def test_full_disk(tmp_path):
@@ -475,14 +500,16 @@ def test_killed_worker_is_an_error_and_the_rerun_is_identical(tmp_path, large_in
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_killed_build_starts_over_and_is_identical(tmp_path, large_input):
+def test_killed_build_goes_on_and_is_identical(tmp_path, large_input):
     out, flags = tmp_path / "out", {"input": large_input, "num_workers": 2, "shard_tokens": 20_000}
     process = subprocess.Popen(fineweb_command(out, **flags), stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(list_shards(out, "train")) > 2)
+    wait_for(lambda: list(out.glob("progress_00000.part")))
     workers = workers_of(process.pid)
     process.kill()
     process.wait()
     assert (out / "build.json").exists() and not (out / "manifest.json").exists() and workers
+    first = list_shards(out, "train")[0]
+    written = first.stat().st_mtime_ns
     wait_for(lambda: not any(is_running(pid) for pid in workers))
     with pytest.raises(UserError, match=r"unfinished build; run it again: python fineweb\.py") as error:
         TokenStream(out, "train")
@@ -492,6 +519,7 @@ def test_killed_build_starts_over_and_is_identical(tmp_path, large_input):
     (out / "text_train_999999.npy.77.tmp").write_bytes(b"torn")  # as a kill in the middle of a write does
     (out / "mine.txt").write_text("kept", encoding="utf-8")
     assert run(out, **{**flags, "num_workers": 1}).returncode == 0
+    assert first.stat().st_mtime_ns == written
     assert contents(out).pop("mine.txt") and (out / "mine.txt").unlink() is None
     assert contents(out) == contents(build(tmp_path / "whole", **{**flags, "num_workers": 1}))
 
@@ -534,16 +562,16 @@ def test_hub_files_in_order(tmp_path, encoding, monkeypatch):
 
 
 def test_python_corpus_is_deterministic(tmp_path, encoding, monkeypatch):
-    stdlib = fineweb.sysconfig.get_path("stdlib")  # alone: the test reads it three times
-    monkeypatch.setattr(fineweb.sysconfig, "get_path", lambda _: stdlib)
+    stdlib = documents.sysconfig.get_path("stdlib")  # alone: the test reads it three times
+    monkeypatch.setattr(documents.sysconfig, "get_path", lambda _: stdlib)
     flags = {"dataset": "python", "max_tokens": 50_000, "shard_tokens": 10**6}
     first, second = build(tmp_path / "a", **flags), build(tmp_path / "b", **flags)
     assert contents(first) == contents(second) and 50_000 <= read_manifest(first)["tokens"] < 400_000
     assert contents(build(tmp_path / "c", **{**flags, "seed": 2})) != contents(first)
     text = encoding.decode(tokens_of(first, "train"))
     assert "def " in text and "import " in text and len(tokens_of(first, "val")) > 0
-    documents = text.split("<|endoftext|>")[1:]
-    assert len(set(documents)) == len(documents)
+    docs = text.split("<|endoftext|>")[1:]
+    assert len(set(docs)) == len(docs)
 
 
 def test_python_corpus_order_is_not_the_file_systems(tmp_path, monkeypatch):
@@ -553,15 +581,15 @@ def test_python_corpus_order_is_not_the_file_systems(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"text of {'lib/a.py' if 'copy' in name else name}\n" * 20, encoding="utf-8")
     (tmp_path / "lib/table.txt").write_text("1234 5678\n" * 100, encoding="utf-8")
-    monkeypatch.setattr(fineweb.sysconfig, "get_path",
+    monkeypatch.setattr(documents.sysconfig, "get_path",
                         lambda key: tmp_path / ("lib" if key == "stdlib" else "packages"))
     monkeypatch.setattr("pydoc_data.topics.topics", {"for": "The for statement\n"})
 
     def order():
-        facts, chunks = fineweb.python_source(seed=3)
-        assert facts == {"documents": 4, "files_left_out": 1}
-        return [bytes(text[a:b]).splitlines()[0] for chunk in chunks()
-                for text, offsets in chunk.read(*chunk.args) for a, b in itertools.pairwise(offsets)]
+        source = documents.python_source(seed=3)
+        assert source.facts == {"documents": 4, "files_left_out": 1}
+        return [bytes(docs.text[a:b]).splitlines()[0] for _, _, chunk in source.chunks()
+                for docs in chunk.read(*chunk.args) for a, b in itertools.pairwise(docs.offsets)]
 
     once, walk = order(), os.walk
     assert sorted(once) == [b"The for statement", b"text of lib/a.py", b"text of lib/b.py",
@@ -572,7 +600,7 @@ def test_python_corpus_order_is_not_the_file_systems(tmp_path, monkeypatch):
             yield folder, subfolders, names[::-1]
             subfolders.reverse()
 
-    monkeypatch.setattr(fineweb.os, "walk", backwards)
+    monkeypatch.setattr(documents.os, "walk", backwards)
     assert order() == once
 
 
@@ -582,21 +610,21 @@ def test_python_corpus_order_is_not_the_file_systems(tmp_path, monkeypatch):
     (b"caf\xe9 words\n" * 50, False),
 ])
 def test_worth_learning(text, worth):
-    assert fineweb.worth_learning(text) == worth
+    assert documents.worth_learning(text) == worth
 
 
 def test_ids_of_the_whole_embedded_corpus_are_tiktokens():
     """Every document of this Python installation: 100M tokens where torch and numba are installed."""
     tok = load_tokenizer("gpt2")
     encoding, n_documents = tok.to_tiktoken(), 0
-    facts, chunks = fineweb.python_source(seed=0)
-    for chunk in chunks():
-        for text, offsets in chunk.read(*chunk.args):
-            ids, id_offsets = tok.encode_documents(text, offsets)
-            for d in range(len(offsets) - 1):
-                document = text[offsets[d]:offsets[d + 1]].tobytes().decode("utf-8")
+    source = documents.python_source(seed=0)
+    for _, _, chunk in source.chunks():
+        for docs in chunk.read(*chunk.args):
+            ids, id_offsets = tok.encode_documents(docs.text, docs.offsets)
+            for d in range(len(docs.offsets) - 1):
+                document = docs.text[docs.offsets[d]:docs.offsets[d + 1]].tobytes().decode("utf-8")
                 expected = encoding.encode_to_numpy(document, disallowed_special=())
                 assert ids[id_offsets[d]] == tok.eot
                 assert np.array_equal(ids[id_offsets[d] + 1:id_offsets[d + 1]], expected), document[:200]
                 n_documents += 1
-    assert n_documents == facts["documents"] > 1000
+    assert n_documents == source.facts["documents"] > 1000

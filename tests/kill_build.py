@@ -1,0 +1,141 @@
+"""
+Kill data builds with -9 at random moments, run them again, and compare with an undisturbed one, byte for byte.
+
+    python tests/kill_build.py              # 60 kills, two minutes
+    python tests/kill_build.py --kills=500
+
+The builds read parquet files made of this Python's standard library, with 1 to 3 workers, chosen anew for every
+run. The victim is the parent or one of its workers. Prints where the kills struck; a build that came out
+different, or a killed one that was taken for whole, is an error. Works in a temporary folder; needs /proc.
+"""
+import collections
+import contextlib
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configurator import configure  # noqa: E402 (after the path is set)
+from shards import TokenStream  # noqa: E402
+
+kills = 60          # processes to kill
+seed = 0            # of the moments, victims and numbers of workers
+shard_tokens = 50_000  # small: much of the time is spent in writing and renaming
+
+
+def make_corpus(folder: Path, megabytes: int) -> Path:
+    """Parquet files of 5 MB with row groups of 50 documents."""
+    folder.mkdir()
+    texts, size = [], 0
+    for i, path in enumerate(sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))):
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        size += len(text)
+        texts.append(text)
+        if size > 5_000_000 or i == 0:
+            pq.write_table(pa.table({"text": texts}), folder / f"{i:05d}.parquet", row_group_size=50)
+            texts, size, megabytes = [], 0, megabytes - 5
+        if megabytes <= 0:
+            break
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def children(pid: int) -> list[int]:
+    """The workers of a build, by /proc."""
+    found = []
+    for task in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):
+            state, parent = task.read_text(encoding="utf-8").rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z" and b"spawn_main" in (task.parent / "cmdline").read_bytes():
+                found.append(int(task.parent.name))
+    return found
+
+
+def phase(folder: Path) -> str:
+    """What an interrupted build left in its folder."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if "manifest.json" in names:
+        return "after the manifest"
+    shards = sum(name.endswith(".npy") for name in names)
+    torn = ", in the middle of a write" if any(name.endswith(".tmp") for name in names) else ""
+    return ("before the first shard" if not shards else "between shards") + torn
+
+
+def run(command: list[str], folder: Path, rng: random.Random, seconds: float,
+        env: dict | None = None) -> str | None:
+    """Run a build, and kill it within `seconds`; returns victim and phase, None if it was done before that."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(rng.uniform(0, seconds))
+    if process.poll() is None:
+        victim, name, workers = process.pid, "parent", children(process.pid)
+        if workers and rng.random() < 0.3:
+            victim, name = rng.choice(workers), "worker"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+        where = f"{name} {phase(folder)}"
+        process.communicate(timeout=60)  # a parent whose worker died says so and ends
+        return where if process.returncode != 0 else None
+    if process.returncode != 0:
+        raise RuntimeError(process.stderr.read().decode())
+    return None
+
+
+def rounds(command: list[str], work: Path, kills: int, rng: random.Random,
+           env: dict | None = None) -> collections.Counter:
+    """Kill builds until `kills` have been; command: without data_dir and num_workers."""
+    began = time.monotonic()
+    full = [*command, f"--data_dir={work / 'whole'}", "--num_workers=2"]
+    subprocess.run(full, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    seconds, expected = time.monotonic() - began, contents(work / "whole")
+    struck, number = collections.Counter(), 0
+    while struck.total() < kills:
+        folder, number = work / f"killed_{number}", number + 1
+        while True:
+            flags = [f"--data_dir={folder}", f"--num_workers={rng.randint(1, 3)}"]
+            where = run([*command, *flags], folder, rng, seconds if struck.total() < kills else 1000, env)
+            if where is None:
+                break
+            struck[where] += 1
+            if folder.exists() and not (folder / "manifest.json").exists():
+                try:
+                    TokenStream(folder, "train")
+                except ValueError:
+                    continue
+                raise AssertionError(f"{folder} was killed, and can be read as if it were whole")
+        if contents(folder) != expected:
+            raise AssertionError(f"{folder} differs from {work / 'whole'}")
+    return struck
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as work:
+        corpus = make_corpus(Path(work, "corpus"), 25)
+        command = [sys.executable, str(ROOT / "fineweb.py"), f"--input={corpus}",
+                   f"--shard_tokens={shard_tokens}"]
+        began = time.monotonic()
+        struck = rounds(command, Path(work), kills, random.Random(seed))
+        for where, count in sorted(struck.items()):
+            print(f"{count:4d} x {where}")
+        print(f"{struck.total()} kills, every build came out as the undisturbed one; "
+              f"{time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()
