@@ -22,9 +22,13 @@ import itertools
 import json
 import os
 import string
+import sys
 import sysconfig
+import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +37,12 @@ from numba import njit
 
 from bpe import U, load_word
 from configurator import UserError
+from shards import write_atomically
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 CHUNK_BYTES = 1 << 23  # text that a process works on at a time; enough to hide the pool's overhead
+SHARDS_PER_PARQUET = 0.75  # bytes of shards per byte of FineWeb's parquet files, at most
+PARTS_AT_ONCE = 4  # row groups that are fetched at a time
 BIG = 8 * CHUNK_BYTES  # row groups and txt files above this are handed out piece by piece
 
 
@@ -398,6 +405,108 @@ def input_source(input: str, column: str, rank: int = 0, ranks: int = 1) -> Sour
         else:
             units += [functools.partial(chunks_of[file.suffix == ".parquet"], file, column) for file in group]
     return source_of({"files": len(files), "file_bytes": sum(file.stat().st_size for file in files)}, units)
+
+
+def hub_source(dataset: str, subset: str, revision: str, column: str, data_dir: Path, there: int,
+               max_tokens: int, keep_downloads: bool, rank: int, ranks: int, ahead: bool) -> Source:
+    """The parquet files of a subset of FineWeb or FineWeb-Edu: whole, or with max_tokens the parts needed.
+
+    data_dir, there: where the shards go, and the bytes of them that are there, for the need of space. ahead:
+    fetch a file while the one before is read.
+    """
+    import hub
+    repo = f"HuggingFaceFW/{dataset}"
+    folder = f"sample/{subset[7:]}" if subset.startswith("sample-") else f"data/{subset}"
+    folder = "data" if subset == "default" else folder
+    commit, files = hub.list_files(repo, revision)
+    files = [file for file in files if file.path.startswith(f"{folder}/") and file.path.endswith(".parquet")]
+    if not files:
+        raise UserError(f"got subset={subset!r}, but {repo} has no parquet files in {folder}/; wanted one of "
+                        f"its subsets, such as --subset=sample-10BT")
+    facts = {"repo": repo, "revision": commit, "files": len(files)}
+    files = files[rank::ranks]
+    if max_tokens:
+        hub.need_space([(data_dir, max(0, 2 * max_tokens - there), "shards")])
+        return Source(facts, functools.partial(row_groups, repo, commit, files, column))
+    sizes = sorted(file.size for file in files)
+    hub.need_space([(data_dir, max(0, int(SHARDS_PER_PARQUET * sum(sizes)) - there), "shards"),
+                    (hub.repo_folder(repo), sum(sizes if keep_downloads else sizes[-2:]), "downloads")])
+    note = data_dir / f"downloads_{rank:05d}.json"
+    return Source(facts, *downloads(repo, commit, files, column, note, keep_downloads, ahead))
+
+
+def row_groups(repo: str, commit: str, files: list, column: str, unit: int = 0,
+               index: int = 0) -> Iterator[tuple[int, int, Chunk]]:
+    """Source.chunks of the files, one chunk per row group: only these are fetched, a few at a time."""
+    import pyarrow.parquet as pq
+
+    import hub
+    mine = threading.local()  # a file is for one thread
+
+    def read(u: int, metadata, group: int, first: int) -> Chunk:
+        if getattr(mine, "unit", None) != u:
+            mine.file, mine.unit = pq.ParquetFile(open_part(files[u]), metadata=metadata), u
+        label = f"{files[u].path}, row "
+        arrays = mine.file.read_row_group(group, columns=[column], use_threads=False).column(0).chunks
+        firsts = itertools.accumulate((len(array) for array in arrays), initial=first)
+        return Chunk(iter, ([arrow_documents(array, label, row) for array, row in zip(arrays, firsts)],))
+
+    def open_part(file):
+        return hub.in_cache(repo, commit, file) or hub.open_ranges(repo, commit, file)
+
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+        for u in range(unit, len(files)):
+            with pq.ParquetFile(open_part(files[u])) as file:
+                metadata, schema = file.metadata, file.schema_arrow
+            kind = schema.field(column).type if column in schema.names else None
+            if reason := wrong_column(schema.names, kind, column):
+                raise UserError(f"{files[u].path}: {reason}")
+            groups, pending = metadata.num_row_groups, deque()
+            firsts = [0, *itertools.accumulate(metadata.row_group(group).num_rows for group in range(groups))]
+            for group in range(index if u == unit else 0, groups):
+                pending.append((group, pool.submit(read, u, metadata, group, firsts[group])))
+                if len(pending) > PARTS_AT_ONCE:
+                    done, future = pending.popleft()
+                    yield u, done, future.result()
+            yield from ((u, done, future.result()) for done, future in pending)
+
+
+def downloads(repo: str, commit: str, files: list, column: str, note: Path, keep: bool,
+              ahead: bool) -> tuple[Callable, Callable]:
+    """Source.chunks and Source.release of whole files.
+
+    A file is removed when it is released, unless the cache had it before; `note` remembers which it had not.
+    """
+    import hub
+    ours = set(json.loads(note.read_text(encoding="utf-8"))) if note.exists() else set()
+
+    def fetch(u: int) -> Path:
+        if files[u].path not in ours and not hub.in_cache(repo, commit, files[u]):
+            ours.add(files[u].path)
+            write_atomically(note, json.dumps(sorted(ours)).encode())
+        return hub.fetch(repo, commit, files[u])
+
+    prefetcher, paths = None, {}
+
+    def chunks(unit: int = 0, index: int = 0) -> Iterator[tuple[int, int, Chunk]]:
+        nonlocal prefetcher
+        units = range(unit, len(files))
+        with hub.Prefetcher(fetch, units) if ahead else contextlib.nullcontext() as prefetcher:
+            for u, path in prefetcher or ((u, fetch(u)) for u in units):
+                print(f"file {u + 1} of {len(files)}: {files[u].path}", file=sys.stderr)
+                paths[u] = path
+                for i, chunk in enumerate(parquet_chunks(path, column)):
+                    if (u, i) >= (unit, index):
+                        yield u, i, chunk
+
+    def release(u: int) -> None:
+        path = paths.pop(u, None)
+        if path is not None and files[u].path in ours and not keep:
+            hub.remove(path)
+        if path is not None and prefetcher:
+            prefetcher.release()
+
+    return chunks, release
 
 
 def python_source(seed: int) -> Source:

@@ -53,6 +53,7 @@ from documents import (
     fingerprint,
     hash_documents,
     hash_finish,
+    hub_source,
     input_files,
     input_source,
     pack,
@@ -107,6 +108,7 @@ class Plan(NamedTuple):
     shard_format: str
     max_tokens: int
     skip_bad: int
+    keep_downloads: bool
     num_workers: int
     rank: int        # of ranks machines
     ranks: int
@@ -276,6 +278,54 @@ def encode_in_order(jobs: Iterable[tuple[tuple, tuple]],
                         f"if it was that") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+# ---- ready-made shards ---------------------------------------------------------
+
+
+def take_ready_made(plan: Plan) -> dict:
+    """Fetch the token shards of a dataset on the hub, check them, and write the manifest; returns it."""
+    import hub
+    repo, tok = plan.settings["dataset"], tokenizer_of(plan.tokenizer)
+    manifest = read_manifest(plan.folder)
+    revision = manifest["source"]["revision"] if manifest else plan.settings["revision"]
+    commit, files = hub.list_files(repo, revision)
+    found = {split: [file for file in files if (match := SHARD_NAME.fullmatch(Path(file.path).name))
+                     and match["split"] == split] for split in SPLITS}
+    if not found["train"]:
+        raise UserError(f"got --dataset={repo}, which has no *_train_*.bin or .npy at revision {revision}; "
+                        f"wanted ready-made shards, {' or '.join(HUB_NAMES)}")
+    if plan.max_tokens:
+        ends = np.cumsum([(file.size - 1024) // 2 for file in found["train"]])  # less llm.c's header
+        found["train"] = found["train"][:1 + int(np.searchsorted(ends, plan.max_tokens))]
+    chosen = found["train"] + found["val"]
+    missing = [file for file in chosen if not (plan.folder / Path(file.path).name).exists()]
+    hub.need_space([(plan.folder, sum(file.size for file in missing), "shards"),
+                    (hub.repo_folder(repo), max((file.size for file in missing), default=0), "a download")])
+    records, splits, token_bytes = [], {split: [0, 0, 0] for split in SPLITS}, tok.token_bytes()
+    for number, file in enumerate(chosen):
+        path = plan.folder / Path(file.path).name
+        if file in missing:
+            print(f"file {number + 1} of {len(chosen)}: {file.path}", file=sys.stderr)
+            was_there = hub.in_cache(repo, commit, file)
+            fetched = hub.fetch(repo, commit, file)
+            write_atomically(path, fetched.read_bytes())
+            if not was_there and not plan.keep_downloads:
+                hub.remove(fetched)
+        with open(path, "rb") as shard:
+            sha256 = hashlib.file_digest(shard, "sha256").hexdigest()
+        record = {"file": path.name, "tokens": read_header(path)[0], "sha256": sha256}
+        ids = check_shard(path, record, tok.n_vocab)
+        if file.sha256 not in (None, sha256):
+            raise UserError(f"{path}: got sha256 {sha256}, wanted {file.sha256} as the hub says; delete it, "
+                            f"and run this again")
+        counts = np.bincount(ids, minlength=tok.n_vocab)
+        split = "train" if file in found["train"] else "val"
+        added = int(counts[tok.eot]), len(ids), int(counts @ token_bytes)
+        splits[split] = [a + b for a, b in zip(splits[split], added)]
+        records.append(record)
+    facts = {"repo": repo, "revision": commit, "files": len(chosen)}
+    return save_manifest(plan, facts, splits, records, sides="as they came")
 
 
 # ---- from chunks to shards -----------------------------------------------------
@@ -532,8 +582,9 @@ def remove_shards(plan: Plan, keep: Iterable[str] = ()) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove the notes of a build that its manifest has made superfluous."""
-    for path in [*folder.glob("progress_*.part*"), *folder.glob("*.json.*.tmp"), folder / UNFINISHED]:
-        path.unlink(missing_ok=True)
+    for pattern in ("progress_*.part*", "downloads_*.json", "*.json.*.tmp", UNFINISHED):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -570,20 +621,27 @@ def finish(plan: Plan, source: Source) -> dict:
     if len({part.revision for part in parts}) > 1:
         raise UserError(f"the machines read revisions {', '.join(part.revision for part in parts)} of the "
                         f"dataset, wanted one; delete {plan.folder}, and run this with --revision=COMMIT")
-    splits = {split: dict(zip(("documents", "tokens", "text_bytes"),
-                              map(sum, zip(*(part.totals[split] for part in parts))))) for split in SPLITS}
-    if plan.val_fraction and not all(split["tokens"] for split in splits.values()):
+    splits = {split: list(map(sum, zip(*(part.totals[split] for part in parts)))) for split in SPLITS}
+    if plan.val_fraction and not all(tokens for _, tokens, _ in splits.values()):
         raise UserError(f"no document fell on one of the sides in {plan.folder}; delete it, and build on one "
                         f"machine")
-    totals = {key: splits["train"][key] + splits["val"][key] for key in splits["train"]}
-    tok = tokenizer_of(plan.tokenizer)
+    cut_at = parts[0].cut_at
+    records = [record for split in SPLITS for part in parts for record in part.files[split]]
+    return save_manifest(
+        plan, source.facts, splits, records,
+        sides="by hash" if cut_at is None else "by place", empty_documents=sum(part.empty for part in parts),
+        bad=[bad for part in parts for bad in part.bad],
+        cut=None if cut_at is None else {"at_byte": cut_at, "of_bytes": sum(parts[0].sizes)})
+
+
+def save_manifest(plan: Plan, facts: dict, splits: dict[str, list[int]], records: list[dict], **more) -> dict:
+    """Write the manifest, which makes the folder a finished one. splits: documents, tokens, bytes of text."""
+    tok, names = tokenizer_of(plan.tokenizer), ("documents", "tokens", "text_bytes")
     manifest = {
         "tokenizer": {"name": tok.name, "sha256": tok.sha256, "n_vocab": tok.n_vocab}, "eot": tok.eot,
-        "settings": plan.settings, "source": source.facts, "cut_at_byte": parts[0].cut_at,
-        "cut_bytes": sum(parts[0].sizes) if parts[0].cut_at is not None else None, **totals,
-        "empty_documents": sum(part.empty for part in parts),
-        "bad": [bad for part in parts for bad in part.bad], "splits": splits,
-        "files": [record for split in SPLITS for part in parts for record in part.files[split]]}
+        "settings": plan.settings, "source": facts, "empty_documents": 0, "bad": [], "cut": None, **more,
+        **dict(zip(names, map(sum, zip(*splits.values())))),
+        "splits": {split: dict(zip(names, counts)) for split, counts in splits.items()}, "files": records}
     write_manifest(plan.folder, manifest)
     remove_unfinished(plan.folder)
     return manifest
@@ -594,10 +652,11 @@ def make_again(plan: Plan, manifest: dict, record: dict) -> None:
     unit, index, start, skip = record["origin"]
     ranks = manifest["settings"].get("machines", 1)
     rank = int(SHARD_NAME.fullmatch(record["file"])["index"]) // RANK_SHARDS if ranks > 1 else 0
-    source = open_source(plan._replace(rank=rank, ranks=ranks), manifest["source"].get("revision", ""))
-    cut_at, cut_bytes = manifest["cut_at_byte"], manifest["cut_bytes"]
+    theirs, revision = plan._replace(rank=rank, ranks=ranks), manifest["source"].get("revision", "")
+    source = open_source(theirs, revision, ahead=False)
+    cut_at, cut_bytes = (manifest["cut"] or {"at_byte": None, "of_bytes": None}).values()
     writer = ShardWriter(plan.folder, plan.name, "train", record["tokens"])
-    for _, _, chunk in source.chunks(unit, index):
+    for last, _, chunk in source.chunks(unit, index):
         cut = None if cut_at is None else (cut_at - start, cut_bytes - cut_at, cut_bytes - start)
         done = encode_chunk(chunk, plan.tokenizer, plan.val_fraction, cut)
         mine = np.repeat(done.is_val == ("_val_" in record["file"]), done.tokens)
@@ -606,6 +665,8 @@ def make_again(plan: Plan, manifest: dict, record: dict) -> None:
         if writer.full:
             break
         start, skip = start + int(done.sizes.sum()), 0
+    for done in range(unit, last + 1) if source.release else ():
+        source.release(done)
     path = plan.folder / record["file"]
     ids = writer.full[0][1] if writer.full else writer.buffer[:writer.used]
     if (made := write_shard(path, ids)["sha256"]) != record["sha256"]:
@@ -657,7 +718,7 @@ def verify_folder(folder: Path) -> None:
         raise UserError(f"{folder} has no manifest.json to check against: it holds no build, or one that is "
                         f"unfinished")
     began, command = time.perf_counter(), command_of(manifest, folder)
-    disjoint, val_hashes = manifest["cut_at_byte"] is None, np.zeros(0, dtype=np.uint64)
+    disjoint, val_hashes = manifest["sides"] == "by hash", np.zeros(0, dtype=np.uint64)
     with tqdm(total=2 * manifest["tokens"], unit="B", unit_scale=True) as bar:
         for split in ("val", "train"):
             state, hashes = np.zeros(2, dtype=np.uint64), []
@@ -685,7 +746,7 @@ def verify_folder(folder: Path) -> None:
                 raise UserError(f"{folder}: got {both.size:,} train documents, the first of them number "
                                 f"{both[0]:,} (from 0), that are in validation too, wanted none; delete the "
                                 f"folder, and build it again: {command}")
-    also = "train and val share no document" if disjoint else "cut by place, so they may share documents"
+    also = f"train and val {'share no document' if disjoint else 'are split ' + manifest['sides']}"
     print(f"{folder} is whole: {len(manifest['files'])} shards, {manifest['tokens']:,} tokens, "
           f"{manifest['documents']:,} documents: sha256, counts and ids are as the manifest says; {also}; "
           f"{time.perf_counter() - began:.1f} s")
@@ -700,19 +761,22 @@ def command_of(described: dict, folder: str | Path) -> str:
     return shlex.join(["python", "fineweb.py", f"--data_dir={folder}", *flags])
 
 
-def open_source(plan: Plan, revision: str = "") -> Source:
-    """Where the documents come from; revision: the commit that an earlier run of this build began with."""
+def open_source(plan: Plan, revision: str, ahead: bool = True) -> Source:
+    """Where the documents come from; revision: the commit that an earlier run began with, or empty."""
     settings = plan.settings
     if "input" in settings:
         return input_source(settings["input"], settings["text_column"], plan.rank, plan.ranks)
     if settings["dataset"] == "python":
         return python_source(settings["seed"])
-    raise NotImplementedError
+    there = sum(path.stat().st_size for split in SPLITS for path in list_shards(plan.folder, split))
+    return hub_source(settings["dataset"], settings["subset"], revision or settings["revision"],
+                      settings["text_column"], plan.folder, there, plan.max_tokens, plan.keep_downloads,
+                      plan.rank, plan.ranks, ahead)
 
 
 def make_plan(dataset: str, subset: str, revision: str, input: str, text_column: str, data_dir: str,
               tokenizer: str, shard_tokens: int, val_fraction: float, max_tokens: int, num_workers: int,
-              shard_format: str, skip_bad: int, seed: int, **_) -> Plan:
+              shard_format: str, skip_bad: int, keep_downloads: bool, seed: int, verify: bool) -> Plan:
     """The settings at the top of this file, checked. Raises UserError."""
     if dataset not in (*HUB_NAMES, "python") and "/" not in dataset:
         raise UserError(f"got dataset={dataset!r}, wanted {', '.join(HUB_NAMES)}, python, or the OWNER/NAME "
@@ -724,23 +788,25 @@ def make_plan(dataset: str, subset: str, revision: str, input: str, text_column:
     if shard_format not in ("npy", "bin"):
         raise UserError(f"got shard_format={shard_format!r}, wanted --shard_format=npy or bin")
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1 and (max_tokens or (dataset == "python" and not input)):
+    if ranks > 1 and (max_tokens or (not input and dataset not in HUB_NAMES)):
         raise UserError(f"got --max_tokens={max_tokens} --dataset={dataset} on {ranks} machines, wanted "
                         f"files to share out, and all of their tokens; run it on one")
     if input:
         name, origin = "text", {"input": input, "text_column": text_column}
     elif dataset == "python":
         name, origin = "python", {"dataset": dataset, "seed": seed}
-    else:
-        name = HUB_NAMES.get(dataset, "")
+    elif dataset in HUB_NAMES:
+        name = HUB_NAMES[dataset]
         origin = {"dataset": dataset, "subset": subset, "revision": revision, "text_column": text_column}
+    else:
+        name, origin = "", {"dataset": dataset, "revision": revision}
     tok = tokenizer_of(tokenizer)
     if tok.n_vocab > 1 << 16:
         raise UserError(f"tokenizer {tok.name} has {tok.n_vocab:,} tokens, wanted at most 65,536, as ids are "
                         f"uint16; choose another --tokenizer=...")
-    flags = {**origin, "tokenizer": tokenizer, "shard_tokens": shard_tokens, "val_fraction": val_fraction,
-             "max_tokens": max_tokens, "shard_format": shard_format}
-    settings = {**flags, "tokenizer_sha256": tok.sha256}
+    settings = {**origin, "tokenizer": tokenizer, "tokenizer_sha256": tok.sha256, "max_tokens": max_tokens}
+    if name:  # shards that we make
+        settings |= {"shard_tokens": shard_tokens, "val_fraction": val_fraction, "shard_format": shard_format}
     if input:
         settings["input_contents"] = fingerprint(input_files(input))
     if ranks > 1:
@@ -748,7 +814,18 @@ def make_plan(dataset: str, subset: str, revision: str, input: str, text_column:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     num_workers = num_workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return Plan(Path(data_dir), name, settings, command_of({"settings": settings}, data_dir), tokenizer,
-                val_fraction, shard_tokens, shard_format, max_tokens, skip_bad, num_workers, rank, ranks)
+                val_fraction, shard_tokens, shard_format, max_tokens, skip_bad, keep_downloads, num_workers,
+                rank, ranks)
+
+
+def build_shards(plan: Plan) -> dict | None:
+    """Tokenize this machine's part; the first machine writes the manifest and returns it."""
+    source = open_source(plan, load_progress(plan)[0].revision)
+    progress = tokenize(source, plan)
+    save_progress(plan, dataclasses.asdict(progress), {})
+    for unit in range(progress.unit + 1) if source.release else ():
+        source.release(unit)
+    return finish(plan, source) if plan.rank == 0 else None
 
 
 def build(**settings) -> None:
@@ -763,22 +840,23 @@ def build(**settings) -> None:
         missing = [record for record in manifest["files"] if not (plan.folder / record["file"]).exists()]
         for record in missing if plan.rank == 0 else ():
             print(f"making {record['file']} again")
-            make_again(plan, manifest, record)
+            if plan.name:
+                make_again(plan, manifest, record)
+        if missing and not plan.name:
+            take_ready_made(plan)
+        remove_unfinished(plan.folder)
         print(f"{plan.folder} is already built by these settings. {hint}")
         return
     with locked(plan.folder) if plan.ranks == 1 else contextlib.nullcontext():
         try:
-            source = open_source(plan, load_progress(plan)[0].revision)
-            progress = tokenize(source, plan)
-            save_progress(plan, dataclasses.asdict(progress), {})
+            manifest = build_shards(plan) if plan.name else take_ready_made(plan)
         except UserError:
             if plan.ranks == 1 and not progress_path(plan).exists():  # nothing is worth keeping
                 remove_shards(plan)
                 remove_unfinished(plan.folder)
             raise
-        if plan.rank > 0:
-            return
-        manifest = finish(plan, source)
+    if manifest is None:
+        return
     skipped = f"{manifest['empty_documents']:,} empty ones skipped"
     if manifest["bad"]:
         skipped += f", {len(manifest['bad']):,} bad ones left out, listed in manifest.json"

@@ -1,12 +1,12 @@
 """
-Kill data builds with -9 at random moments, run them again, and compare with an undisturbed one, byte for byte.
+Kill data builds with -9 at random moments, run them again, and compare with one that was left in peace.
 
     python tests/kill_build.py              # 60 kills, two minutes
     python tests/kill_build.py --kills=500
 
-The builds read parquet files made of this Python's standard library, with 1 to 3 workers, chosen anew for every
-run. The victim is the parent or one of its workers. Prints where the kills struck; a build that came out
-different, or a killed one that was taken for whole, is an error. Works in a temporary folder; needs /proc.
+The builds read parquet files made of this Python's standard library, with 1 to 3 workers, chosen anew for
+every run. The victim is the parent or one of its workers. Prints where the kills struck; a build that came
+out different by a byte, or a killed one that was taken for whole, is an error. Works in a temporary folder.
 """
 import collections
 import contextlib
@@ -61,7 +61,8 @@ def children(pid: int) -> list[int]:
     for task in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError):
             state, parent = task.read_text(encoding="utf-8").rpartition(")")[2].split()[:2]
-            if int(parent) == pid and state != "Z" and b"spawn_main" in (task.parent / "cmdline").read_bytes():
+            command = (task.parent / "cmdline").read_bytes()
+            if int(parent) == pid and state != "Z" and b"spawn_main" in command:
                 found.append(int(task.parent.name))
     return found
 
@@ -78,7 +79,7 @@ def phase(folder: Path) -> str:
 
 def run(command: list[str], folder: Path, rng: random.Random, seconds: float,
         env: dict | None = None) -> str | None:
-    """Run a build, and kill it within `seconds`; returns victim and phase, None if it was done before that."""
+    """Run a build, and kill it within `seconds`; returns victim and phase, None if it was done before."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(rng.uniform(0, seconds))

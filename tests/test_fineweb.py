@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -146,7 +145,7 @@ def test_every_kind_equals_the_slow_twin(tmp_path, encoding, kind, monkeypatch):
     assert manifest["tokens"] == len(train) + len(val) and manifest["eot"] == EOT
     assert manifest["documents"] == len(DOCUMENTS) - 1 and manifest["empty_documents"] == 1
     assert manifest["text_bytes"] == sum(map(len, DOCUMENTS))
-    assert manifest["splits"]["val"]["tokens"] == len(val) and manifest["cut_at_byte"] is None
+    assert manifest["splits"]["val"]["tokens"] == len(val) and manifest["cut"] is None
     assert manifest["splits"]["val"]["documents"] == val.count(EOT)
     assert manifest["tokenizer"]["name"] == "gpt2" and len(manifest["tokenizer"]["sha256"]) == 64
     assert not (folder / "build.json").exists()
@@ -234,7 +233,7 @@ def test_few_documents_are_cut_at_a_line(tmp_path, encoding, kind, count, monkey
     assert abs(len(text) - 0.01 * sum(map(len, docs))) < 12, cut  # to the nearest line
     expected = [EOT, *encoding.encode_ordinary(docs[-1][:-len(text)].decode())]
     assert train[-len(expected):] == expected and train.count(EOT) == count and val.count(EOT) == 1
-    assert read_manifest(folder)["documents"] == count + 1 and read_manifest(folder)["cut_at_byte"] > 0
+    assert read_manifest(folder)["documents"] == count + 1 and read_manifest(folder)["cut"]["at_byte"] > 0
 
 
 def test_cut_removes_the_shards_of_the_first_pass(tmp_path):
@@ -411,7 +410,7 @@ def test_missing_shards_are_made_again_and_nothing_else(tmp_path, kind, flags, m
     corpus = ("jsonl", few) if kind == "few" else (kind, DOCUMENTS)
     source = write_input(tmp_path / "in", *corpus)
     folder = build(tmp_path / "out", input=source, **flags)
-    assert (read_manifest(folder)["cut_at_byte"] is not None) == (kind == "few")
+    assert (read_manifest(folder)["cut"] is not None) == (kind == "few")
     before = contents(folder)
     shards = list_shards(folder, "train") + list_shards(folder, "val")
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -524,41 +523,7 @@ def test_killed_build_goes_on_and_is_identical(tmp_path, large_input):
     assert contents(out) == contents(build(tmp_path / "whole", **{**flags, "num_workers": 1}))
 
 
-# ---- the hub and the embedded corpus -------------------------------------------
-
-
-def test_hub_out_of_reach(tmp_path):
-    began = time.monotonic()
-    done = run(tmp_path / "out", env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")})
-    assert done.returncode == 2 and time.monotonic() - began < 30, done
-    for word in ("HuggingFaceFW/fineweb-edu", "HF_ENDPOINT", "--input=", "sample/10BT/", "000_00000.parquet",
-                 "--dataset=python", "make demo", "put into data_dir"):
-        assert word in done.stderr
-    assert "Traceback" not in done.stderr and not list((tmp_path / "out").iterdir())
-
-
-def test_hub_files_in_order(tmp_path, encoding, monkeypatch):
-    import huggingface_hub
-
-    names = "README.md", "sample/10BT/001.parquet", "sample/100BT/000.parquet", "sample/10BT/000.parquet"
-    info = SimpleNamespace(sha="abc", siblings=[SimpleNamespace(rfilename=name) for name in names])
-
-    def download(repo_id, repo_type, filename, revision, etag_timeout):
-        assert (repo_id, repo_type, revision) == ("HuggingFaceFW/fineweb-edu", "dataset", "abc")
-        path = tmp_path / filename.replace("/", "_")
-        pq.write_table(pa.table({"text": [f"text of {filename}"]}), path)
-        return str(path)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: info)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    folder = build(tmp_path / "out", val_fraction=0)
-    assert encoding.decode(tokens_of(folder, "train")) == "".join(
-        f"<|endoftext|>text of sample/10BT/00{i}.parquet" for i in range(2))
-    assert [path.name for path in list_shards(folder, "train")] == ["edufineweb_train_000000.npy"]
-    source = {"repo": "HuggingFaceFW/fineweb-edu", "revision": "abc", "files": 2}
-    assert read_manifest(folder)["source"] == source
-    with pytest.raises(UserError, match="no parquet files in sample/7BT/"):
-        build(tmp_path / "other", subset="sample-7BT")
+# ---- the embedded corpus -------------------------------------------------------
 
 
 def test_python_corpus_is_deterministic(tmp_path, encoding, monkeypatch):
