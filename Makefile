@@ -5,10 +5,10 @@ PREFIX := $(shell $(PYTHON) -c 'import sys; print(sys.prefix)')
 RUN_STAMP := $(PREFIX)/.gpt2-requirements
 DEV_STAMP := $(PREFIX)/.gpt2-requirements-dev
 
-.PHONY: help install demo prepare test lint bench
+.PHONY: help install demo prepare prepare-small test lint bench
 
 help:  ## print this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 $(RUN_STAMP): requirements.txt
 	$(PYTHON) -m pip install -r requirements.txt
@@ -31,6 +31,9 @@ demo: install  ## train a small GPT-2 on this Python installation's source, in m
 
 prepare: install  ## build the FineWeb-Edu shards (10B tokens, 20 GB) that train_gpt2.py reads by default
 	$(PYTHON) fineweb.py
+
+prepare-small: install  ## the 25M tokens of it that config/rtx4050_15m.py needs: downloads about 100 MB
+	$(PYTHON) fineweb.py --max_tokens=25e6 --data_dir=edu_fineweb25M
 
 lint: $(DEV_STAMP)  ## check the style
 	$(PYTHON) -m ruff check .

@@ -125,7 +125,7 @@ class Progress:
     totals: dict = dataclasses.field(default_factory=lambda: {split: [0, 0, 0] for split in SPLITS})
     empty: int = 0
     bad: list = dataclasses.field(default_factory=list)
-    sizes: list = dataclasses.field(default_factory=list)  # bytes of text taken from each chunk
+    sizes: list = dataclasses.field(default_factory=list)  # bytes of each chunk, while a side is empty
     cut_at: int | None = None  # byte of the text at which to cut, in the second pass over `sizes`
     files: dict = dataclasses.field(default_factory=lambda: {split: [] for split in SPLITS})
     finished: bool = False
@@ -415,8 +415,10 @@ class Output:
             added = documents, stop - start, int(done.sizes[first:last].sum())
             progress.totals[split] = [a + b for a, b in zip(progress.totals[split], added)]
         size = int(done.sizes[:count].sum())
-        if progress.cut_at is None:
+        if progress.cut_at is None and self.plan.val_fraction:
             progress.sizes.append(size)
+            if all(tokens for _, tokens, _ in progress.totals.values()):
+                progress.sizes = []  # there will be no second pass
         progress.unit, progress.index = place[0], place[1] + 1
         progress.chunks += 1
         progress.text_bytes += size
@@ -502,7 +504,7 @@ def tokenize(source: Source, plan: Plan) -> Progress:
     remove_shards(plan, keep={record["file"] for records in progress.files.values() for record in records})
     progress.revision = source.facts.get("revision", "")
     write_splits(source, plan, progress, left)
-    if not sum(progress.sizes) and plan.ranks == 1:
+    if not progress.text_bytes and plan.ranks == 1:
         progress_path(plan).unlink(missing_ok=True)
         raise UserError(f"got a corpus without text ({progress.empty} empty documents), wanted some; check "
                         f"--input and --text_column")
@@ -850,8 +852,12 @@ def build(**settings) -> None:
     with locked(plan.folder) if plan.ranks == 1 else contextlib.nullcontext():
         try:
             manifest = build_shards(plan) if plan.name else take_ready_made(plan)
-        except UserError:
-            if plan.ranks == 1 and not progress_path(plan).exists():  # nothing is worth keeping
+        except UserError as error:
+            whole = not plan.name and list_shards(plan.folder, "train")  # fetched ones appear when they are whole
+            if progress_path(plan).exists() or whole:
+                raise UserError(f"{error}. What is done is kept: run the same command again, and it goes on"
+                                ) from error
+            if plan.ranks == 1:  # nothing is worth keeping
                 remove_shards(plan)
                 remove_unfinished(plan.folder)
             raise

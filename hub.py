@@ -279,7 +279,7 @@ def fetch(repo: str, commit: str, file: HubFile) -> Path:
                     complete()
         # the client puts its link into the snapshot; without a request, if it is there
         path = Path(hf_hub_download(repo, file.path, revision=commit, repo_type="dataset"))
-        if found is None and not path.is_symlink():  # where there are no links, it made a copy
+        if found is None and path.resolve() != blob.resolve():  # it made a copy, where there are no links
             blob.unlink(missing_ok=True)
         return path
 
@@ -445,8 +445,8 @@ class RangeFile(io.RawIOBase):
 def open_ranges(repo: str, commit: str, file: HubFile) -> RangeFile:
     """A file on the hub as a seekable binary file that fetches what is read from it, for pq.ParquetFile.
 
-    Reads raise UserError as `retry` does. Arrow reads a column of a row group in one request; the sizes are
-    not hashed by the hub, so only parquet's own checks see damage on the way.
+    Arrow reads a column of a row group in one request. The hub has no hashes of parts, so that only parquet's
+    own checks would see wrong bytes. Reads raise UserError as `retry` does.
     """
     return RangeFile(hf_hub_url(repo, file.path, repo_type="dataset", revision=commit), file)
 

@@ -134,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         if hub.cdn and not from_cdn:
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data)),
                         "ETag": '"of-the-redirect"',
-                        "Location": f"http://localhost:{hub.port}/cdn{parts.path}"}
+                        "Location": f"http://localhost:{hub.port}/cdn{parts.path}?signature=secret"}
             return self.send(method, path, 302, headers, b"")
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not wanted or (fault and fault.kind == "ignore_range"):

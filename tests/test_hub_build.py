@@ -229,6 +229,7 @@ def test_ready_made_shards_that_are_wrong_are_refused(tmp_path):
     with HubServer(files, "someone/tokens") as server:
         done = run(server, tmp_path / "hf", tmp_path / "out", "--dataset=someone/tokens")
         assert done.returncode == 2 and "000002.bin: got id 60000, wanted ids below 50257" in done.stderr
+        assert "What is done is kept" in done.stderr and not (tmp_path / "out" / "manifest.json").exists()
         files["fineweb_train_000002.bin"] = files["fineweb_train_000001.bin"][:-2]
         done = run(server, tmp_path / "hf", tmp_path / "new", "--dataset=someone/tokens")
         assert done.returncode == 2 and "000002.bin: got 1,030 bytes, wanted 1,032" in done.stderr
