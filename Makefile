@@ -42,5 +42,5 @@ test: $(DEV_STAMP) lint  ## install what tests need and run all tests
 	$(PYTHON) bpe.py
 	$(PYTHON) -m pytest
 
-bench: install  ## measure every speed this repository claims, beside its baseline
+bench: install $(DEV_STAMP)  ## measure every speed this repository claims, beside its baseline
 	$(PYTHON) bench.py

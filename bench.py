@@ -3,6 +3,7 @@ Measure every speed this repository claims, each beside its baseline, in one run
 
     python bench.py                                          # all of them, minutes on a CPU
     python bench.py --only=encode --input=FILE.parquet       # the tokenizer on a text of your own
+    python bench.py --only=bpe_train --input=FILE.parquet --max_bytes=68e6
     python bench.py --only=train --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=64
 
 Ours and the baseline take turns (A B A B ...), so that a machine whose speed drifts is unfair to neither; the
@@ -10,10 +11,12 @@ table has the median of each and the median, lowest and highest of the ratios tu
 
 encode     bpe.py, one core, against tiktoken.encode_ordinary, one thread; the ids are compared first
 loader     tokens per second of one process reading shuffled windows; no baseline
+bpe_train  bpe.py training a vocabulary, all cores, against tokenizers' BpeTrainer; and how well both compress
 train      an optimizer step of config A (16M parameters), compiled, in auto dtype, against eager float32
 generate   new tokens with the KV cache against a full forward pass per token
 """
 
+import functools
 import platform
 import statistics
 import sysconfig
@@ -24,16 +27,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bpe import load_tokenizer
+from bpe import byte_order, count_pieces, load_tokenizer, rank_file, tokenizer_from_ranks, train_ranks
 from configurator import UserError, configure
 from device import resolve_device
 from model import GPT, GPTConfig
 from shards import ShardWriter, TokenStream, WindowLoader
 
-only = "encode,loader,train,generate"  # which to run
+only = "encode,bpe_train,loader,train,generate"  # which to run
 turns = 5  # times each side is measured, after one warm-up turn
-input = ""  # encode: a .txt or .parquet file (column text); empty = the standard library's sources
-max_bytes = 8_000_000  # encode: bytes of the text used
+input = ""  # encode, bpe_train: a .txt or .parquet file (column text); empty = the standard library's sources
+max_bytes = 8_000_000  # encode, bpe_train: bytes of the text used
+vocab_size = 32_768  # bpe_train: ids
 n_layer = 4  # train and generate: the model of config A
 n_head = 4  # heads
 n_embd = 256  # width
@@ -66,21 +70,27 @@ def report(name: str, unit: str, amount: float, ours: float, baseline: float, ra
           f"{statistics.median(ratios):.2f}x ({spread})", flush=True)
 
 
-def read_corpus() -> str:
-    """The text to encode, at most max_bytes of it."""
+def read_documents() -> list[bytes]:
+    """The documents to encode or train on, UTF-8, at most max_bytes of them."""
     if not input:
         paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-        text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     elif input.endswith(".parquet"):
         import pyarrow.parquet
-        text = "".join(pyarrow.parquet.read_table(input, columns=["text"])["text"].to_pylist())
+        texts = pyarrow.parquet.read_table(input, columns=["text"])["text"].drop_null().to_pylist()
     else:
-        text = Path(input).read_text(encoding="utf-8", errors="replace")
-    return text.encode()[:max_bytes].decode(errors="ignore")
+        texts = [Path(input).read_text(encoding="utf-8", errors="replace")]
+    documents, left = [], max_bytes
+    for document in (text.encode() for text in texts):
+        documents.append(document[:left].decode(errors="ignore").encode())
+        left -= len(document)
+        if left <= 0:
+            break
+    return documents
 
 
 def bench_encode() -> None:
-    tok, text = load_tokenizer(), read_corpus()
+    tok, text = load_tokenizer(), b"".join(read_documents()).decode()
     encoding = tok.to_tiktoken()
     if not np.array_equal(tok.encode(text), encoding.encode_ordinary(text)):
         raise RuntimeError("the ids differ from tiktoken's: a bug in bpe.py")
@@ -94,6 +104,47 @@ def bench_encode() -> None:
         encoding.encode_ordinary(text)
 
     report("encode", "MB/s", len(buffer) / 1e6, *take_turns(ours, tiktoken, turns), "tiktoken")
+
+
+def bench_bpe_train() -> None:
+    try:
+        import tokenizers
+        from tokenizers import models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise UserError("bpe_train compares with the package tokenizers, which is not installed: pip install "
+                        "tokenizers, or name the others with --only=...") from error
+    documents = read_documents()
+    texts, size = [document.decode() for document in documents], sum(map(len, documents))
+    step = -(-len(documents) // 64)  # parts of the text, to be dealt to the cores
+    parts = []
+    for i in range(0, len(documents), step):
+        some = documents[i:i + step]
+        parts.append((np.frombuffer(b"".join(some), np.uint8), np.cumsum([0, *map(len, some)])))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    made = {}
+
+    def ours():
+        pieces, _ = count_pieces([functools.partial(iter, [part]) for part in parts])
+        made["ours"] = train_ranks(pieces, vocab_size)
+
+    def theirs():
+        made["tokenizers"] = tokenizers.Tokenizer(models.BPE())
+        made["tokenizers"].pre_tokenizer = byte_level
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=byte_level.alphabet(),
+                                      show_progress=False)
+        made["tokenizers"].train_from_iterator(texts, trainer)
+
+    timed = take_turns(ours, theirs, turns)
+    report("bpe_train", "MB/s", size / 1e6, *timed, f"tokenizers {tokenizers.__version__}")
+    tok = tokenizer_from_ranks(rank_file(made["ours"]), "ours")
+    n_ours = sum(len(tok.encode_documents(*part)[0]) - len(part[1]) + 1 for part in parts)  # without EOT
+    n_theirs = sum(len(encoded.ids) for encoded in made["tokenizers"].encode_batch_fast(texts))
+    ids = made["tokenizers"].get_vocab()
+    char_of = dict(zip(byte_order(), sorted(byte_level.alphabet())))  # tokenizers writes bytes as characters
+    same = sum(ids.get(token) == rank for rank, token in enumerate(
+        "".join(char_of[byte] for byte in token) for token in made["ours"]))
+    print(f"          | {size / n_ours:.4f} and {size / n_theirs:.4f} bytes per token of {size:,} bytes; "
+          f"{same - 256:,} of {vocab_size - 257:,} merges are the same", flush=True)
 
 
 def bench_loader() -> None:
@@ -174,7 +225,8 @@ def bench_generate() -> None:
     report("generate", "tok/s", max_new_tokens, *timed, "a full forward per token")
 
 
-BENCHES = {"encode": bench_encode, "loader": bench_loader, "train": bench_train, "generate": bench_generate}
+BENCHES = {"encode": bench_encode, "bpe_train": bench_bpe_train, "loader": bench_loader, "train": bench_train,
+           "generate": bench_generate}
 
 
 def main() -> None:

@@ -3,10 +3,16 @@ GPT-2's byte-level BPE tokenizer: numba kernels over raw UTF-8 bytes, ids bit-id
 
     python bpe.py                                  # fetch and check GPT-2's vocabulary
     python bpe.py --tokenizer=my_vocab.tiktoken    # check another rank file
+    python bpe.py --input=books/,more.jsonl.gz --vocab_size=32768 --out=my_vocab.tiktoken    # train one
 
 Reads a rank file (tiktoken's format: one `base64 rank` per line); GPT-2's is taken from tiktoken's cache
 folder, and put there when it is missing. Prints where it is, its sha256 and one encoded line. Takes a second,
 about ten more the first time, which compiles the kernels (numba keeps them on disk).
+
+With --input, which takes what fineweb.py takes, it trains a vocabulary and writes it to --out, a new file:
+one rank less than --vocab_size, as <|endoftext|> is the last id and has no line. First come the 256 bytes,
+in the order of GPT-2's file, then the merges. 70 MB take two seconds; memory grows with the different pieces
+only.
 
 GPT-2's pattern cuts text into pieces (" word", "'ll", "...", "   "), and the tokens of a piece depend on its
 bytes alone. The kernels go through a document three times:
@@ -25,14 +31,22 @@ LLVM's inlining, after numba's own passes, and costs no counting.
 """
 
 import binascii
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -68,6 +82,11 @@ SHORT_PIECE = 64    # bytes; up to here looking through all pairs beats a heap
 CACHE_BITS = 17     # 2**17 slots, 4 MiB: 3.3% of the pieces of English miss, 2.1% of Python code's
 CACHED_IDS = 7      # a slot is four words: 16 bytes of text; ids 0-3; ids 4-6, their number and the length
 LONG_BITS = 10      # 2**10 slots of (where, length, where in ids, count)
+
+INLINE_BYTES = 16   # of a piece that count_piece keeps in its slot
+GAP = U(0xFFFF)     # no id: 65,536 ids leave the ranks 0 to 65,534
+GAP_ID = 0xFFFF
+MAX_DISTINCT = 1 << 29  # bytes of different pieces to train on: 36 bytes of memory each, numbered by int32
 
 
 # ---- words of eight bytes ------------------------------------------------------
@@ -531,6 +550,29 @@ def table_size(entries: int) -> int:
     return 1 << max(2 * entries - 1, 1).bit_length()
 
 
+def check_documents(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(text, contiguous; offsets, int64) as kernels take them. Raises ValueError for what they cannot."""
+    text, offsets = np.ascontiguousarray(text), np.asarray(offsets)
+    if text.dtype != np.uint8 or text.ndim != 1:
+        raise ValueError(f"text is {text.dtype} {text.shape}, wanted uint8 (n,): try np.frombuffer")
+    if offsets.ndim != 1 or len(offsets) == 0 or offsets.dtype.kind not in "iu":
+        raise ValueError(f"offsets are {offsets.dtype} {offsets.shape}, wanted integers (n_docs + 1,)")
+    offsets = offsets.astype(np.int64)
+    sizes = np.diff(offsets)
+    if offsets.min() < 0 or offsets.max() > len(text) or sizes.min(initial=0) < 0:
+        raise ValueError(f"offsets lie in {offsets.min()} to {offsets.max()}, smallest step "
+                         f"{sizes.min(initial=0)}; wanted them to rise within the {len(text)} bytes")
+    return text, offsets
+
+
+def decode_documents(text: np.ndarray, offsets: np.ndarray, errors: str) -> tuple[np.ndarray, np.ndarray]:
+    """(text, offsets) as Python's decoder reads the documents; errors: "replace" or "strict"."""
+    documents = [text[start:stop].tobytes() for start, stop in itertools.pairwise(offsets)]
+    documents = [document.decode("utf-8", errors).encode() for document in documents]
+    offsets = np.cumsum([0] + [len(document) for document in documents])
+    return np.frombuffer(b"".join(documents), np.uint8), offsets
+
+
 class Tokenizer:
     """A byte-level BPE vocabulary with GPT-2's pattern. Build it with load_tokenizer or tokenizer_from_ranks.
 
@@ -575,26 +617,14 @@ class Tokenizer:
         text is a uint8 array of UTF-8 (an Arrow buffer as it is), offsets has n_docs + 1 integers. Document i
         is ids[id_offsets[i]:id_offsets[i+1]]: the end-of-text id, then its tokens. What is not UTF-8 becomes
         U+FFFD as in bytes.decode("utf-8", errors="replace"), document by document: a character cut by an
-        offset is invalid on both sides. Raises ValueError for other types, and for offsets that fall or lie
-        outside the text.
+        offset is invalid on both sides; with errors="strict" it raises UnicodeDecodeError. Raises ValueError
+        for other types, and for offsets that fall or lie outside the text.
         """
-        text, offsets = np.ascontiguousarray(text), np.asarray(offsets)
-        if text.dtype != np.uint8 or text.ndim != 1:
-            raise ValueError(f"text is {text.dtype} {text.shape}, wanted uint8 (n,): try np.frombuffer")
-        if offsets.ndim != 1 or len(offsets) == 0 or offsets.dtype.kind not in "iu":
-            raise ValueError(f"offsets are {offsets.dtype} {offsets.shape}, wanted integers (n_docs + 1,)")
-        offsets = offsets.astype(np.int64)
-        sizes = np.diff(offsets)
-        if offsets.min() < 0 or offsets.max() > len(text) or sizes.min(initial=0) < 0:
-            raise ValueError(f"offsets lie in {offsets.min()} to {offsets.max()}, smallest step "
-                             f"{sizes.min(initial=0)}; wanted them to rise within the {len(text)} bytes")
+        text, offsets = check_documents(text, offsets)
         id_offsets = np.empty(len(offsets), np.int64)
         ids = self._encode(text, offsets, id_offsets)
         if ids is None:  # rare: go through Python's decoder, which sets the rule for what is not UTF-8
-            documents = [text[offsets[i]:offsets[i + 1]].tobytes() for i in range(len(sizes))]
-            documents = [document.decode("utf-8", errors).encode() for document in documents]
-            offsets = np.cumsum([0] + [len(document) for document in documents])
-            ids = self._encode(np.frombuffer(b"".join(documents), np.uint8), offsets, id_offsets)
+            ids = self._encode(*decode_documents(text, offsets, errors), id_offsets)
             assert ids is not None, "Python wrote UTF-8 that classify_wide refuses"
         return ids, id_offsets
 
@@ -771,10 +801,545 @@ def run_python(arguments: list[str], **environment: str) -> bytes:
         return output.read()
 
 
-tokenizer = "gpt2"  # gpt2, or the path of a rank file in tiktoken's format: one `base64 rank` per line
+# ---- training: how often each piece occurs -------------------------------------
 
-if __name__ == "__main__":
-    configure(globals())
+@njit(cache=True, error_model="numpy")
+def first_bytes(head, tail, length):
+    """The first 1 to 16 bytes of two words, zeros after them."""
+    if length <= 8:
+        return head & ~U(0) >> U(64 - 8 * length), U(0)
+    return head, tail & ~U(0) >> U(128 - 8 * length)
+
+
+@njit(cache=True, error_model="numpy")
+def count_slot(head, tail, slots):
+    """Where to look for a piece first: its words, or its hash and 0, stand in four words of `slots`."""
+    return ((head ^ tail * HASH_2) * HASH_1 >> U(32) & U((len(slots) >> 2) - 1)) << U(2)
+
+
+@njit(cache=True, error_model="numpy")
+def count_piece(text, pos, length, times, slots, longs, edges, used):
+    """Count the piece text[pos:pos+length] `times` times -> False, and nothing done, if a table is full.
+
+    A slot is four words: the 1 to 16 bytes of the piece in two, its length and its count. For more bytes the
+    first is their hash and the second is k, where longs[edges[k]:edges[k+1]] are the bytes. used: slots, ks,
+    bytes of all pieces.
+    """
+    long = length > INLINE_BYTES
+    if long:
+        head, tail = hash_bytes(text, pos, pos + length), U(0)
+    else:
+        head, tail = last_words(text, pos, length)
+    at = count_slot(head, tail, slots)
+    while slots[at | U(2)] != U(0):
+        if slots[at] == head and slots[at | U(2)] == U(length) and (
+                same_bytes(text, pos, longs, edges[slots[at | U(1)]], length) if long
+                else slots[at | U(1)] == tail):
+            slots[at | U(3)] += U(times)
+            return True
+        at = at + U(4) & U(len(slots) - 1)
+    if (used[0] + 1) * 8 > len(slots):
+        return False
+    if long:
+        k = used[1]
+        if k + 2 > len(edges) or edges[k] + length > len(longs):
+            return False
+        for i in range(length):
+            longs[edges[k] + i] = text[pos + i]
+        edges[k + 1] = edges[k] + length
+        tail = U(k)
+        used[1] += 1
+    slots[at], slots[at | U(1)], slots[at | U(2)], slots[at | U(3)] = head, tail, U(length), U(times)
+    used[0] += 1
+    used[2] += length
+    return True
+
+
+@njit(cache=True, error_model="numpy")
+def count_document(text, pos, begin, end, starts, slots, longs, edges, used):
+    """Count the pieces of a marked document from text[pos] on -> (end, 0), or (where, length) of a piece for
+    which a table was full."""
+    while pos < end:
+        length = 1 + bytes_before_mark(load_word(starts, pos - begin + 1))
+        if length > 8:
+            length += bytes_before_mark(load_word(starts, pos - begin + 9))
+        if text[pos] == ord("'"):
+            length = contraction(text, pos, end) or length
+        if length <= INLINE_BYTES and pos + 16 <= len(text):
+            head, tail = first_bytes(load_word(text, pos), load_word(text, pos + 8), length)
+            at = count_slot(head, tail, slots)
+            if slots[at] == head and slots[at | U(1)] == tail and slots[at | U(2)] == U(length):
+                slots[at | U(3)] += U(1)
+                pos += length
+                continue
+        elif length > INLINE_BYTES:
+            while starts[pos - begin + length] == 0:
+                length += 1
+        if not count_piece(text, pos, length, 1, slots, longs, edges, used):
+            return pos, length
+        pos += length
+    return pos, 0
+
+
+@njit(cache=True, error_model="numpy")
+def grow_counts(slots, longs, edges, used, length):
+    """(slots, longs, edges) with room for one more piece of `length` bytes."""
+    if (used[0] + 1) * 8 > len(slots):
+        old, slots = slots, np.zeros(2 * len(slots), np.uint64)
+        for i in range(0, len(old), 4):
+            if old[i + 2] != U(0):
+                tail = old[i + 1] if old[i + 2] <= U(INLINE_BYTES) else U(0)
+                at = count_slot(old[i], tail, slots)
+                while slots[at | U(2)] != U(0):
+                    at = at + U(4) & U(len(slots) - 1)
+                for k in range(4):
+                    slots[at | U(k)] = old[i + k]
+    if used[1] + 2 > len(edges):
+        more = np.empty(2 * len(edges), np.int64)
+        more[:len(edges)] = edges
+        edges = more
+    if edges[used[1]] + length > len(longs):
+        room = np.empty(2 * len(longs) + length, np.uint8)
+        room[:len(longs)] = longs
+        longs = room
+    return slots, longs, edges
+
+
+@njit(cache=True, error_model="numpy", nogil=True)
+def count_kernel(text, offsets, classes, kinds, starts, slots, longs, edges, used):
+    """Count the pieces of documents -> (documents counted, slots, longs, edges); less than all: no UTF-8.
+
+    text uint8; offsets int64 (n_docs + 1,); kinds, starts uint8, longest document + 32.
+    """
+    for doc in range(len(offsets) - 1):
+        begin, end = offsets[doc], offsets[doc + 1]
+        if not mark_pieces(text[begin:end], classes, kinds, starts):
+            return doc, slots, longs, edges
+        pos, length = count_document(text, begin, begin, end, starts, slots, longs, edges, used)
+        while pos < end:
+            slots, longs, edges = grow_counts(slots, longs, edges, used, length)
+            pos, length = count_document(text, pos, begin, end, starts, slots, longs, edges, used)
+    return len(offsets) - 1, slots, longs, edges
+
+
+@njit(cache=True, error_model="numpy")
+def add_kernel(text, offsets, counts, slots, longs, edges, used):
+    """Count piece text[offsets[i]:offsets[i+1]] counts[i] times -> (slots, longs, edges)."""
+    for i in range(len(counts)):
+        pos, length = offsets[i], offsets[i + 1] - offsets[i]
+        if not count_piece(text, pos, length, counts[i], slots, longs, edges, used):
+            slots, longs, edges = grow_counts(slots, longs, edges, used, length)
+            count_piece(text, pos, length, counts[i], slots, longs, edges, used)
+    return slots, longs, edges
+
+
+@njit(cache=True, error_model="numpy")
+def list_kernel(slots, longs, edges, text, offsets, counts):
+    """Write the pieces end to end to text, where each begins to offsets, how often it occurs to counts."""
+    n = 0
+    offsets[0] = 0
+    for i in range(0, len(slots), 4):
+        length = np.int64(slots[i + 2])
+        if length == 0:
+            continue
+        pos = offsets[n]
+        if length > INLINE_BYTES:
+            k = edges[slots[i + 1]]
+            for j in range(length):
+                text[pos + j] = longs[k + j]
+        else:
+            for j in range(length):
+                text[pos + j] = slots[i + (j >> 3)] >> U(8 * (j & 7))
+        counts[n] = slots[i + 3]
+        n += 1
+        offsets[n] = pos + length
+
+
+class PieceCounts(NamedTuple):
+    """N different pieces of a text, in no particular order, and how often each occurs in it."""
+    text: np.ndarray     # uint8 (n,): the pieces end to end
+    offsets: np.ndarray  # int64 (N + 1,): piece i is text[offsets[i]:offsets[i + 1]]
+    counts: np.ndarray   # int64 (N,)
+
+
+class PieceCounter:
+    """Counts the pieces of documents in tables that grow with the different ones, 64 to 128 bytes for each.
+
+    One thread at a time; threads with a counter each add theirs up in the end. classes: unicode_classes().
+    """
+
+    def __init__(self, classes: np.ndarray):
+        self.classes = classes
+        self.bytes = 0  # of the documents so far
+        self._tables = np.zeros(4 << 14, np.uint64), np.empty(1 << 14, np.uint8), np.zeros(1 << 10, np.int64)
+        self._used = np.zeros(3, np.int64)
+
+    def count(self, text: np.ndarray, offsets: np.ndarray) -> None:
+        """Count the pieces of documents text[offsets[i]:offsets[i + 1]], uint8 (n,) and int64 (n_docs + 1,).
+
+        What is not UTF-8 counts as U+FFFD, and ValueError is raised, as in Tokenizer.encode_documents. Raises
+        UserError when the different pieces get too many to train on.
+        """
+        text, offsets = check_documents(text, offsets)
+        self.bytes += int(offsets[-1] - offsets[0])
+        done = self._count(text, offsets)
+        if done < len(offsets) - 1:
+            text, offsets = decode_documents(text, offsets[done:], "replace")
+            done = self._count(text, offsets)
+            assert done == len(offsets) - 1, "Python wrote UTF-8 that classify_wide refuses"
+        if self._used[2] > MAX_DISTINCT:
+            raise too_many(int(self._used[2]))
+
+    def _count(self, text: np.ndarray, offsets: np.ndarray) -> int:
+        """Count documents up to the first that is not UTF-8 -> how many."""
+        text = text.view()
+        text.flags.writeable = False  # Arrow's buffers are; one type, one compiled kernel
+        longest = int(np.diff(offsets).max(initial=0))
+        kinds, starts = np.empty(longest + 32, np.uint8), np.empty(longest + 32, np.uint8)
+        done, *self._tables = count_kernel(text, offsets, self.classes, kinds, starts, *self._tables,
+                                           self._used)
+        return done
+
+    def add(self, pieces: PieceCounts) -> None:
+        """Add counts of another counter."""
+        self._tables = add_kernel(*pieces, *self._tables, self._used)
+
+    def pieces(self) -> PieceCounts:
+        """The counts so far."""
+        slots, longs, edges = self._tables
+        n, size = int(self._used[0]), int(self._used[2])
+        pieces = PieceCounts(np.empty(size, np.uint8), np.empty(n + 1, np.int64), np.empty(n, np.int64))
+        list_kernel(slots, longs, edges, *pieces)
+        return pieces
+
+
+# ---- training: merges ----------------------------------------------------------
+
+@njit(cache=True, error_model="numpy")
+def lay_out(text, offsets, counts, byte_ids, cells):
+    """Spread pieces over cells, as train_kernel wants them."""
+    cells[0] = GAP
+    n = 1
+    for i in range(len(counts)):
+        for k in range(offsets[i], offsets[i + 1]):
+            cells[n] = U(counts[i]) << U(16) | U(byte_ids[text[k]])
+            n += 1
+        cells[n] = GAP
+        n += 1
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def id_at(cells, i):
+    """The id of the token that begins or ends at byte i, GAP_ID between pieces."""
+    return np.int64(cells[i] & GAP)
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def pair_slot(key, slots):
+    """The slot that holds the pair left << 16 | right, or the free one where it goes."""
+    mask = U(len(slots) - 1)
+    slot = U(key) * HASH_1 >> U(32) & mask
+    while slots[slot] != U(0) and slots[slot] >> U(32) != U(key):
+        slot = slot + U(1) & mask
+    return slot
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def pair_at(slot, slots):
+    """Where the four fields of the pair in a slot are: key, count, first and last entry."""
+    return 4 * (np.int64(slots[slot] & U(0xFFFFFFFF)) - 1)
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def add_pair(left, right, times, pos, slots, pairs, where, after, used):
+    """Count a pair that begins at cells[pos]. used: pairs, entries of `where`."""
+    key = left << 16 | right
+    slot = pair_slot(key, slots)
+    if slots[slot] == U(0):
+        pair = 4 * used[0]
+        used[0] += 1
+        slots[slot] = U(key) << U(32) | U(used[0])
+        pairs[pair], pairs[pair + 1], pairs[pair + 2] = key, 0, -1
+    else:
+        pair = pair_at(slot, slots)
+    entry = used[1]
+    used[1] += 1
+    where[entry], after[entry] = pos, -1
+    if pairs[pair + 2] < 0:
+        pairs[pair + 2] = entry
+    else:
+        after[pairs[pair + 3]] = entry
+    pairs[pair + 1] += times
+    pairs[pair + 3] = entry
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def drop_pair(left, right, times, slots, pairs):
+    """Take a pair off its count; its entry stays, and is found out of date when it is used."""
+    pairs[pair_at(pair_slot(left << 16 | right, slots), slots) + 1] -= times
+
+
+@njit(cache=True, error_model="numpy")
+def count_pairs(cells, slots, pairs, where, after, used):
+    """Enter all pairs of bytes; at most 65,536, for which slots and pairs have room."""
+    for i in range(1, len(cells) - 1):
+        left, right = id_at(cells, i), id_at(cells, i + 1)
+        if left != GAP_ID and right != GAP_ID:
+            add_pair(left, right, np.int64(cells[i] >> U(16)), i, slots, pairs, where, after, used)
+
+
+@njit(cache=True, error_model="numpy")
+def merge_pair(pair, merged, lengths, cells, slots, pairs, where, after, used):
+    """Make `merged` of every left, right in cells, from left to right, and keep the counts of all pairs.
+
+    The entries of a pair are in order: all are made in one go, either at the start or while its later token
+    is merged, and from left to right.
+    """
+    left, right = pairs[pair] >> 16, pairs[pair] & 0xFFFF
+    size, both = lengths[left], lengths[left] + lengths[right]
+    entry = pairs[pair + 2]
+    while entry >= 0:
+        i = np.int64(where[entry])
+        entry = after[entry]
+        if id_at(cells, i) != left or id_at(cells, i + size) != right:
+            continue  # one of them has become part of a longer token
+        times, last, coming = np.int64(cells[i] >> U(16)), id_at(cells, i - 1), id_at(cells, i + both)
+        if last != GAP_ID:
+            drop_pair(last, left, times, slots, pairs)
+            add_pair(last, merged, times, i - lengths[last], slots, pairs, where, after, used)
+        if coming != GAP_ID:
+            drop_pair(right, coming, times, slots, pairs)
+            add_pair(merged, coming, times, i, slots, pairs, where, after, used)
+        cells[i + size] = GAP  # so that entries of this place are seen to be old
+        cells[i] = cells[i + both - 1] = U(times) << U(16) | U(merged)
+    pairs[pair + 1] = 0  # so far less only by those that overlapped one before, as in aaa
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def heap_key(count, pair):
+    """int64, smallest for the highest count and then the smallest pair; counts from 2**31 on are equal."""
+    return -min(count, (1 << 31) - 1) << 32 | pair
+
+
+@njit(cache=True, error_model="numpy")
+def grow_pairs(slots, pairs, wanted):
+    """(slots, pairs) with room for `wanted` pairs, at most twice as many as now."""
+    n = len(pairs) >> 2
+    if wanted <= n:
+        return slots, pairs
+    room, table = np.empty(8 * n, np.int64), np.zeros(2 * len(slots), np.uint64)
+    room[:4 * n] = pairs
+    for slot in slots:
+        if slot != U(0):
+            table[pair_slot(slot >> U(32), table)] = slot
+    return table, room
+
+
+@njit(cache=True, error_model="numpy")
+def train_kernel(cells, n_ranks, lengths, merges, slots, pairs, where, after):
+    """Make tokens 256 to n_ranks - 1 -> the ranks there are: fewer where no pair is left.
+
+    cells, uint64: count << 16 | id at the first and at the last byte of each token of each piece, and GAP
+    before, between and after pieces; what is inside tokens is not used. lengths, int64 (n_ranks,), of tokens
+    in bytes: 1 for the first 256. merges, int64 (n_ranks,), is filled with left << 16 | right. slots: key <<
+    32 | number, from 1, of each pair, whose fields are at pair_at in `pairs`; its entries are the places in
+    `where` at which it begins, linked by `after`.
+    """
+    used = np.zeros(2, np.int64)
+    count_pairs(cells, slots, pairs, where, after, used)
+    heap = np.empty(len(pairs) >> 2, np.int64)
+    size = least = 0  # the heap holds the pairs that occur `least` times or more
+    for n in range(256, n_ranks):
+        while True:
+            if size == 0:
+                most = 0
+                for pair in range(0, 4 * used[0], 4):
+                    most = max(most, pairs[pair + 1])
+                if most == 0:
+                    return n
+                least = most + 1 >> 1
+                for pair in range(0, 4 * used[0], 4):
+                    if pairs[pair + 1] >= least:
+                        size = heap_push(heap, size, heap_key(pairs[pair + 1], pairs[pair]))
+            best = heap[0]
+            size = heap_pop(heap, size)
+            key = best & 0xFFFFFFFF
+            pair = pair_at(pair_slot(key, slots), slots)
+            current = heap_key(pairs[pair + 1], key)
+            if current == best:
+                break
+            if pairs[pair + 1] >= least:  # it has lost some since
+                size = heap_push(heap, size, current)
+        merges[n], lengths[n] = key, lengths[key >> 16] + lengths[key & 0xFFFF]
+        old = used[0]
+        slots, pairs = grow_pairs(slots, pairs, old + 2 * n)  # each new pair has the new token on one side
+        if len(heap) < len(pairs) >> 2:
+            more = np.empty(len(pairs) >> 2, np.int64)
+            more[:size] = heap[:size]
+            heap = more
+        merge_pair(pair, n, lengths, cells, slots, pairs, where, after, used)
+        for pair in range(4 * old, 4 * used[0], 4):
+            if pairs[pair + 1] >= least:
+                size = heap_push(heap, size, heap_key(pairs[pair + 1], pairs[pair]))
+    return n_ranks
+
+
+def too_many(size: int) -> UserError:
+    """The error for pieces of `size` bytes in all."""
+    return UserError(f"got {size:,} bytes of pieces that differ from each other, wanted at most "
+                     f"{MAX_DISTINCT:,} to train on; give a part of the text to --input")
+
+
+def count_pieces(parts: Iterable[Callable], num_workers: int = 0) -> tuple[PieceCounts, int]:
+    """(pieces of all documents, bytes of text) by num_workers threads, 0 = one per core, in any order.
+
+    parts: functions that return an iterable of (text uint8, offsets int64), some megabytes of documents; a
+    thread that is free calls the next. Threads, not processes: counting and reading parquet hold no GIL, and
+    a process takes longer to start than 100 MB take to be counted.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    num_workers = num_workers or cores
+    classes = unicode_classes()
+    parts, lock, stop = iter(parts), threading.Lock(), threading.Event()
+
+    def work() -> PieceCounter:
+        counter = PieceCounter(classes)
+        while not stop.is_set():
+            with lock:
+                part = next(parts, None)
+            if part is None:
+                break
+            for text, offsets in part():
+                counter.count(text, offsets)
+        return counter
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        futures = [pool.submit(work) for _ in range(num_workers)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()  # after an error or Ctrl-C the others need not read on
+    first, *others = (future.result() for future in futures)
+    for other in others:
+        first.add(other.pieces())
+    return first.pieces(), first.bytes + sum(other.bytes for other in others)
+
+
+def byte_order() -> list[int]:
+    """The 256 bytes as GPT-2 numbers them: those that Latin-1 prints first, the others after them."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return printed + sorted(set(range(256)) - set(printed))
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    if not 257 <= vocab_size <= 1 << 16:
+        raise UserError(f"got vocab_size={vocab_size}, wanted 257 (the bytes and {EOT_TEXT}) to 65,536 (ids "
+                        f"are uint16); type --vocab_size=32768, say")
+
+
+def train_ranks(pieces: PieceCounts, vocab_size: int) -> list[bytes]:
+    """The vocab_size - 1 tokens of a byte-level BPE (Sennrich et al. 2016) by rank; EOT is the last id.
+
+    The first 256 are the bytes in GPT-2's order. Then the pair of neighbours that occurs most often is
+    merged, of several the one with the smallest (left id, right id), again and again, as Hugging Face's
+    BpeTrainer does. No two merges give the same bytes: until a merge crosses their ends, equal bytes are cut
+    alike wherever they stand, so that the first merge makes a token of them all. The order of the pieces does
+    not matter. Raises UserError for a vocab_size outside 257 to 65,536, and if every piece is one token
+    before it is reached.
+    """
+    check_vocab_size(vocab_size)
+    if len(pieces.text) > MAX_DISTINCT:
+        raise too_many(len(pieces.text))
+    n_ranks, size = vocab_size - 1, len(pieces.text)
+    order = byte_order()
+    byte_ids = np.empty(256, np.uint16)
+    byte_ids[order] = np.arange(256)
+    cells = np.empty(size + len(pieces.counts) + 1, np.uint64)
+    lay_out(*pieces, byte_ids, cells)
+    lengths, merges = np.ones(n_ranks, np.int64), np.zeros(n_ranks, np.int64)
+    # Each merge ends two pairs and begins two, and there are fewer merges than bytes.
+    where, after = np.empty(3 * size, np.int32), np.empty(3 * size, np.int32)
+    # Room for the pairs of bytes and those of one merge, 2 * 65,536; from there on it doubles.
+    slots, pairs = np.zeros(1 << 19, np.uint64), np.empty(4 << 18, np.int64)
+    n = train_kernel(cells, n_ranks, lengths, merges, slots, pairs, where, after)
+    if n < n_ranks:
+        raise UserError(f"got a text whose every piece is one token after {n - 256:,} merges, wanted "
+                        f"{n_ranks - 256:,} for vocab_size={vocab_size}; give more text to --input, or type "
+                        f"--vocab_size={n + 1}")
+    tokens = [bytes([byte]) for byte in order]
+    for merge in merges[256:].tolist():
+        tokens.append(tokens[merge >> 16] + tokens[merge & 0xFFFF])
+    return tokens
+
+
+def rank_file(tokens: list[bytes]) -> bytes:
+    """tiktoken's format: one line per token, in base64, with its rank."""
+    return b"".join(binascii.b2a_base64(token, newline=False) + b" %d\n" % rank
+                    for rank, token in enumerate(tokens))
+
+
+def read_parts(input: str, text_column: str) -> Iterator[Callable]:
+    """The files named by --input, as count_pieces takes them. Raises UserError for what cannot be read."""
+    from documents import input_source  # here: it imports this file
+
+    def read(chunk) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for documents in chunk.read(*chunk.args):
+            for place, reason in documents.bad:
+                raise UserError(f"{place}: {reason}; mend or remove it, and run this again")
+            yield documents.text, documents.offsets
+
+    for _, _, chunk in input_source(input, text_column).chunks():
+        yield functools.partial(read, chunk)
+
+
+def train(input: str, text_column: str, vocab_size: int, out: str, num_workers: int) -> None:
+    """Train a vocabulary on the files of --input and write it to `out`; the arguments are the settings."""
+    from tqdm import tqdm
+
+    began, path = time.perf_counter(), Path(out)
+    if not input or not out:
+        raise UserError(f"got --input={input} --out={out}, wanted the text to train on and a name for the "
+                        f"rank file; type --input=PATH[,PATH...] --out=my.tiktoken")
+    if path.exists():
+        raise UserError(f"got --out={out}, which exists; wanted a new name: type another, or remove {out}")
+    if not path.parent.is_dir():
+        raise UserError(f"got --out={out}, wanted a name in a folder that exists; make {path.parent}, or "
+                        f"type another --out=...")
+    if num_workers < 0:
+        raise UserError(f"got --num_workers={num_workers}, wanted 0 (one per core) or more")
+    check_vocab_size(vocab_size)
+    parts = tqdm(read_parts(input, text_column), unit=" parts", leave=False, disable=None)
+    pieces, text_bytes = count_pieces(parts, num_workers)
+    counted = time.perf_counter()
+    if not text_bytes:
+        raise UserError("got a corpus without text, wanted some; check --input and --text_column")
+    print(f"text        {text_bytes:,} bytes, {pieces.counts.sum():,} pieces, {len(pieces.counts):,} of them "
+          f"different, counted in {counted - began:.1f} s")
+    data = rank_file(train_ranks(pieces, vocab_size))
+    trained = time.perf_counter()
+    write_atomically(path, data)
+    tok = load_tokenizer(out)
+    _, id_offsets = tok.encode_documents(pieces.text, pieces.offsets)
+    tokens = int((np.diff(id_offsets) - 1) @ pieces.counts)
+    print(f"vocabulary  {tok.n_vocab:,} ids: 256 bytes, {tok.n_vocab - 257:,} merges in "
+          f"{trained - counted:.1f} s, {EOT_TEXT} = {tok.eot}")
+    print(f"rank file   {path}, {len(data):,} bytes, sha256 {tok.sha256}")
+    print(f"this text   {tokens:,} tokens, {text_bytes / tokens:.3f} bytes per token")
+    print(f"next: python fineweb.py --input={shlex.quote(input)} --tokenizer={shlex.quote(out)} "
+          f"--data_dir={shlex.quote(path.stem)}")
+
+
+# ---- settings: override with a config file and/or --key=value -----------------
+tokenizer = "gpt2"    # to check: gpt2, or the path of a rank file
+input = ""            # to train on: PATH[,PATH...], as in fineweb.py
+text_column = "text"  # the parquet column or jsonl field that holds the text
+vocab_size = 32_768   # ids of the new vocabulary, <|endoftext|> among them: 257 to 65,536
+out = ""              # the new rank file
+num_workers = 0       # threads that count; 0 = one per core
+
+
+def check(tokenizer: str) -> None:
+    """Print where a vocabulary is and one encoded line, and compare its ids with tiktoken's."""
     encoder = load_tokenizer(tokenizer)
     probe = "Hello, world! It's 2024: na\u00efve caf\u00e9, \u6771\u4eac.\n\n    return <|endoftext|>"
     probe_ids = encoder.encode(probe)
@@ -786,3 +1351,11 @@ if __name__ == "__main__":
     assert probe_ids.tolist() == encoder.to_tiktoken().encode_ordinary(probe), "these are not tiktoken's ids"
     assert encoder.decode(probe_ids) == probe, "the ids decode to another text"
     print("check       ids equal tiktoken's, and decode to the same text")
+
+
+if __name__ == "__main__":
+    configure(globals())
+    if input or out:
+        train(input, text_column, vocab_size, out, num_workers)
+    else:
+        check(tokenizer)

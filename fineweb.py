@@ -658,17 +658,20 @@ def make_again(plan: Plan, manifest: dict, record: dict) -> None:
     source = open_source(theirs, revision, ahead=False)
     cut_at, cut_bytes = (manifest["cut"] or {"at_byte": None, "of_bytes": None}).values()
     writer = ShardWriter(plan.folder, plan.name, "train", record["tokens"])
-    for last, _, chunk in source.chunks(unit, index):
+    for at, _, chunk in source.chunks(unit, index):
         cut = None if cut_at is None else (cut_at - start, cut_bytes - cut_at, cut_bytes - start)
         done = encode_chunk(chunk, plan.tokenizer, plan.val_fraction, cut)
         mine = np.repeat(done.is_val == ("_val_" in record["file"]), done.tokens)
         mine[:skip] = False
         writer.add(done.ids[mine])
+        if source.release and at > unit:
+            source.release(unit)
+            unit = at
         if writer.full:
             break
         start, skip = start + int(done.sizes.sum()), 0
-    for done in range(unit, last + 1) if source.release else ():
-        source.release(done)
+    if source.release:
+        source.release(unit)
     path = plan.folder / record["file"]
     ids = writer.full[0][1] if writer.full else writer.buffer[:writer.used]
     if (made := write_shard(path, ids)["sha256"]) != record["sha256"]:
@@ -853,8 +856,8 @@ def build(**settings) -> None:
         try:
             manifest = build_shards(plan) if plan.name else take_ready_made(plan)
         except UserError as error:
-            whole = not plan.name and list_shards(plan.folder, "train")  # fetched ones appear when they are whole
-            if progress_path(plan).exists() or whole:
+            ready_made = not plan.name and list_shards(plan.folder, "train")  # each appears when it is whole
+            if progress_path(plan).exists() or ready_made:
                 raise UserError(f"{error}. What is done is kept: run the same command again, and it goes on"
                                 ) from error
             if plan.ranks == 1:  # nothing is worth keeping

@@ -1,0 +1,252 @@
+"""The tokenizer study: figures of hand-made texts in closed form, words in their groups, files written."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+
+import analyze_tokenizer as study
+from analyze_tokenizer import COLUMNS, GROUPS, groups_of, is_joined, listed, make_items, measure
+from bpe import PieceCounts, rank_file, tokenizer_from_ranks, train_ranks
+from configurator import UserError
+from documents import hash_documents, pack
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+BYTES = [bytes([b]) for b in range(256)]
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
+
+
+def corpus_of(train, val, hyphenated=()):
+    sides = (PieceCounts(*pack([*side]), np.array([*side.values()])) for side in (train, val))
+    return study.Corpus(*sides, Counter(dict(hyphenated)), [1, 1], [1, 1])
+
+
+def tokenizer_of(*merged):
+    return tokenizer_from_ranks(rank_file([*BYTES, *merged]), "hand-made")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Documents, and a jsonl file of them: pydoc's topics, an empty one and one with more than ASCII."""
+    documents = [*topics.values(), "", "na\u00efve caf\u00e9 \u6771\u4eac don't well-known  x\u00b2-y\n" * 3]
+    path = tmp_path_factory.mktemp("texts") / "topics.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return documents, path
+
+
+@pytest.fixture(scope="module")
+def corpus(texts):
+    return study.read_corpus(str(texts[1]), "text", 0.3)
+
+
+def test_figures_in_closed_form():
+    # tokens:       " the" 1     "the" 1   " th" 2    "cat" 3   " 12" 3    "." 1
+    val = {b" the": 3, b"the": 1, b" th": 3, b"cat": 2, b" 12": 1, b".": 2}
+    items = make_items(corpus_of({b" the": 40, b"THE": 2, b"cat": 9}, val, {b" the-cat": 5}))
+    row, group_rows = measure(tokenizer_of(b"th", b"the", b" the"), "trained", items, SHAPE)
+    assert row["tokens"] == 3 + 1 + 3 * 2 + 2 * 3 + 3 + 2
+    assert row["bytes_per_token"] == 35 / 21
+    assert row["tokens_per_kb"] == pytest.approx(21 / 0.035)
+    assert row["tokens_per_word"] == 16 / 9
+    assert row["whole_words"] == 4 / 9
+    assert row["vocab_size"] == 260
+    model = GPT(GPTConfig(n_vocab=260, vocab_size=384, **SHAPE))
+    assert row["embedding_params"] == 384 * 32 == model.lm_head.weight.numel()
+    assert row["embedding_share"] == 384 * 32 / model.num_params()
+    assert row["flops_per_token"] == model.flops_per_token(16)
+    assert row["flops_per_byte"] == pytest.approx(model.flops_per_token(16) * 21 / 35)
+    assert row["context_bytes"] == 16 * (35 / 21)
+    groups = {of_group["group"]: of_group for of_group in group_rows}
+    assert list(groups) == list(GROUPS)
+    assert groups["10-99"] == {"vocabulary": "trained", "vocab_size": 260, "group": "10-99", "distinct": 2,
+                               "occurrences": 4, "tokens_per_word": 1.0, "whole_words": 1.0}
+    assert groups["1-9"]["tokens_per_word"] == 3.0 and groups["1-9"]["whole_words"] == 0.0
+    assert groups["hyphenated"]["occurrences"] == 5
+    assert groups["hyphenated"]["tokens_per_word"] == 1 + 1 + 3  # " the", "-", "cat"
+    assert groups["technical"]["occurrences"] == 0 and np.isnan(groups["technical"]["whole_words"])
+
+
+def test_rows_of_embedding_are_a_multiple_of_128():
+    for n_vocab, rows in ((257, 384), (384, 384), (385, 512), (50257, 50304)):
+        assert study.model_cost(n_vocab, 1.0, SHAPE)["embedding_params"] == rows * 32
+
+
+def test_gpt2_small_by_default():
+    shape = {key: getattr(study, key) for key in SHAPE}
+    cost = study.model_cost(50257, 4.0, shape)
+    assert cost["embedding_params"] == 50304 * 768
+    assert cost["embedding_share"] == pytest.approx(38_633_472 / 124_475_904)
+    assert cost["flops_per_token"] == 6 * (124_475_904 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert cost["flops_per_byte"] == cost["flops_per_token"] / 4
+
+
+def test_a_word_is_a_piece_of_letters():
+    words = {" word": "word", "word": "word", "\u00fcber": "\u00fcber", " \u6771\u4eac": "\u6771\u4eac",
+             "'s": "", " 1": "", "a1": "", " ": "", "  a": "", ".": "", "-a": "", "\u0301": ""}
+    assert {piece: study.as_word(piece.encode()) for piece in words} == words
+    assert study.as_word(b"\xff") == study.as_word(b" a\xff") == ""
+
+
+def test_the_band_is_the_decade_of_the_frequency():
+    for count, band in ((0, "unseen"), (1, "1-9"), (9, "1-9"), (10, "10-99"), (99, "10-99"),
+                        (100, "100-999"), (999, "100-999"), (1000, "1k-9,999"), (9999, "1k-9,999"),
+                        (10_000, "10k+"), (10**7, "10k+")):
+        assert groups_of("Word", Counter({"word": count})) == [band]
+
+
+def test_frequency_counts_every_case_with_and_without_the_space():
+    items = make_items(corpus_of({b" Word": 5, b"word": 3, b" WORD": 2, b" 1": 900},
+                                 {b"wo": 1, b" word": 1, b".": 1}))
+    assert items.strings == [b" word", b".", b"wo"]
+    assert items.masks["10-99"].tolist() == [True, False, False]
+    assert items.masks["unseen"].tolist() == [False, False, True]
+    assert items.masks["words"].tolist() == [True, False, True] and items.masks["pieces"].all()
+
+
+def test_joined_words():
+    frequency = Counter({"class": 5000, "room": 100, "classroom": 99, "rooms": 99, "sub": 9000,
+                         "under": 7000, "standing": 150, "understanding": 150})
+    assert is_joined("classroom", frequency) and is_joined("Classroom", frequency)
+    assert not is_joined("classrooms", frequency)  # "rooms" is too rare
+    assert not is_joined("subclass", frequency)  # three letters
+    assert not is_joined("understanding", frequency)  # more frequent than, or as frequent as, a part
+    assert not is_joined("class", frequency) and not is_joined("Class", frequency)
+    assert is_joined("PowerPoint", Counter())
+    assert not any(is_joined(word, Counter()) for word in ("POWER", "Power", "kJ", "NaCl", "mRNA"))
+
+
+def test_technical_words():
+    for word in ("photosynthesis", "Thermodynamics", "ribosomes", "mitochondria", "spectroscopy"):
+        assert "technical" in groups_of(word, Counter()), word
+    for word in ("analysis", "biology", "handsome", "university", "logical", "metropolis", "antibiotics"):
+        assert "technical" not in groups_of(word, Counter()), word
+
+
+def test_the_sides_are_those_of_the_hash_and_nothing_is_lost(texts, corpus):
+    documents = [text.encode() for text in texts[0] if text]
+    is_val = hash_documents(*pack(documents)) < np.uint64(0.3 * 2**64)
+    assert corpus.documents == [(~is_val).sum(), is_val.sum()]
+    for counts, size, side in zip(map(listed, (corpus.train, corpus.val)), corpus.sizes, (~is_val, is_val)):
+        here = [document for document, chosen in zip(documents, side) if chosen]
+        assert size == sum(map(len, here)) == sum(len(piece) * count for piece, count in counts.items())
+        words = Counter(word for document in here for word in document.split() if word.isalpha())
+        assert all(counts.get(b" " + word, 0) + counts.get(word, 0) >= n for word, n in words.items())
+
+
+def test_tokens_of_pieces_add_up_to_those_of_the_text(texts, corpus):
+    tok, = study.train_tokenizers(corpus.train, [700])
+    documents = [text for text in texts[0] if text]
+    is_val = hash_documents(*pack([text.encode() for text in documents])) < np.uint64(0.3 * 2**64)
+    held_out = [text for text, chosen in zip(documents, is_val) if chosen]
+    row, _ = measure(tok, "trained", make_items(corpus), SHAPE)
+    encoding = tok.to_tiktoken()
+    assert row["tokens"] == sum(len(encoding.encode_ordinary(text)) for text in held_out)
+    assert row["bytes_per_token"] == sum(len(text.encode()) for text in held_out) / row["tokens"]
+
+
+def test_hyphenated_words_are_found(tmp_path):
+    text = "a well-known,state-of-the-art 3-x x\u00b2-y a--b -c d- \u00fcber-ich well-known\n\nwell-known"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    low, *others = (int(h) / 2**64 for h in hash_documents(*pack([text.encode(), *BYTES[65:91]])))
+    other = int(np.argmax(others))
+    (tmp_path / "b.txt").write_bytes(BYTES[65 + other])
+    found = study.read_corpus(str(tmp_path), "text", (low + others[other]) / 2)
+    assert found.hyphenated == {b" well-known": 2, b"well-known": 1, b"state-of-the-art": 1,
+                                " \u00fcber-ich".encode(): 1}
+
+
+def test_smaller_vocabularies_are_prefixes_of_the_largest(corpus):
+    toks = study.train_tokenizers(corpus.train, [257, 300, 900])
+    assert [tok.n_vocab for tok in toks] == [257, 300, 900]
+    for tok in toks:
+        assert tok.tokens[:-1] == train_ranks(corpus.train, tok.n_vocab) == toks[-1].tokens[:tok.n_vocab - 1]
+
+
+def test_a_text_too_small_for_the_size_is_refused():
+    with pytest.raises(UserError, match=r"the largest of --vocab_sizes, 300, cannot be trained: .*wanted 43"):
+        study.train_tokenizers(corpus_of({b"abc": 2}, {b"a": 1}).train, [257, 300])
+
+
+def test_a_figure_that_does_not_exist_is_an_empty_cell():
+    assert study.to_csv([{"a": float("nan"), "b": 1}, {"a": 0.5, "b": 2}]) == b"a,b\n,1\n0.5,2\n"
+    assert study.group_line("x", [float("nan"), 0.5], ".1%").split() == ["x", "-", "50.0%"]
+
+
+def run(cwd, *flags):
+    command = [sys.executable, str(ROOT / "analyze_tokenizer.py"), *flags]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_the_script(tmp_path, texts, byte_tokenizer):
+    flags = [f"--input={texts[1]}", "--vocab_sizes=512,257,1024", f"--tokenizer={byte_tokenizer}",
+             "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--out_dir=study"]
+    done = run(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "study"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(study.NAMES)
+    assert (folder / "tokenizer_study.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    report = (folder / "tokenizer_study.txt").read_text(encoding="utf-8")
+    assert report in done.stdout and max(map(len, done.stdout.splitlines())) <= 110
+
+    rows = list(csv.DictReader((folder / "tokenizer_study.csv").open(encoding="utf-8")))
+    assert list(rows[0]) == list(COLUMNS)
+    assert [(row["vocabulary"], row["vocab_size"]) for row in rows] == [
+        ("trained", "257"), ("trained", "512"), ("trained", "1024"), ("bytes", "257")]
+    convert = {"s": str, "d": int, "f": float, "%": float}
+    for row in rows:  # each line of the table is the row of the CSV, rounded
+        values = [convert[form[-1]](row[key]) for key, (*_, form, _) in COLUMNS.items()]
+        cells = [f"{value / unit if unit else value:{form}}" for value, (*_, form, unit)
+                 in zip(values, COLUMNS.values())]
+        assert cells in [line.split() for line in report.splitlines()]
+        flops = float(row["flops_per_token"]), float(row["flops_per_byte"])
+        assert cells[-2:] == [f"{f / 1e6:,.1f}" for f in flops]  # MFLOPs, say the headings
+    for row in (rows[0], rows[3]):  # no merges: one token per byte, whoever trained it
+        assert float(row["bytes_per_token"]) == 1.0 and float(row["tokens_per_kb"]) == 1000.0
+        assert row["flops_per_byte"] == f"{float(row['flops_per_token'])}"
+    compression = [float(row["bytes_per_token"]) for row in rows[:3]]
+    assert compression == sorted(set(compression))
+    group_rows = list(csv.DictReader((folder / "tokenizer_study_groups.csv").open(encoding="utf-8")))
+    assert [row["group"] for row in group_rows] == [*GROUPS] * 4
+    assert {row["vocabulary"] for row in group_rows[-len(GROUPS):]} == {"bytes"}
+    assert all(float(row["whole_words"]) == 0 for row in group_rows if row["group"] == "hyphenated")
+
+    again = run(tmp_path, *flags)
+    assert again.returncode == 2
+    assert "delete it yourself" in again.stderr and "--out_dir=" in again.stderr
+    assert (folder / "tokenizer_study.txt").read_text(encoding="utf-8") == report
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"vocab_sizes": "512,many"}, "wanted different numbers"), ({"vocab_sizes": "256"}, "from 257"),
+    ({"vocab_sizes": "512,512"}, "wanted different numbers"), ({"vocab_sizes": "65537"}, "to 65536"),
+    ({"vocab_sizes": ""}, "wanted different numbers"), ({"val_fraction": 0.0}, "more than 0"),
+    ({"val_fraction": 1.0}, "less than 1"), ({"input": ""}, "--input=PATH"),
+    ({"n_head": 5}, "multiple of n_head")])
+def test_settings_that_cannot_be_studied(settings, words, monkeypatch, tmp_path):
+    for key, value in {"input": "a.txt", "out_dir": str(tmp_path), **settings}.items():
+        monkeypatch.setattr(study, key, value)
+    with pytest.raises(UserError, match=words):
+        study.check_settings()
+
+
+@pytest.mark.parametrize("name", study.NAMES)
+def test_any_file_that_is_there_is_kept(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "input", "a.txt")
+    monkeypatch.setattr(study, "out_dir", str(tmp_path))
+    study.check_settings()
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"{name} is there already"):
+        study.check_settings()
+
+
+def test_one_document_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one document", encoding="utf-8")
+    with pytest.raises(UserError, match=r"documents to train on and .* wanted both"):
+        study.read_corpus(str(tmp_path), "text", 0.1)
