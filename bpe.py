@@ -15,18 +15,19 @@ in the order of GPT-2's file, then the merges. 70 MB take two seconds; memory gr
 only.
 
 GPT-2's pattern cuts text into pieces (" word", "'ll", "...", "   "), and the tokens of a piece depend on its
-bytes alone. The kernels go through a document three times:
+bytes alone. The kernels take a document in blocks and go through each block three times:
 
     1. classify: letter, number, space or other for each byte; mark_starts: a mark on each byte where a piece
-       starts. Both do the same to every byte, whatever it is, so the compiler makes SIMD code of them.
-    2. encode_kernel: from mark to mark, eight bytes a step. A piece of up to 16 bytes is looked up by its
-       bytes, as two machine words, in a cache that holds its tokens.
+       starts; mark_block packs them into bits. All do the same to every byte, whatever it is, so the
+       compiler makes SIMD code of them: 2% of the time on Python code, less than a tenth on English.
+    2. encode_kernel: from mark to mark, one shift and one count of zeros a step. A piece of up to 16 bytes is
+       looked up by its bytes, as two machine words, in a cache that holds its tokens.
     3. encode_piece, for what the cache lacks: one look-up in the vocabulary, or merging pairs, lowest rank
        first.
 
 Arrays go to plain @njit functions, never through inline="always", which would count references per piece. In
 the machine code of encode_kernel NRT_incref is called per call and per document. encode_piece, which calls
-others, still counts its arrays (16 atomic additions), but only for what the cache lacks. forceinline=True is
+others, still counts its arrays (atomic additions), but only for what the cache lacks. forceinline=True is
 LLVM's inlining, after numba's own passes, and costs no counting.
 """
 
@@ -79,8 +80,9 @@ START = 128  # in `starts`: a piece starts at this byte
 
 NO_MERGE = 1 << 16  # above every rank
 SHORT_PIECE = 64    # bytes; up to here looking through all pairs beats a heap
-CACHE_BITS = 17     # 2**17 slots, 4 MiB: 3.3% of the pieces of English miss, 2.1% of Python code's
-CACHED_IDS = 7      # a slot is four words: 16 bytes of text; ids 0-3; ids 4-6, their number and the length
+BLOCK = 1 << 14     # bytes marked at a time
+CACHE_BITS = 18     # 2**18 slots, 8 MiB: in text never seen, 1.9% of the pieces of English miss, 2.8% of code
+SLOT_IDS = 7        # a slot is four words: 16 bytes of text; ids 0-3; ids 4-6, their number and the length
 LONG_BITS = 10      # 2**10 slots of (where, length, where in ids, count)
 
 INLINE_BYTES = 16   # of a piece that count_piece keeps in its slot
@@ -101,10 +103,26 @@ def load_word(buffer, i):
 
 
 @njit(cache=True, error_model="numpy")
-def bytes_before_mark(word):
-    """Bytes of `word` below its first START byte, 8 if there is none: 0x80 at byte k -> k."""
-    below = ((word & -word) >> U(7)) - U(1)  # ones in bytes 0 to k-1
-    return np.int64((below & ONES) * ONES >> U(56))  # the product's top byte is the sum of all bytes
+def trailing_zeros(word):
+    """Zero bits of the uint64 below its lowest one, 64 if there is none. LLVM makes one instruction of it."""
+    below = ~word & word - U(1)  # ones where those zeros are; the rest counts ones
+    below -= below >> U(1) & U(0x5555555555555555)
+    below = (below & U(0x3333333333333333)) + (below >> U(2) & U(0x3333333333333333))
+    return np.int64((below + (below >> U(4)) & U(0x0F0F0F0F0F0F0F0F)) * ONES >> U(56))
+
+
+@njit(cache=True, error_model="numpy")
+def load_ids(ids, i):
+    """ids[i:i+4], four uint16, as a uint64."""
+    i = U(i)
+    return U(ids[i]) | U(ids[i + U(1)]) << U(16) | U(ids[i + U(2)]) << U(32) | U(ids[i + U(3)]) << U(48)
+
+
+@njit(cache=True, error_model="numpy")
+def store_ids(ids, i, word):
+    """ids[i:i+4] = the four uint16 of `word`; one store."""
+    i = U(i)
+    ids[i], ids[i + U(1)], ids[i + U(2)], ids[i + U(3)] = word, word >> U(16), word >> U(32), word >> U(48)
 
 
 # ---- where pieces start --------------------------------------------------------
@@ -131,9 +149,12 @@ def classify_wide(text, classes, kinds):
     """kinds of the characters of several bytes -> how many are spaces; -1 if text is no UTF-8."""
     spaces = i = 0
     while i < len(text):
-        if i + 8 <= len(text) and load_word(text, i) & HIGHS == U(0):
-            i += 8
-            continue
+        if i + 8 <= len(text):
+            wide = load_word(text, i) & HIGHS
+            if wide == U(0):
+                i += 8
+                continue
+            i += trailing_zeros(wide) >> 3
         lead = np.int64(text[i])
         if lead < 0x80:
             i += 1
@@ -205,6 +226,34 @@ def mark_pieces(text, classes, kinds, starts):
 
 
 @njit(cache=True, error_model="numpy")
+def mark_block(text, start, stop, classes, kinds, starts):
+    """Mark the pieces of the first block of text[start:stop], as bits -> its bytes, -1 if it is not UTF-8.
+
+    Bit i of `starts` is 1 where a piece starts at text[start + i], for i > 0 up to the block's end, which is
+    such a place. Blocks are small, for their marks to stay in the processor's cache, unless a piece is long.
+    """
+    size = BLOCK
+    while True:
+        n = min(size, stop - start)
+        for _ in range(3):  # whole characters; four bytes of this kind in a row are no UTF-8
+            if start + n < stop and text[start + n] & 0xC0 == 0x80:
+                n -= 1
+        if not mark_pieces(text[start:start + n], classes, kinds, starts):
+            return -1
+        done = n
+        if start + n < stop:  # mark_starts takes what follows for space, which hides a mark but makes none
+            done -= 1
+            while done > 0 and starts[done] == 0:
+                done -= 1
+        if done > 0:
+            break
+        size *= 2
+    for i in range(n // 8 + 1):  # the product's top byte has the lowest bit of each byte
+        starts[i] = (load_word(starts, 8 * i) >> U(7) & ONES) * U(0x0102040810204080) >> U(56)
+    return done
+
+
+@njit(cache=True, error_model="numpy")
 def contraction(text, start, end):
     """Length of the 's 't 'm 'd 'll 've 're at text[start], 0 if there is none."""
     if start + 2 > end or text[start] != ord("'"):
@@ -239,7 +288,7 @@ def same_bytes(a, i, b, j, length):
     return True
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", forceinline=True)
 def find_token(text, start, stop, vocab):
     """(id of the token text[start:stop] or -1, its slot); vocab as Tokenizer builds it."""
     slots, blob, edges = vocab
@@ -265,7 +314,7 @@ def find_pair(left, right, pairs):
     return NO_MERGE
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", forceinline=True)
 def merge_short(ids, n, count, pairs, ranks):
     """Merge ids[n:n+count] in place, lowest rank first, leftmost first -> count left."""
     for i in range(count - 1):
@@ -404,13 +453,19 @@ def last_words(text, pos, length):
 
 @njit(cache=True, error_model="numpy")
 def remember(cache, slot, head, tail, length, ids, n, count):
-    """Fill a slot: the piece's words, its first four ids; then the others, their number and its length."""
-    first, rest = U(0), U(length) << U(56) | U(count) << U(48)
-    for i in range(min(count, 4)):
-        first |= U(ids[n + i]) << U(16 * i)
-    for i in range(4, count):
-        rest |= U(ids[n + i]) << U(16 * i - 64)
-    cache[slot], cache[slot + U(1)], cache[slot + U(2)], cache[slot + U(3)] = head, tail, first, rest
+    """Fill a slot with a piece and its tokens ids[n:n+count]; what follows these is copied, and never used.
+
+    More than SLOT_IDS, as of deep indentation, go on in the other slot of the same line of the processor's
+    cache, which then is no piece's: its length is 0. Whoever needs that slot takes this one out.
+    """
+    other = slot ^ U(4)
+    if count > SLOT_IDS or cache[other + U(3)] >> U(48) & U(0xFF) > U(SLOT_IDS):
+        cache[other + U(3)] = U(0)
+    cache[slot], cache[slot + U(1)], cache[slot + U(2)] = head, tail, load_ids(ids, n)
+    cache[slot + U(3)] = load_ids(ids, n + 4) & ~U(0) >> U(16) | U(count) << U(48) | U(length) << U(56)
+    if count > SLOT_IDS:
+        for i in range(3):
+            cache[other + U(i)] = load_ids(ids, n + SLOT_IDS + 4 * i)
 
 
 # ---- documents -----------------------------------------------------------------
@@ -421,58 +476,56 @@ def encode_kernel(text, offsets, eot, classes, vocab, byte_ids, pairs, cache, ra
     """Tokens of all documents -> -1, or the first document that is not UTF-8 (then nothing else is of use).
 
     text uint8; offsets int64 (n_docs + 1,), checked before; kinds, starts uint8, longest document + 32;
-    ids uint16, len(text) + n_docs + 8; id_offsets int64 (n_docs + 1,), to be filled; tables as in Tokenizer.
+    ids uint16, len(text) + n_docs + 16; id_offsets int64 (n_docs + 1,), to be filled; tables as in Tokenizer.
     """
     longs = np.zeros(4 << LONG_BITS, np.int64)
     n = 0
     for doc in range(len(offsets) - 1):
-        begin, end = offsets[doc], offsets[doc + 1]
-        if not mark_pieces(text[begin:end], classes, kinds, starts):
-            return doc
+        pos, end = offsets[doc], offsets[doc + 1]
         id_offsets[doc] = n
         ids[n] = eot
         n += 1
-        pos = begin
         while pos < end:
-            # Length of the piece: 1 to 8 by one word of marks, 9 to 16 by two.
-            length = 1 + bytes_before_mark(load_word(starts, pos - begin + 1))
-            if length > 8:
-                length += bytes_before_mark(load_word(starts, pos - begin + 9))
-            if text[pos] == ord("'"):
-                length = contraction(text, pos, end) or length
-            if length > 16:
-                while starts[pos - begin + length] == 0:
-                    length += 1
-                n += encode_long(text, pos, pos + length, vocab, byte_ids, pairs, ranks, longs, ids, n)
-                pos += length
-                continue
-            if pos + 16 <= len(text):
-                head, tail = load_word(text, pos), load_word(text, pos + 8)
-            else:
-                head, tail = last_words(text, pos, length)
-            if length <= 8:
-                head, tail = head & ~U(0) >> U(64 - 8 * length), U(0)
-            else:
-                tail &= ~U(0) >> U(128 - 8 * length)
-            slot = ((head ^ tail * HASH_2) * HASH_1 >> U(64 - CACHE_BITS)) << U(2)
-            first, rest = cache[slot + U(2)], cache[slot + U(3)]
-            if cache[slot] == head and cache[slot + U(1)] == tail and rest >> U(56) == U(length):
-                k = U(n)
-                ids[k] = first  # four at once: one store; what is too many is overwritten by the next piece
-                ids[k + U(1)] = first >> U(16)
-                ids[k + U(2)] = first >> U(32)
-                ids[k + U(3)] = first >> U(48)
-                count = np.int64(rest >> U(48) & U(0xFF))
-                if count > 4:
-                    ids[k + U(4)] = rest
-                    ids[k + U(5)] = rest >> U(16)
-                    ids[k + U(6)] = rest >> U(32)
-            else:
-                count = encode_piece(text, pos, pos + length, vocab, byte_ids, pairs, ranks, ids, n)
-                if count <= CACHED_IDS:
+            begin = pos
+            done = mark_block(text, begin, end, classes, kinds, starts)
+            if done < 0:
+                return doc
+            while pos < begin + done:
+                after = U(pos - begin + 1)
+                marks = load_word(starts, after >> U(3)) >> (after & U(7))
+                while marks == U(0):  # 57 or more bytes without one
+                    after += U(56)
+                    marks = load_word(starts, after >> U(3)) >> (after & U(7))
+                length = np.int64(after) + trailing_zeros(marks) - (pos - begin)
+                if text[pos] == ord("'"):
+                    length = contraction(text, pos, end) or length
+                if length > 16:
+                    n += encode_long(text, pos, pos + length, vocab, byte_ids, pairs, ranks, longs, ids, n)
+                    pos += length
+                    continue
+                if pos + 16 <= len(text):
+                    head, tail = load_word(text, pos), load_word(text, pos + 8)
+                else:
+                    head, tail = last_words(text, pos, length)
+                if length <= 8:
+                    head, tail = head & ~U(0) >> U(64 - 8 * length), U(0)
+                else:
+                    tail &= ~U(0) >> U(128 - 8 * length)
+                slot = ((head ^ tail * HASH_2) * HASH_1 >> U(64 - CACHE_BITS)) << U(2)
+                first, rest = cache[slot + U(2)], cache[slot + U(3)]
+                if cache[slot] == head and cache[slot + U(1)] == tail and rest >> U(56) == U(length):
+                    # Eight ids whatever their number: the next piece overwrites what is too many.
+                    store_ids(ids, n, first)
+                    store_ids(ids, n + 4, rest)
+                    count = np.int64(rest >> U(48) & U(0xFF))
+                    if count > SLOT_IDS:
+                        for i in range(3):
+                            store_ids(ids, n + SLOT_IDS + 4 * i, cache[(slot ^ U(4)) + U(i)])
+                else:
+                    count = encode_piece(text, pos, pos + length, vocab, byte_ids, pairs, ranks, ids, n)
                     remember(cache, slot, head, tail, length, ids, n, count)
-            n += count
-            pos += length
+                n += count
+                pos += length
     id_offsets[len(offsets) - 1] = n
     return -1
 
@@ -565,10 +618,10 @@ def check_documents(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, 
     return text, offsets
 
 
-def decode_documents(text: np.ndarray, offsets: np.ndarray, errors: str) -> tuple[np.ndarray, np.ndarray]:
-    """(text, offsets) as Python's decoder reads the documents; errors: "replace" or "strict"."""
+def replace_invalid(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(text, offsets) of the documents with U+FFFD for what is not UTF-8, by Python's decoder."""
     documents = [text[start:stop].tobytes() for start, stop in itertools.pairwise(offsets)]
-    documents = [document.decode("utf-8", errors).encode() for document in documents]
+    documents = [document.decode("utf-8", errors="replace").encode() for document in documents]
     offsets = np.cumsum([0] + [len(document) for document in documents])
     return np.frombuffer(b"".join(documents), np.uint8), offsets
 
@@ -602,7 +655,8 @@ class Tokenizer:
         entries = token_pairs(vocab)
         pairs = np.zeros(table_size(len(entries)), np.uint64)
         fill_pairs(entries, pairs)
-        cache, ranks = np.zeros(4 << CACHE_BITS, np.uint64), np.zeros(SHORT_PIECE, np.int64)
+        cache, ranks = np.zeros((4 << CACHE_BITS) + 8, np.uint64), np.zeros(SHORT_PIECE, np.int64)
+        cache = cache[-cache.ctypes.data % 64 // 8:][:4 << CACHE_BITS]  # two slots to a line of 64 bytes
         # Plain tuples: numba's disk cache would pickle a NamedTuple by its module, which is __main__ when
         # this file runs as a script, and then fail to load where it is imported.
         self._tables = unicode_classes(), vocab, byte_ids, pairs, cache, ranks
@@ -615,30 +669,41 @@ class Tokenizer:
         """Documents text[offsets[i]:offsets[i+1]] -> (ids uint16, id_offsets int64 (n_docs + 1,)).
 
         text is a uint8 array of UTF-8 (an Arrow buffer as it is), offsets has n_docs + 1 integers. Document i
-        is ids[id_offsets[i]:id_offsets[i+1]]: the end-of-text id, then its tokens. What is not UTF-8 becomes
-        U+FFFD as in bytes.decode("utf-8", errors="replace"), document by document: a character cut by an
-        offset is invalid on both sides; with errors="strict" it raises UnicodeDecodeError. Raises ValueError
-        for other types, and for offsets that fall or lie outside the text.
+        is ids[id_offsets[i]:id_offsets[i+1]]: the end-of-text id, then its tokens. A character cut by an
+        offset is invalid UTF-8 on both sides. errors="replace" makes U+FFFD of what is not UTF-8, as
+        bytes.decode does, document by document; errors="strict" raises bytes.decode's UnicodeDecodeError for
+        the first such document, whose index is in its message and its attribute `document`. Raises ValueError
+        for other types or errors, and for offsets that fall or lie outside the text.
         """
+        if errors not in ("replace", "strict"):
+            raise ValueError(f"errors={errors!r}, wanted replace or strict")
         text, offsets = check_documents(text, offsets)
         id_offsets = np.empty(len(offsets), np.int64)
-        ids = self._encode(text, offsets, id_offsets)
-        if ids is None:  # rare: go through Python's decoder, which sets the rule for what is not UTF-8
-            ids = self._encode(*decode_documents(text, offsets, errors), id_offsets)
-            assert ids is not None, "Python wrote UTF-8 that classify_wide refuses"
+        ids, invalid = self._encode(text, offsets, id_offsets)
+        if invalid >= 0 and errors == "strict":
+            try:
+                text[offsets[invalid]:offsets[invalid + 1]].tobytes().decode()
+            except UnicodeDecodeError as error:
+                error.document = invalid
+                error.reason += f", in document {invalid}"
+                raise
+        if invalid >= 0:  # rare: go through Python's decoder, which sets the rule for what is not UTF-8
+            ids, invalid = self._encode(*replace_invalid(text, offsets), id_offsets)
+        assert invalid < 0, "Python takes for UTF-8 what classify_wide refuses"
         return ids, id_offsets
 
-    def _encode(self, text: np.ndarray, offsets: np.ndarray, id_offsets: np.ndarray) -> np.ndarray | None:
-        """encode_documents for checked arguments; fills id_offsets; None if a document is not valid UTF-8."""
+    def _encode(self, text: np.ndarray, offsets: np.ndarray,
+                id_offsets: np.ndarray) -> tuple[np.ndarray, int]:
+        """(ids, -1) of encode_documents for checked arguments, and fills id_offsets; or (no ids, the first
+        document that is not UTF-8)."""
         text = text.view()
         text.flags.writeable = False  # Arrow's buffers are; one type, one compiled kernel
         longest = int(np.diff(offsets).max(initial=0))
         kinds, starts = np.empty(longest + 32, np.uint8), np.empty(longest + 32, np.uint8)
-        ids = np.empty(len(text) + len(offsets) + 8, np.uint16)  # memory that is never written is never taken
-        if encode_kernel(text, offsets, self.eot, *self._tables, kinds, starts, ids, id_offsets) >= 0:
-            return None
-        ids.resize(id_offsets[-1], refcheck=False)
-        return ids
+        ids = np.empty(len(text) + len(offsets) + 16, np.uint16)  # memory never written is never taken
+        invalid = encode_kernel(text, offsets, self.eot, *self._tables, kinds, starts, ids, id_offsets)
+        ids.resize(0 if invalid >= 0 else id_offsets[-1], refcheck=False)
+        return ids, invalid
 
     def encode(self, text: str) -> np.ndarray:
         """uint16 ids of the text, as tiktoken's encode_ordinary: "<|endoftext|>" in it is ordinary text.
@@ -809,6 +874,12 @@ def first_bytes(head, tail, length):
     if length <= 8:
         return head & ~U(0) >> U(64 - 8 * length), U(0)
     return head, tail & ~U(0) >> U(128 - 8 * length)
+
+
+@njit(cache=True, error_model="numpy")
+def bytes_before_mark(word):
+    """Bytes of `word` below its first START byte, 8 if there is none: 0x80 at byte k -> k."""
+    return trailing_zeros(word) >> 3
 
 
 @njit(cache=True, error_model="numpy")
@@ -984,7 +1055,7 @@ class PieceCounter:
         self.bytes += int(offsets[-1] - offsets[0])
         done = self._count(text, offsets)
         if done < len(offsets) - 1:
-            text, offsets = decode_documents(text, offsets[done:], "replace")
+            text, offsets = replace_invalid(text, offsets[done:])
             done = self._count(text, offsets)
             assert done == len(offsets) - 1, "Python wrote UTF-8 that classify_wide refuses"
         if self._used[2] > MAX_DISTINCT:

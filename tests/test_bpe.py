@@ -201,6 +201,45 @@ def test_cache_of_pieces():
         assert gpt2.encode(text).tolist() == expected
 
 
+def test_cache_lines():
+    """Pieces of few and of many tokens, which take two slots, where each often needs the other's."""
+    generator = np.random.default_rng(5)
+    letters = np.frombuffer(b"~^|`\\\x01\x7f{", np.uint8)
+    pieces = [generator.choice(letters, size).tobytes() for size in generator.integers(2, 16, 60_000)]
+    text = (b" " + b" ".join(pieces)).decode()
+    counts = [len(row) for row in TIKTOKEN[gpt2].encode_ordinary_batch([piece.decode() for piece in pieces])]
+    assert min(counts) <= bpe.SLOT_IDS < max(counts) - 4
+    expected = TIKTOKEN[gpt2].encode_ordinary(text)
+    for _ in range(2):
+        assert gpt2.encode(text).tolist() == expected
+
+
+def test_slots_of_a_line():
+    """A piece of many tokens and the one whose slot it takes put each other out."""
+    cache, ids = np.zeros(8, np.uint64), np.arange(1, 40, dtype=np.uint16)
+    lengths = []
+    for slot, length, count in ((0, 9, 7), (4, 5, 1), (4, 16, 16), (0, 16, 8), (0, 5, 1), (4, 9, 7)):
+        bpe.remember(cache, np.uint64(slot), np.uint64(1), np.uint64(2), length, ids, 0, count)
+        lengths.append([int(cache[3]) >> 56, int(cache[7]) >> 56])
+    assert lengths == [[9, 0], [9, 5], [0, 16], [16, 0], [5, 0], [5, 9]]
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts, st.sampled_from(["", "'", " ", "\u3000", "a"]), st.integers(0, 90))
+def test_block_edges(text, before, distance):
+    """Any text where one block of marks ends and the next begins."""
+    check(gpt2, "a " * (bpe.BLOCK // 2 - 45) + "b" * distance + before + text + " c")
+
+
+@pytest.mark.parametrize("distance", range(-6, 3))
+def test_invalid_utf8_at_a_block_edge(distance):
+    emoji = b"\xf0\x9f\x98\x80"
+    for odd in (b"\xff", b"\x80", b"\x80" * 9, emoji[:3], b"\xe6\x9d", emoji):
+        for after in (b"", b" b"):
+            check_documents(gpt2, [b"a" * (bpe.BLOCK + distance) + odd + after, b"ok"])
+            check_documents(gpt2, [b"a " * (bpe.BLOCK // 2) + b"a" * (distance + 6) + odd + after, b"ok"])
+
+
 @needs_data
 def test_shakespeare():
     text = (DATA / "shakespeare" / "input.txt").read_text(encoding="utf-8")
@@ -280,6 +319,30 @@ def test_character_cut_by_an_offset(character):
     data = f"ab{character}cd".encode()
     for cut in range(len(data) + 1):
         check_documents(gpt2, [data[:cut], data[cut:]])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=8).map(lambda text: text.encode("utf-8", "replace")), almost_utf8),
+                max_size=6))
+def test_strict(documents):
+    """errors="strict" raises what decoding the first bad document raises; without one it changes nothing."""
+    for i, document in enumerate(documents):
+        try:
+            document.decode()
+        except UnicodeDecodeError as error:
+            with pytest.raises(UnicodeDecodeError, match=rf"{error.reason}, in document {i}$") as raised:
+                gpt2.encode_documents(*pack(documents), errors="strict")
+            assert raised.value.document == i
+            assert (raised.value.start, raised.value.object) == (error.start, document)
+            return
+    ids, id_offsets = gpt2.encode_documents(*pack(documents), errors="strict")
+    expected, expected_offsets = gpt2.encode_documents(*pack(documents))
+    assert np.array_equal(ids, expected) and np.array_equal(id_offsets, expected_offsets)
+
+
+def test_unknown_errors():
+    with pytest.raises(ValueError, match="errors='ignore', wanted replace or strict"):
+        gpt2.encode_documents(*pack([b"a"]), errors="ignore")
 
 
 def test_offsets_need_not_cover_the_text():
