@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,10 +35,10 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
+import traceback
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -232,52 +233,103 @@ def encode_chunk(chunk: Chunk, tokenizer: str, val_fraction: float,
     return Encoded(ids, is_val, tokens, sizes, empty, bad, continues)
 
 
-def start_worker() -> None:
-    """Leave Ctrl-C to the parent, and die with it: one that waits would outlive a parent that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def serve(connection: Connection) -> None:
+    """A worker: encode_chunk(*job) of each job that comes, until the other end of the connection is closed.
 
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
+    That is also how it learns that its parent was killed. Ids go without pickle, which would copy them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            job = connection.recv()
+            try:
+                done = encode_chunk(*job)
+            except UserError as error:
+                connection.send(error)
+            except Exception:
+                connection.send(RuntimeError(f"in a worker: {traceback.format_exc()}"))
+            else:
+                connection.send(done._replace(ids=len(done.ids)))
+                connection.send_bytes(done.ids.data)
 
-    threading.Thread(target=watch, daemon=True).start()
+
+def ask(connection: Connection, job: tuple) -> Encoded | Exception:
+    """What a worker makes of a job. Raises EOFError or OSError if it has died."""
+    connection.send(job)
+    done = connection.recv()
+    if isinstance(done, Encoded):
+        ids = np.empty(done.ids, dtype=np.uint16)
+        connection.recv_bytes_into(ids.data.cast("B"))
+        done = done._replace(ids=ids)
+    return done
 
 
-def submit(pool: ProcessPoolExecutor, job: tuple) -> Future:
-    """encode_chunk(*job) in the pool; BrokenProcessPool if a worker died, also while another is started."""
-    try:
-        return pool.submit(encode_chunk, *job)
-    except (OSError, ValueError) as error:  # starting a worker, the pool found its pipes closed
-        raise BrokenProcessPool(str(error)) from error
-
-
-def encode_in_order(jobs: Iterable[tuple[tuple, tuple]],
+def encode_in_order(jobs: Iterator[tuple[tuple, tuple]],
                     num_workers: int) -> Iterator[tuple[tuple, Encoded]]:
-    """(place, encode_chunk(*job)) of each (place, job), in order; at most 2 * num_workers + 1 in memory."""
+    """(place, encode_chunk(*job)) of each (place, job), in order; at most 2 * num_workers + 1 in memory.
+
+    Each worker process has a thread here, which takes the next job when the last one is done. (A pool of the
+    standard library waits for ever when a worker dies while another starts.)
+    """
     if num_workers == 1:
         yield from ((place, encode_chunk(*job)) for place, job in jobs)
         return
+    results, changed = {}, threading.Condition()  # by number of the job
+    numbers, turn, closed = itertools.count(), threading.Lock(), False
+    room = threading.Semaphore(2 * num_workers + 1)
+
+    def put(number: int, result: tuple | Exception | None) -> None:
+        with changed:
+            results[number] = result
+            changed.notify()
+
+    def drive(connection: Connection) -> None:
+        while room.acquire():
+            with turn:
+                if closed:
+                    return
+                number = next(numbers)
+                try:
+                    place, job = next(jobs, (None, None))
+                except Exception as error:
+                    return put(number, error)
+            if place is None:
+                return put(number, None)
+            try:
+                done = ask(connection, job)
+            except (EOFError, OSError):
+                done = UserError(f"one of {num_workers} worker processes died, most often because memory ran "
+                                 f"out; choose a smaller --num_workers=... if it was that")
+            if isinstance(done, Exception):
+                return put(number, done)
+            put(number, (place, done))
+
     # spawn on every platform: a fork copies the locks of whatever threads numba, Arrow and the hub started
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=start_worker)
-    pending = deque()
+    context, workers = multiprocessing.get_context("spawn"), []
     try:
-        for place, job in jobs:
-            pending.append((place, submit(pool, job)))
-            if len(pending) > 2 * num_workers:
-                place, future = pending.popleft()
-                yield place, future.result()
-        while pending:
-            place, future = pending.popleft()
-            yield place, future.result()
-    except BrokenProcessPool as error:
-        # the pool ends the workers that it knew of when one died, and waits for ever for one it started since
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise UserError(f"one of {num_workers} worker processes died, most often because memory ran out; run "
-                        f"this again, and it goes on after its last shard, with a smaller --num_workers=... "
-                        f"if it was that") from error
+        for _ in range(num_workers):
+            ours, theirs = context.Pipe()
+            workers.append(context.Process(target=serve, args=(theirs,), daemon=True))
+            workers[-1].start()
+            theirs.close()  # or its end would go unnoticed
+            threading.Thread(target=drive, args=(ours,), daemon=True).start()
+        for number in itertools.count():
+            with changed:
+                while number not in results:
+                    changed.wait(1)  # without a limit, Ctrl-C would not get through on Windows
+                result = results.pop(number)
+            if result is None:
+                return
+            if isinstance(result, Exception):
+                raise result
+            yield result
+            room.release()
     finally:
-        pool.shutdown(cancel_futures=True)
+        closed = True
+        room.release(num_workers)  # for threads that wait for it to end
+        for worker in workers:
+            worker.terminate()
+            worker.join()
 
 
 # ---- ready-made shards ---------------------------------------------------------
