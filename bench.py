@@ -3,13 +3,15 @@ Measure every speed this repository claims, each beside its baseline, in one run
 
     python bench.py                                          # all of them, minutes on a CPU
     python bench.py --only=encode --input=FILE.parquet       # the tokenizer on a text of your own
-    python bench.py --only=bpe_train --input=FILE.parquet --max_bytes=68e6
+    python bench.py --only=shards,bpe_train --input=FILE.parquet --max_bytes=68e6 --build_bytes=3e9 --turns=3
     python bench.py --only=train --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=64
 
 Ours and the baseline take turns (A B A B ...), so that a machine whose speed drifts is unfair to neither; the
 table has the median of each and the median, lowest and highest of the ratios turn by turn. Writes nothing.
 
 encode     bpe.py, one core, against tiktoken.encode_ordinary, one thread; the ids are compared first
+shards     fineweb.py from parquet to shards, all cores and its start included, against a pool of workers that
+           call tiktoken document by document; memory, and what sample-10BT would take
 loader     tokens per second of one process reading shuffled windows; no baseline
 bpe_train  bpe.py training a vocabulary, all cores, against tokenizers' BpeTrainer; and how well both compress
 train      an optimizer step of config A (16M parameters), compiled, in auto dtype, against eager float32
@@ -17,26 +19,32 @@ generate   new tokens with the KV cache against a full forward pass per token
 """
 
 import functools
+import itertools
+import json
+import multiprocessing
+import os
 import platform
+import shutil
 import statistics
+import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from bpe import byte_order, count_pieces, load_tokenizer, rank_file, tokenizer_from_ranks, train_ranks
 from configurator import UserError, configure
-from device import resolve_device
-from model import GPT, GPTConfig
-from shards import ShardWriter, TokenStream, WindowLoader
+from shards import ShardWriter, TokenStream, WindowLoader, read_manifest
 
-only = "encode,bpe_train,loader,train,generate"  # which to run
+only = "encode,shards,bpe_train,loader,train,generate"  # which to run
 turns = 5  # times each side is measured, after one warm-up turn
-input = ""  # encode, bpe_train: a .txt or .parquet file (column text); empty = the standard library's sources
-max_bytes = 8_000_000  # encode, bpe_train: bytes of the text used
+input = ""  # encode, shards, bpe_train: a .txt or .parquet file (column text); empty = the standard library
+max_bytes = 8_000_000  # of it that are used
+build_bytes = 600_000_000  # shards: bytes of the text to build from, made of the text by perturbing it
 vocab_size = 32_768  # bpe_train: ids
 n_layer = 4  # train and generate: the model of config A
 n_head = 4  # heads
@@ -106,6 +114,106 @@ def bench_encode() -> None:
     report("encode", "MB/s", len(buffer) / 1e6, *take_turns(ours, tiktoken, turns), "tiktoken")
 
 
+def perturbed(document: bytes, rng: np.random.Generator) -> bytes:
+    """A document with one in 500 of its small letters replaced by another, which makes new rare words."""
+    text = np.frombuffer(document, np.uint8).copy()
+    letters = np.flatnonzero((text >= ord("a")) & (text <= ord("z")))
+    chosen = rng.choice(letters, len(letters) // 500) if len(letters) else letters
+    text[chosen] = rng.integers(ord("a"), ord("z") + 1, len(chosen))
+    return text.tobytes()
+
+
+def write_parquet(path: Path, documents: list[bytes], size: int) -> int:
+    """`size` bytes of text, row groups of 5 MB as FineWeb's: the documents again and again, perturbed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    rng, total = np.random.default_rng(0), 0
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())]), compression="zstd") as writer:
+        while total < size:
+            rows, rows_size = [], 0
+            while rows_size < 5_000_000:
+                rows.append(perturbed(documents[rng.integers(len(documents))], rng).decode())
+                rows_size += len(rows[-1].encode())
+            writer.write_table(pa.table({"text": rows}))
+            total += rows_size
+    return total
+
+
+@functools.cache
+def tiktoken_of_worker():
+    return load_tokenizer().to_tiktoken()
+
+
+def encode_row_group(path: str, group: int) -> list[np.ndarray]:
+    """What build-nanogpt's workers do: tiktoken document by document, each to a uint16 array."""
+    import pyarrow.parquet as pq
+    encoding, out = tiktoken_of_worker(), []
+    for text in pq.ParquetFile(path).read_row_group(group, columns=["text"])["text"].to_pylist():
+        tokens = [encoding.eot_token]
+        tokens.extend(encoding.encode_ordinary(text))
+        out.append(np.array(tokens, dtype=np.uint16))
+    return out
+
+
+SAMPLE_10BT = 10e9  # tokens
+# fineweb.py in a process of its own, which tells its and its workers' CPU seconds and peak memory. On Linux
+# ru_maxrss includes the process that it was started from, VmHWM does not.
+BUILD = """
+import json, resource, sys
+import fineweb
+from configurator import configure
+fineweb.build(**configure(vars(fineweb), sys.argv[1:]))
+usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+unit = 1 if sys.platform == "darwin" else 1024
+usage = [[u.ru_utime + u.ru_stime, u.ru_maxrss * unit] for u in usage]
+if sys.platform == "linux":
+    usage[0][1] = int(open("/proc/self/status", encoding="ascii").read().split("VmHWM:")[1].split()[0]) * 1024
+print(json.dumps(usage))
+"""
+
+
+def bench_shards() -> None:
+    import pyarrow.parquet as pq
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with tempfile.TemporaryDirectory() as work:
+        path = Path(work, "corpus.parquet")
+        size, built, numbers = write_parquet(path, read_documents(), build_bytes), [], itertools.count()
+        groups = range(pq.ParquetFile(path).metadata.num_row_groups)
+
+        def ours():
+            command = [sys.executable, "-c", BUILD, f"--input={path}", f"--data_dir={work}/{next(numbers)}"]
+            done = subprocess.run(command, cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+            folder = Path(command[-1].partition("=")[2])
+            built.append((json.loads(done.stdout.splitlines()[-1]), read_manifest(folder)["tokens"]))
+            shutil.rmtree(folder)
+
+        with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+            few = list(groups)[:4 * cores]  # so that its start is not timed
+            list(pool.map(encode_row_group, [str(path)] * len(few), few))
+
+            def baseline():
+                writer = ShardWriter(work, f"baseline{next(numbers)}", "train", 100_000_000)
+                for arrays in pool.map(encode_row_group, [str(path)] * len(groups), groups):
+                    for ids in arrays:
+                        writer.append(ids)
+                writer.close()
+                for record in writer.records:
+                    Path(work, record["file"]).unlink()
+
+            timed = take_turns(ours, baseline, turns)
+    report("shards", "MB/s", size / 1e6, *timed, f"{cores} workers of tiktoken")
+    tokens = int(statistics.median(count for _, count in built))
+    parent, workers = (statistics.median(usage[k][0] for usage, _ in built) / tokens for k in (0, 1))
+    rss = [max(usage[k][1] for usage, _ in built) / 1e6 for k in (0, 1)]
+    print(f"          | {tokens / timed[0] / 1e6:.1f}M tok/s; a token takes {parent * 1e9:.1f} ns of the parent, "
+          f"{workers * 1e9:.1f} ns of workers; peak {rss[0]:.0f} MB, {rss[1]:.0f} MB for each worker")
+    for n in (8, 64):  # the parent is one process: what it does is not shared
+        seconds = SAMPLE_10BT * max(parent, (workers + parent) / n)
+        print(f"          | sample-10BT on {n} such cores, computed: {seconds:,.0f} s, while 28 GB come in "
+              f"{28e9 / 125e6:,.0f} s at 1 Gbit/s", flush=True)
+
+
 def bench_bpe_train() -> None:
     try:
         import tokenizers
@@ -167,6 +275,8 @@ def bench_loader() -> None:
 
 
 def make_step(model, optimizer, x, y, dev):
+    import torch
+
     def step():
         with dev.autocast():
             loss = model(x, y)
@@ -179,6 +289,10 @@ def make_step(model, optimizer, x, y, dev):
 
 
 def bench_train() -> None:
+    import torch
+
+    from device import resolve_device
+    from model import GPT, GPTConfig
     fast, slow = resolve_device(device, dtype, compile=True), resolve_device(device, "float32")
     config = GPTConfig(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     generator = torch.Generator().manual_seed(0)
@@ -199,6 +313,10 @@ def bench_train() -> None:
 
 
 def bench_generate() -> None:
+    import torch
+
+    from device import resolve_device
+    from model import GPT, GPTConfig
     dev = resolve_device(device, "float32")
     config = GPTConfig(block_size=max_new_tokens + 1, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     torch.manual_seed(0)
@@ -225,7 +343,8 @@ def bench_generate() -> None:
     report("generate", "tok/s", max_new_tokens, *timed, "a full forward per token")
 
 
-BENCHES = {"encode": bench_encode, "bpe_train": bench_bpe_train, "loader": bench_loader, "train": bench_train,
+BENCHES = {"encode": bench_encode, "shards": bench_shards, "bpe_train": bench_bpe_train,
+           "loader": bench_loader, "train": bench_train,
            "generate": bench_generate}
 
 
@@ -234,6 +353,9 @@ def main() -> None:
     unknown = [name for name in names if name not in BENCHES]
     if unknown:
         raise UserError(f"only={only}: unknown {', '.join(unknown)}; wanted some of {', '.join(BENCHES)}")
+    import torch  # not above: the workers of `shards` import this file
+
+    from device import resolve_device
     dev = resolve_device(device)
     print(f"{dev.name} ({dev.device}), {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"Python {platform.python_version()}")

@@ -55,6 +55,7 @@ class HubServer:
     def __init__(self, files: dict[str, bytes], repo: str = "HuggingFaceFW/fineweb-edu",
                  commit: str = "c" * 40, cdn: bool = False, token: str | None = None):
         self.files, self.repo, self.commit, self.cdn, self.token = files, repo, commit, cdn, token
+        self.older: list[str] = []  # commits that the branch has left behind, with the same files
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         handler = type("BoundHandler", (Handler,), {"hub": self})
@@ -76,14 +77,15 @@ class HubServer:
         data = self.files[path]
         return git_id(data) if path.endswith(".md") else hashlib.sha256(data).hexdigest()
 
-    def listing(self) -> bytes:
+    def listing(self, revision: str) -> bytes:
         siblings = []
         for path, data in self.files.items():
             sibling = {"rfilename": path, "size": len(data), "blobId": git_id(data)}
             if not path.endswith(".md"):
                 sibling["lfs"] = {"size": len(data), "sha256": self.etag(path), "pointerSize": 134}
             siblings.append(sibling)
-        return json.dumps({"id": self.repo, "sha": self.commit, "siblings": siblings}).encode()
+        commit = self.commit if revision == "main" else revision
+        return json.dumps({"id": self.repo, "sha": commit, "siblings": siblings}).encode()
 
     def bodies(self, path: str = "") -> list[Request]:
         """The GET requests for contents of files whose path contains `path`, in order."""
@@ -123,14 +125,15 @@ class Handler(BaseHTTPRequestHandler):
         if hub.token and not from_cdn and self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self.send(method, path, 401, {"X-Error-Message": "Invalid username or password."}, b"")
         if match := re.fullmatch(rf"/api/datasets/{hub.repo}/revision/(.+)", path):
-            if match[1] not in ("main", hub.commit):
+            if match[1] not in ("main", hub.commit, *hub.older):
                 return self.send(method, path, 404, {"X-Error-Code": "RevisionNotFound"}, b"")
-            return self.send(method, path, 200, {"Content-Type": "application/json"}, hub.listing(), fault)
-        match = re.fullmatch(rf"(?:/cdn)?/datasets/{hub.repo}/resolve/{hub.commit}/(.+)", path)
-        if not match or match[1] not in hub.files:
+            body = hub.listing(match[1])
+            return self.send(method, path, 200, {"Content-Type": "application/json"}, body, fault)
+        match = re.fullmatch(rf"(?:/cdn)?/datasets/{hub.repo}/resolve/([0-9a-f]+)/(.+)", path)
+        if not match or match[1] not in (hub.commit, *hub.older) or match[2] not in hub.files:
             return self.send(method, path, 404, {"X-Error-Code": "EntryNotFound"}, b"")
-        data, etag = hub.files[match[1]], hub.etag(match[1])
-        headers = {"X-Repo-Commit": hub.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        data, etag = hub.files[match[2]], hub.etag(match[2])
+        headers = {"X-Repo-Commit": match[1], "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if hub.cdn and not from_cdn:
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data)),
                         "ETag": '"of-the-redirect"',

@@ -126,10 +126,10 @@ def test_no_listing_names_the_other_ways(server, monkeypatch, capsys):
     with pytest.raises(UserError, match="404"):
         list_files("HuggingFaceFW/no-such-dataset")
     assert not capsys.readouterr().err  # without another attempt
-    monkeypatch.setattr(server, "listing", lambda: b"<html>log in here</html>")
+    monkeypatch.setattr(server, "listing", lambda *_: b"<html>log in here</html>")
     with pytest.raises(UserError, match="login"):
         list_files(REPO)
-    monkeypatch.setattr(server, "listing", lambda: json.dumps(
+    monkeypatch.setattr(server, "listing", lambda *_: json.dumps(
         {"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": NAME}]}).encode())
     with pytest.raises(UserError, match="sizes"):
         list_files(REPO)

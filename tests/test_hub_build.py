@@ -161,11 +161,10 @@ def test_a_branch_that_moves_does_not_mix_revisions(tmp_path, corpus):
             assert process.poll() is None
         process.kill()
         process.wait()
-        whole = server.commit
-        server.commit = "d" * 40
+        server.older, server.commit = [server.commit], "d" * 40
         done = run(server, tmp_path / "hf", tmp_path / "out")
         assert done.returncode == 0, done.stderr
-        assert read_manifest(tmp_path / "out")["source"]["revision"] == whole
+        assert read_manifest(tmp_path / "out")["source"]["revision"] == "c" * 40
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
