@@ -206,8 +206,8 @@ def bench_shards() -> None:
     tokens = int(statistics.median(count for _, count in built))
     parent, workers = (statistics.median(usage[k][0] for usage, _ in built) / tokens for k in (0, 1))
     rss = [max(usage[k][1] for usage, _ in built) / 1e6 for k in (0, 1)]
-    print(f"          | {tokens / timed[0] / 1e6:.1f}M tok/s; a token takes {parent * 1e9:.1f} ns of the parent, "
-          f"{workers * 1e9:.1f} ns of workers; peak {rss[0]:.0f} MB, {rss[1]:.0f} MB for each worker")
+    print(f"          | {tokens / timed[0] / 1e6:.1f}M tok/s; a token takes {parent * 1e9:.1f} ns of the "
+          f"parent, {workers * 1e9:.1f} of workers; peak {rss[0]:.0f} MB, {rss[1]:.0f} MB for each worker")
     for n in (8, 64):  # the parent is one process: what it does is not shared
         seconds = SAMPLE_10BT * max(parent, (workers + parent) / n)
         print(f"          | sample-10BT on {n} such cores, computed: {seconds:,.0f} s, while 28 GB come in "

@@ -870,6 +870,8 @@ def make_plan(dataset: str, subset: str, revision: str, input: str, text_column:
         settings["machines"] = ranks
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     num_workers = num_workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if max_tokens and name in HUB_NAMES.values():
+        num_workers = min(num_workers, 4)  # more would only have more fetched than is needed
     return Plan(Path(data_dir), name, settings, command_of({"settings": settings}, data_dir), tokenizer,
                 val_fraction, shard_tokens, shard_format, max_tokens, skip_bad, keep_downloads, num_workers,
                 rank, ranks)

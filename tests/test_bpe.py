@@ -164,7 +164,9 @@ LONG_TEXTS = {
     "letters": "".join(map(chr, np.random.default_rng(1).integers(97, 123, LONG))),
     "digits": "".join(map(chr, np.random.default_rng(2).integers(48, 58, LONG))),
     "cjk": "".join(map(chr, np.random.default_rng(3).integers(0x4E00, 0x9FA6, LONG // 3))),
-    "nul": "\x00" * LONG,
+    "nul": "\x00" * LONG, "mark": "\u0301" * (LONG // 2), "marked": "e\u0301" * (LONG // 3),
+    "emoji": "\U0001F469\u200D\U0001F469\u200D\U0001F467\U0001F3FD" * (LONG // 22),
+    "wide blank": "\u3000" * (LONG // 3),
 }  # fmt: skip
 
 

@@ -428,3 +428,25 @@ def test_cuda_run_with_compile(flags, tmp_path, dtype):
                 sample_interval=4)
     assert "compile on" in out
     assert losses(tmp_path / dtype) == pytest.approx(losses(tmp_path / "cpu"), rel=0.05)
+
+
+def test_own_vocabulary_from_text_to_samples(flags, tmp_path):
+    """bpe.py trains it; fineweb.py, train_gpt2.py and generate.py take it, the last from the checkpoint."""
+    def run(script, *arguments):
+        done = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True,
+                              text=True, encoding="utf-8", timeout=240, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (tmp_path / "in").mkdir()
+    for path in (ROOT / "tests").glob("*.py"):
+        (tmp_path / "in" / f"{path.stem}.txt").write_bytes(path.read_bytes())
+    run("bpe.py", "--input=in", "--vocab_size=400", "--out=my.tiktoken")
+    run("fineweb.py", "--input=in", "--tokenizer=my.tiktoken", "--data_dir=data", "--val_fraction=0.2")
+    flags |= {"tokenizer": "my.tiktoken", "data_dir": "data", "log_dir": "log", "max_steps": 2}
+    run("train_gpt2.py", *(f"--{key}={value}" for key, value in flags.items()), "--warmup_steps=1")
+    (tmp_path / "my.tiktoken").unlink()
+    state = load_checkpoint(tmp_path / "log" / "ckpt_0000002.pt")
+    assert state["tokenizer"]["name"] == "my" and state["model_config"]["vocab_size"] == 512
+    text = run("generate.py", "--checkpoint=log", "--prompt=def test", "--max_new_tokens=20")
+    assert "def test" in text
