@@ -300,6 +300,8 @@ def encode_in_order(jobs: Iterator[tuple[tuple, tuple]],
             except (EOFError, OSError):
                 done = UserError(f"one of {num_workers} worker processes died, most often because memory ran "
                                  f"out; choose a smaller --num_workers=... if it was that")
+            except Exception as error:
+                done = error
             if isinstance(done, Exception):
                 return put(number, done)
             put(number, (place, done))
