@@ -15,6 +15,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -55,6 +56,7 @@ class HubServer:
     def __init__(self, files: dict[str, bytes], repo: str = "HuggingFaceFW/fineweb-edu",
                  commit: str = "c" * 40, cdn: bool = False, token: str | None = None):
         self.files, self.repo, self.commit, self.cdn, self.token = files, repo, commit, cdn, token
+        self.pause = 0.0  # seconds after each 64 KB
         self.older: list[str] = []  # commits that the branch has left behind, with the same files
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
@@ -171,7 +173,9 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.end_headers()
         try:
-            self.wfile.write(body)
+            for start in range(0, len(body), 1 << 16):
+                self.wfile.write(body[start:start + (1 << 16)])
+                time.sleep(self.hub.pause)
             self.wfile.flush()
             if kind == "stall":
                 self.connection.recv(1)  # comes back when the client leaves

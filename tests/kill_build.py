@@ -1,8 +1,8 @@
 """
 Kill data builds with -9 at random moments, run them again, and compare with one that was left in peace.
 
-    python tests/kill_build.py              # 60 kills, two minutes
-    python tests/kill_build.py --kills=500
+    python tests/kill_build.py                   # 60 kills, some minutes
+    python tests/kill_build.py --hub --kills=30  # of builds that download from a hub on this machine
 
 The builds read parquet files made of this Python's standard library, with 1 to 3 workers, chosen anew for
 every run. The victim is the parent or one of its workers. Prints where the kills struck; a build that came
@@ -27,12 +27,15 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configurator import configure  # noqa: E402 (after the path is set)
+from hub_server import HubServer  # noqa: E402 (after the path is set)
+
+from configurator import configure  # noqa: E402
 from shards import TokenStream  # noqa: E402
 
 kills = 60          # processes to kill
 seed = 0            # of the moments, victims and numbers of workers
-shard_tokens = 50_000  # small: much of the time is spent in writing and renaming
+shard_tokens = 10_000  # small: much of the time is spent in writing and renaming
+hub = False         # read the files from a hub, slowly, so that downloads are killed too
 
 
 def make_corpus(folder: Path, megabytes: int) -> Path:
@@ -72,6 +75,8 @@ def phase(folder: Path) -> str:
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     if "manifest.json" in names:
         return "after the manifest"
+    if list(folder.parent.glob("hf/hub/*/blobs/*.incomplete")):
+        return "in the middle of a download"
     shards = sum(name.endswith(".npy") for name in names)
     torn = ", in the middle of a write" if any(name.endswith(".tmp") for name in names) else ""
     return ("before the first shard" if not shards else "between shards") + torn
@@ -125,12 +130,21 @@ def rounds(command: list[str], work: Path, kills: int, rng: random.Random,
 
 
 def main() -> None:
+    command = [sys.executable, str(ROOT / "fineweb.py"), f"--shard_tokens={shard_tokens}"]
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         corpus = make_corpus(Path(work, "corpus"), 25)
-        command = [sys.executable, str(ROOT / "fineweb.py"), f"--input={corpus}",
-                   f"--shard_tokens={shard_tokens}"]
-        began = time.monotonic()
-        struck = rounds(command, Path(work), kills, random.Random(seed))
+        if hub:
+            files = {f"sample/10BT/{path.name}": path.read_bytes() for path in corpus.iterdir()}
+            with HubServer(files) as server:
+                server.pause = 0.02
+                env = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": f"{work}/hf", "NO_PROXY": "*"}
+                struck = rounds(command, Path(work), kills, random.Random(seed), env)
+                left = list(Path(work).glob("hf/hub/*/blobs/*"))
+                if left:
+                    raise AssertionError(f"downloads are left in the cache: {left}")
+        else:
+            struck = rounds([*command, f"--input={corpus}"], Path(work), kills, random.Random(seed))
         for where, count in sorted(struck.items()):
             print(f"{count:4d} x {where}")
         print(f"{struck.total()} kills, every build came out as the undisturbed one; "
