@@ -22,7 +22,6 @@ import functools
 import itertools
 import json
 import multiprocessing
-import os
 import platform
 import shutil
 import statistics
@@ -36,7 +35,15 @@ from pathlib import Path
 
 import numpy as np
 
-from bpe import byte_order, count_pieces, load_tokenizer, rank_file, tokenizer_from_ranks, train_ranks
+from bpe import (
+    available_cores,
+    byte_order,
+    count_pieces,
+    load_tokenizer,
+    rank_file,
+    tokenizer_from_ranks,
+    train_ranks,
+)
 from configurator import UserError, configure
 from shards import ShardWriter, TokenStream, WindowLoader, read_manifest
 
@@ -174,7 +181,7 @@ print(json.dumps(usage))
 
 def bench_shards() -> None:
     import pyarrow.parquet as pq
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     with tempfile.TemporaryDirectory() as work:
         path = Path(work, "corpus.parquet")
         size, built, numbers = write_parquet(path, read_documents(), build_bytes), [], itertools.count()

@@ -1261,6 +1261,11 @@ def too_many(size: int) -> UserError:
                      f"{MAX_DISTINCT:,} to train on; give a part of the text to --input")
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def count_pieces(parts: Iterable[Callable], num_workers: int = 0) -> tuple[PieceCounts, int]:
     """(pieces of all documents, bytes of text) by num_workers threads, 0 = one per core, in any order.
 
@@ -1268,8 +1273,7 @@ def count_pieces(parts: Iterable[Callable], num_workers: int = 0) -> tuple[Piece
     thread that is free calls the next. Threads, not processes: counting and reading parquet hold no GIL, and
     a process takes longer to start than 100 MB take to be counted.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    num_workers = num_workers or cores
+    num_workers = num_workers or available_cores()
     classes = unicode_classes()
     parts, lock, stop = iter(parts), threading.Lock(), threading.Event()
 

@@ -45,7 +45,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from bpe import load_tokenizer
+from bpe import available_cores, load_tokenizer
 from configurator import UserError, configure
 from documents import (
     Chunk,
@@ -870,8 +870,8 @@ def make_plan(dataset: str, subset: str, revision: str, input: str, text_column:
         settings["input_contents"] = fingerprint(input_files(input))
     if ranks > 1:
         settings["machines"] = ranks
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    num_workers = num_workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun that share this machine
+    num_workers = num_workers or max(1, available_cores() // here)
     if max_tokens and name in HUB_NAMES.values():
         num_workers = min(num_workers, 4)  # more would only have more fetched than is needed
     return Plan(Path(data_dir), name, settings, command_of({"settings": settings}, data_dir), tokenizer,

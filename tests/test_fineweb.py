@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import kill_build
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -457,18 +458,6 @@ def large_input(tmp_path_factory):
     return path
 
 
-def workers_of(pid):
-    """Processes of the pool, found by the command line that multiprocessing gives them."""
-    found = []
-    for task in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError):
-            state, parent = task.read_text(encoding="utf-8").rpartition(")")[2].split()[:2]
-            command = (task.parent / "cmdline").read_bytes()
-            if int(parent) == pid and state != "Z" and b"spawn_main" in command:
-                found.append(int(task.parent.name))
-    return found
-
-
 def is_running(pid):
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
@@ -490,7 +479,7 @@ def test_killed_worker_is_an_error_and_the_rerun_is_identical(tmp_path, large_in
     for _ in range(4):
         process = subprocess.Popen(fineweb_command(tmp_path / "out", **flags), stderr=subprocess.PIPE,
                                    text=True, encoding="utf-8")
-        os.kill(wait_for(functools.partial(workers_of, process.pid))[0], signal.SIGKILL)
+        os.kill(wait_for(functools.partial(kill_build.children, process.pid))[0], signal.SIGKILL)
         _, stderr = process.communicate(timeout=30)
         assert process.returncode == 2 and "worker processes died" in stderr, stderr
         assert "--num_workers" in stderr
@@ -503,7 +492,7 @@ def test_killed_build_goes_on_and_is_identical(tmp_path, large_input):
     out, flags = tmp_path / "out", {"input": large_input, "num_workers": 2, "shard_tokens": 20_000}
     process = subprocess.Popen(fineweb_command(out, **flags), stderr=subprocess.DEVNULL)
     wait_for(lambda: list(out.glob("progress_00000.part")))
-    workers = workers_of(process.pid)
+    workers = kill_build.children(process.pid)
     process.kill()
     process.wait()
     assert (out / "build.json").exists() and not (out / "manifest.json").exists() and workers
