@@ -197,7 +197,8 @@ def test_cache_of_pieces():
     same_head = [f"1 abcdefg{suffix}" for suffix in suffixes]
     same_tail = [f"1 {suffix}xyzabcdefgh" for suffix in suffixes]
     same_but_length = ["1" + "\x00" * (i % 17) + " 22" + "\x00" * (i % 11) for i in range(1000)]
-    text = " ".join(same_head + same_tail + same_but_length)
+    same_16_bytes = [f"1 abcdefghijklmno{letter}" for letter in "abcdefgh"]  # and of 17, too long for it
+    text = " ".join(same_head + same_tail + same_but_length + same_16_bytes)
     expected = TIKTOKEN[gpt2].encode_ordinary(text)
     for _ in range(2):
         assert gpt2.encode(text).tolist() == expected
