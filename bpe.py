@@ -1392,7 +1392,7 @@ def rank_file(tokens: list[bytes]) -> bytes:
 
 
 def read_parts(input: str, text_column: str) -> Iterator[Callable]:
-    """The files named by --input, as count_pieces takes them. Raises UserError for what cannot be read."""
+    """The files of --input, as count_pieces takes them. Raises UserError for nulls and damaged files."""
     from documents import input_source  # here: it imports this file
 
     def read(chunk) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -1439,7 +1439,7 @@ def train(input: str, text_column: str, vocab_size: int, out: str, num_workers: 
     print(f"rank file   {path}, {len(data):,} bytes, sha256 {tok.sha256}")
     print(f"this text   {tokens:,} tokens, {text_bytes / tokens:.3f} bytes per token")
     print(f"next: python fineweb.py --input={shlex.quote(input)} --tokenizer={shlex.quote(out)} "
-          f"--data_dir={shlex.quote(path.stem)}")
+          f"--data_dir={shlex.quote(path.stem + '_data')}")
 
 
 # ---- settings: override with a config file and/or --key=value -----------------

@@ -24,11 +24,8 @@ import os
 import string
 import sys
 import sysconfig
-import threading
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +39,6 @@ from shards import write_atomically
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 CHUNK_BYTES = 1 << 23  # text that a process works on at a time; enough to hide the pool's overhead
 SHARDS_PER_PARQUET = 0.75  # bytes of shards per byte of FineWeb's parquet files, at most
-PARTS_AT_ONCE = 4  # row groups that are fetched at a time
 BIG = 8 * CHUNK_BYTES  # row groups and txt files above this are handed out piece by piece
 
 
@@ -66,11 +62,12 @@ class Chunk(NamedTuple):
 class Source(NamedTuple):
     """Units (files, or groups of small ones) of chunks."""
     facts: dict              # what the manifest should know of it
+    identity: str            # of the documents and their order: a build may only go on with the same
     chunks: Callable[..., Iterator[tuple[int, int, Chunk]]]  # chunks(unit=0, index=0): from that place on
     release: Callable[[int], None] | None = None  # to be called when all of a unit is safe in shards
 
 
-def source_of(facts: dict, units: list[Callable[[], Iterator[Chunk]]]) -> Source:
+def source_of(facts: dict, identity: str, units: list[Callable[[], Iterator[Chunk]]]) -> Source:
     """The Source whose unit u has the chunks that units[u]() yields."""
     def chunks(unit: int = 0, index: int = 0) -> Iterator[tuple[int, int, Chunk]]:
         for u in range(unit, len(units)):
@@ -78,7 +75,7 @@ def source_of(facts: dict, units: list[Callable[[], Iterator[Chunk]]]) -> Source
                 if (u, i) >= (unit, index):
                     yield u, i, chunk
 
-    return Source(facts, chunks)
+    return Source(facts, identity, chunks)
 
 
 # ---- identity: a 64-bit hash of the bytes ---------------------------------------
@@ -378,21 +375,34 @@ def read_piece(path: Path, start: int, stop: int, hash: int) -> Iterator[Documen
 
 
 def input_files(input: str) -> list[Path]:
-    """The files named by --input, in the order given; those of a folder or a glob sorted by name."""
-    files: dict[Path, None] = {}
+    """The files named by --input, in the order given, each once; those of a folder or glob sorted by name."""
+    files: dict[Path, Path] = {}  # by where they really are
     for name in filter(None, input.split(",")):
         path = Path(name).expanduser()
         if path.is_dir():  # may hold other files too; what is named itself must be of a known kind
-            found = [file for file in sorted(path.rglob("*")) if file.name.endswith(SUFFIXES)]
+            found = [file for file in walk(path, set()) if file.name.endswith(SUFFIXES)]
         else:
             top = Path(path.anchor)
             found = [path] if path.exists() else sorted(top.glob(str(path.relative_to(top))))
-        wrong = [file.name for file in found if not file.name.endswith(SUFFIXES)]
+        wrong = [file.name for file in found if not file.name.endswith(SUFFIXES) or not file.is_file()]
         if wrong or not found:
             raise UserError(f"--input={name}: got {wrong[0] if wrong else 'no such files'}, wanted a file, a "
-                            f"glob or a folder of {', '.join(SUFFIXES)}")
-        files.update(dict.fromkeys(found))
-    return list(files)
+                            f"glob or a folder of {', '.join(SUFFIXES)}; a comma separates names")
+        for file in found:
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
+
+
+def walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """The files below a folder, sorted by path, through links to folders too, but into none twice."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from walk(path, seen)
+        elif path.is_file():
+            yield path
 
 
 def input_source(input: str, column: str, rank: int = 0, ranks: int = 1) -> Source:
@@ -404,7 +414,8 @@ def input_source(input: str, column: str, rank: int = 0, ranks: int = 1) -> Sour
             units.append(functools.partial(text_chunks, list(group)))
         else:
             units += [functools.partial(chunks_of[file.suffix == ".parquet"], file, column) for file in group]
-    return source_of({"files": len(files), "file_bytes": sum(file.stat().st_size for file in files)}, units)
+    facts = {"files": len(files), "file_bytes": sum(file.stat().st_size for file in files)}
+    return source_of(facts, fingerprint(files), units)
 
 
 def hub_source(dataset: str, subset: str, revision: str, column: str, data_dir: Path, there: int,
@@ -424,89 +435,109 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, data_dir: 
         raise UserError(f"got subset={subset!r}, but {repo} has no parquet files in {folder}/; wanted one of "
                         f"its subsets, such as --subset=sample-10BT")
     facts = {"repo": repo, "revision": commit, "files": len(files)}
+    identity = hashlib.sha256(json.dumps([file[:2] for file in files]).encode()).hexdigest()[:16]
     files = files[rank::ranks]
     if max_tokens:
         hub.need_space([(data_dir, max(0, 2 * max_tokens - there), "shards")])
-        return Source(facts, functools.partial(row_groups, repo, commit, files, column))
-    sizes = sorted(file.size for file in files)
-    hub.need_space([(data_dir, max(0, int(SHARDS_PER_PARQUET * sum(sizes)) - there), "shards"),
-                    (hub.repo_folder(repo), sum(sizes if keep_downloads else sizes[-2:]), "downloads")])
-    note = data_dir / f"downloads_{rank:05d}.json"
-    return Source(facts, *downloads(repo, commit, files, column, note, keep_downloads, ahead))
+        return Source(facts, identity, functools.partial(row_groups, repo, commit, files, column))
+    total = sum(file.size for file in files)
+    missing = sorted(file.size for file in files if not hub.in_cache(repo, commit, file))
+    hub.need_space([(data_dir, max(0, int(SHARDS_PER_PARQUET * total) - there), "shards"),
+                    (hub.repo_folder(repo), sum(missing if keep_downloads else missing[-2:]), "downloads")])
+    cache = Borrowed(repo, commit, data_dir / f"downloads_{rank:05d}.json", keep_downloads)
+    return Source(facts, identity, *whole_files(cache, files, column, ahead))
 
 
-def row_groups(repo: str, commit: str, files: list, column: str, unit: int = 0,
-               index: int = 0) -> Iterator[tuple[int, int, Chunk]]:
-    """Source.chunks of the files, one chunk per row group: only these are fetched, a few at a time."""
-    import pyarrow.parquet as pq
+class Borrowed:
+    """Files of the hub's cache, where those that were not there before do not stay; `note` remembers them."""
 
+    def __init__(self, repo: str, commit: str, note: Path, keep: bool):
+        self.repo, self.commit, self.note, self.keep = repo, commit, note, keep
+        self.fetched = set(json.loads(note.read_text(encoding="utf-8"))) if note.exists() else set()
+
+    def fetch(self, file) -> Path:
+        """The file, whole; noted beforehand, so that a killed build still knows which are its own."""
+        import hub
+        if file.path not in self.fetched and not hub.in_cache(self.repo, self.commit, file):
+            self.fetched.add(file.path)
+            write_atomically(self.note, json.dumps(sorted(self.fetched)).encode())
+        return hub.fetch(self.repo, self.commit, file)
+
+    def give_back(self, file) -> None:
+        """Remove the file, if it was fetched for this build and is not to be kept."""
+        import hub
+        path = hub.in_cache(self.repo, self.commit, file)
+        if path is not None and file.path in self.fetched and not self.keep:
+            hub.remove(path)
+
+
+def whole_files(cache: Borrowed, files: list, column: str, ahead: bool) -> tuple[Callable, Callable]:
+    """Source.chunks and Source.release of parquet files."""
     import hub
-    mine = threading.local()  # a file is for one thread
-
-    def read(u: int, metadata, group: int, first: int) -> Chunk:
-        if getattr(mine, "unit", None) != u:
-            mine.file, mine.unit = pq.ParquetFile(open_part(files[u]), metadata=metadata), u
-        label = f"{files[u].path}, row "
-        arrays = mine.file.read_row_group(group, columns=[column], use_threads=False).column(0).chunks
-        firsts = itertools.accumulate((len(array) for array in arrays), initial=first)
-        return Chunk(iter, ([arrow_documents(array, label, row) for array, row in zip(arrays, firsts)],))
-
-    def open_part(file):
-        return hub.in_cache(repo, commit, file) or hub.open_ranges(repo, commit, file)
-
-    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-        for u in range(unit, len(files)):
-            with pq.ParquetFile(open_part(files[u])) as file:
-                metadata, schema = file.metadata, file.schema_arrow
-            kind = schema.field(column).type if column in schema.names else None
-            if reason := wrong_column(schema.names, kind, column):
-                raise UserError(f"{files[u].path}: {reason}")
-            groups, pending = metadata.num_row_groups, deque()
-            firsts = [0, *itertools.accumulate(metadata.row_group(group).num_rows for group in range(groups))]
-            for group in range(index if u == unit else 0, groups):
-                pending.append((group, pool.submit(read, u, metadata, group, firsts[group])))
-                if len(pending) > PARTS_AT_ONCE:
-                    done, future = pending.popleft()
-                    yield u, done, future.result()
-            yield from ((u, done, future.result()) for done, future in pending)
-
-
-def downloads(repo: str, commit: str, files: list, column: str, note: Path, keep: bool,
-              ahead: bool) -> tuple[Callable, Callable]:
-    """Source.chunks and Source.release of whole files.
-
-    A file is removed when it is released, unless the cache had it before; `note` remembers which it had not.
-    """
-    import hub
-    ours = set(json.loads(note.read_text(encoding="utf-8"))) if note.exists() else set()
+    prefetcher = None
 
     def fetch(u: int) -> Path:
-        if files[u].path not in ours and not hub.in_cache(repo, commit, files[u]):
-            ours.add(files[u].path)
-            write_atomically(note, json.dumps(sorted(ours)).encode())
-        return hub.fetch(repo, commit, files[u])
-
-    prefetcher, paths = None, {}
+        return cache.fetch(files[u])
 
     def chunks(unit: int = 0, index: int = 0) -> Iterator[tuple[int, int, Chunk]]:
         nonlocal prefetcher
+        for file in files[:unit]:  # a build that was killed may not have come to that
+            cache.give_back(file)
         units = range(unit, len(files))
         with hub.Prefetcher(fetch, units) if ahead else contextlib.nullcontext() as prefetcher:
             for u, path in prefetcher or ((u, fetch(u)) for u in units):
                 print(f"file {u + 1} of {len(files)}: {files[u].path}", file=sys.stderr)
-                paths[u] = path
                 for i, chunk in enumerate(parquet_chunks(path, column)):
                     if (u, i) >= (unit, index):
                         yield u, i, chunk
 
     def release(u: int) -> None:
-        path = paths.pop(u, None)
-        if path is not None and files[u].path in ours and not keep:
-            hub.remove(path)
-        if path is not None and prefetcher:
+        cache.give_back(files[u])
+        if prefetcher:
             prefetcher.release()
 
     return chunks, release
+
+
+def row_groups(repo: str, commit: str, files: list, column: str, unit: int = 0,
+               index: int = 0) -> Iterator[tuple[int, int, Chunk]]:
+    """Source.chunks of parquet files, one chunk per row group: only these are fetched, one ahead."""
+    import pyarrow.parquet as pq
+
+    import hub
+    for u in range(unit, len(files)):
+        file = files[u]
+        try:
+            with reading(file.path):
+                there = hub.in_cache(repo, commit, file)
+                parquet = pq.ParquetFile(there or hub.open_ranges(repo, commit, file))
+        except Damaged as error:
+            yield u, 0, bad_chunk(file.path, f"no parquet file ({error})")
+            continue
+        metadata, schema = parquet.metadata, parquet.schema_arrow
+        kind = schema.field(column).type if column in schema.names else None
+        if reason := wrong_column(schema.names, kind, column):
+            yield u, 0, bad_chunk(file.path, reason)
+            continue
+        groups = range(metadata.num_row_groups)
+        firsts = [0, *itertools.accumulate(metadata.row_group(group).num_rows for group in groups)]
+
+        def read(group: int, file=file, parquet=parquet, firsts=firsts) -> Chunk:
+            try:
+                with reading(file.path):
+                    table = parquet.read_row_group(group, columns=[column], use_threads=False)
+            except Damaged as error:
+                rows = f"rows {firsts[group]} to {firsts[group + 1] - 1}"
+                return bad_chunk(f"{file.path}, row group {group}, {rows}", f"damaged ({error})")
+            arrays = table.column(0).chunks
+            starts = itertools.accumulate((len(array) for array in arrays), initial=firsts[group])
+            return Chunk(iter, ([arrow_documents(array, f"{file.path}, row ", start)
+                                 for array, start in zip(arrays, starts)],))
+
+        with hub.Prefetcher(read, groups[index if u == unit else 0:]) as fetched:
+            for group, chunk in fetched:
+                yield u, group, chunk
+                fetched.release()
 
 
 def python_source(seed: int) -> Source:
@@ -545,7 +576,8 @@ def python_source(seed: int) -> Source:
                     left_out += 1
     documents = [found[key] for key in sorted(found)]
     facts = {"documents": len(documents), "files_left_out": left_out}
-    return source_of(facts, [functools.partial(document_chunks, documents)])
+    identity = hashlib.sha256(b"".join(sorted(found))).hexdigest()[:16]
+    return source_of(facts, identity, [functools.partial(document_chunks, documents)])
 
 
 def worth_learning(text: bytes) -> bool:

@@ -3,10 +3,10 @@ Text in, shards out: FineWeb-Edu from the Hugging Face hub, your own files, or t
 
     python fineweb.py                                                # FineWeb-Edu: 10B tokens, 20 GB
     python fineweb.py --max_tokens=25e6 --data_dir=edu_fineweb25M    # only the part of it that is needed
-    python fineweb.py --input=books/,more.jsonl.gz --data_dir=books  # parquet, jsonl[.gz|.zst], txt
+    python fineweb.py --input=books/,more.jsonl.gz --data_dir=data1  # parquet, jsonl[.gz|.zst], txt
     python fineweb.py --dataset=python --data_dir=python_corpus      # no download; 100M tokens in 10 s
     python fineweb.py --dataset=kjj0/fineweb10B-gpt2 --data_dir=fw   # ready-made .bin shards of the hub
-    python fineweb.py --verify --data_dir=books                      # read all of it again and check
+    python fineweb.py --verify --data_dir=data1                      # read all of it again and check
     torchrun --nnodes=4 ... fineweb.py                               # machines share data_dir and the work
 
 Writes data_dir/NAME_{train,val}_000000.npy, ... and, last, manifest.json (shards.py has the formats). The
@@ -48,6 +48,7 @@ from numba import njit
 from bpe import available_cores, load_tokenizer
 from configurator import UserError, configure
 from documents import (
+    Borrowed,
     Chunk,
     Documents,
     Source,
@@ -123,6 +124,7 @@ class Progress:
     chunks: int = 0
     text_bytes: int = 0  # taken; before the next chunk, that is
     revision: str = ""   # the commit, of a hub's dataset
+    identity: str = ""   # of the source
     totals: dict = dataclasses.field(default_factory=lambda: {split: [0, 0, 0] for split in SPLITS})
     empty: int = 0
     bad: list = dataclasses.field(default_factory=list)
@@ -349,6 +351,11 @@ def take_ready_made(plan: Plan) -> dict:
     if not found["train"]:
         raise UserError(f"got --dataset={repo}, which has no *_train_*.bin or .npy at revision {revision}; "
                         f"wanted ready-made shards, {' or '.join(HUB_NAMES)}")
+    names = [Path(file.path).name for split in SPLITS for file in found[split]]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"got --dataset={repo}, which has several files {twice}, wanted each name once; "
+                        f"fetch the folder that you want by other means, and use it as --data_dir")
     if plan.max_tokens:
         ends = np.cumsum([(file.size - 1024) // 2 for file in found["train"]])  # less llm.c's header
         found["train"] = found["train"][:1 + int(np.searchsorted(ends, plan.max_tokens))]
@@ -356,16 +363,14 @@ def take_ready_made(plan: Plan) -> dict:
     missing = [file for file in chosen if not (plan.folder / Path(file.path).name).exists()]
     hub.need_space([(plan.folder, sum(file.size for file in missing), "shards"),
                     (hub.repo_folder(repo), max((file.size for file in missing), default=0), "a download")])
+    cache = Borrowed(repo, commit, plan.folder / "downloads_00000.json", plan.keep_downloads)
     records, splits, token_bytes = [], {split: [0, 0, 0] for split in SPLITS}, tok.token_bytes()
     for number, file in enumerate(chosen):
         path = plan.folder / Path(file.path).name
         if file in missing:
             print(f"file {number + 1} of {len(chosen)}: {file.path}", file=sys.stderr)
-            was_there = hub.in_cache(repo, commit, file)
-            fetched = hub.fetch(repo, commit, file)
-            write_atomically(path, fetched.read_bytes())
-            if not was_there and not plan.keep_downloads:
-                hub.remove(fetched)
+            write_atomically(path, cache.fetch(file).read_bytes())
+        cache.give_back(file)
         with open(path, "rb") as shard:
             sha256 = hashlib.file_digest(shard, "sha256").hexdigest()
         record = {"file": path.name, "tokens": read_header(path)[0], "sha256": sha256}
@@ -397,11 +402,21 @@ def save_progress(plan: Plan, state: dict, left: dict[str, tuple[np.ndarray, lis
     write_atomically(progress_path(plan), f"{json.dumps(head)}\n".encode(), *parts)
 
 
+def is_finished(path: Path) -> bool:
+    """Whether a progress file is that of a finished machine."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        return json.loads(file.readline())["progress"]["finished"]
+
+
 def load_progress(plan: Plan) -> tuple[Progress, dict[str, tuple[np.ndarray, list]]]:
     """What save_progress wrote; a fresh start where there is nothing, or a shard it counts is not whole."""
     try:
         head, ids = progress_path(plan).read_bytes().split(b"\n", 1)
         head, ids = json.loads(head), np.frombuffer(ids, dtype="<u2")
+        if head["settings"] != plan.settings:
+            raise UserError(f"{progress_path(plan).name} is of a build by other settings")
         progress = Progress(**head["progress"])
         for record in progress.files["train"] + progress.files["val"]:
             if read_header(plan.folder / record["file"])[0] != record["tokens"]:
@@ -519,10 +534,10 @@ class Output:
             self.progress.files[split] = writer.close()
 
 
-def check_bad(progress: Progress, skip_bad: int) -> None:
+def check_bad(bad: list, skip_bad: int) -> None:
     """Raise UserError if more is bad than was allowed."""
-    if len(progress.bad) > skip_bad:
-        place, reason = progress.bad[skip_bad]
+    if len(bad) > skip_bad:
+        place, reason = bad[skip_bad]
         after = f", after {skip_bad} left out (--skip_bad={skip_bad})" if skip_bad else ""
         raise UserError(f"{place}: {reason}{after}; mend or remove it, or leave out what is bad, up to N of "
                         f"such, with --skip_bad=N")
@@ -542,21 +557,24 @@ def write_splits(source: Source, plan: Plan, progress: Progress, left: dict) -> 
                 break
             if place[0] > progress.unit:
                 output.enter(place[0])
+            check_bad([*progress.bad, *done.bad], plan.skip_bad)  # before any of it may be saved
             output.add(place, done)
-            check_bad(progress, plan.skip_bad)
             rate = (output.tokens() - tokens_before) / (time.perf_counter() - began)
             bar.set_postfix_str(f"{output.tokens():,} tokens, {rate:,.0f} tok/s", refresh=False)
             bar.update(progress.text_bytes - bar.n)
     output.close()
 
 
-def tokenize(source: Source, plan: Plan) -> Progress:
+def tokenize(source: Source, plan: Plan, progress: Progress, left: dict) -> Progress:
     """All shards of this machine, from where a killed build left off; returns the finished progress."""
-    progress, left = load_progress(plan)
     if progress.finished:
         return progress
+    if progress.chunks and progress.identity != source.identity:
+        raise UserError(f"the documents are not those that the build in {plan.folder} began with; bring them "
+                        f"back, or delete its shards and build.json, or give another --data_dir=...")
+    check_bad(progress.bad, plan.skip_bad)
     remove_shards(plan, keep={record["file"] for records in progress.files.values() for record in records})
-    progress.revision = source.facts.get("revision", "")
+    progress.revision, progress.identity = source.facts.get("revision", ""), source.identity
     write_splits(source, plan, progress, left)
     if not progress.text_bytes and plan.ranks == 1:
         progress_path(plan).unlink(missing_ok=True)
@@ -566,10 +584,10 @@ def tokenize(source: Source, plan: Plan) -> Progress:
     if one_sided and progress.cut_at is None and plan.ranks == 1:
         # too few documents, or too many equal ones, for a hash to deal out: once more, with a cut
         size = sum(progress.sizes)
-        progress = Progress(revision=progress.revision, sizes=progress.sizes,
+        progress = Progress(revision=progress.revision, identity=progress.identity, sizes=progress.sizes,
                             cut_at=min(max(1, int(size * (1 - plan.val_fraction))), size - 1))
         save_progress(plan, dataclasses.asdict(progress), {})
-        return tokenize(source, plan)
+        return tokenize(source, plan, progress, {})
     if one_sided and plan.ranks == 1:
         progress_path(plan).unlink()
         raise UserError(f"got {sum(progress.sizes)} bytes of text, too few to cut in two; wanted more, or "
@@ -587,19 +605,22 @@ def claim_folder(plan: Plan) -> bool:
     Raises UserError if it holds anything else that a build would mix with or overwrite.
     """
     folder, settings = plan.folder, plan.settings
-    ways = "delete it yourself if you no longer need it, or give another --data_dir=..."
+    ways = "delete its shards yourself if you no longer need them, or give another --data_dir=..."
 
     def check_same(have: dict, what: str) -> None:
+        spelled = ("input", "tokenizer")  # these may be spelled in many ways; what is in them is compared
         different = [f"{key}={have.get(key)}, wanted {settings.get(key)}" for key in settings | have
-                     if have.get(key) != settings.get(key)]
+                     if have.get(key) != settings.get(key) and key not in spelled]
         if different:
             raise UserError(f"{folder} holds {what} by other settings: got {'; '.join(different)}; {ways}")
 
     manifest = read_manifest(folder)
     if manifest is not None:
         have = manifest.get("settings", {})
-        check_same(have | {"machines": settings.get("machines")}, "a finished build")  # no matter by how many
-        remove_unfinished(folder)
+        by_whom = {"machines": settings.get("machines")}  # it does not matter; offline, nor does that
+        if not have.get("offline"):
+            by_whom["offline"] = settings.get("offline")
+        check_same(have | by_whom, "a finished build")
         return False
     deadline = time.monotonic() + WAIT_SECONDS
     while plan.rank > 0 and not (folder / UNFINISHED).exists():  # the first machine makes it
@@ -616,10 +637,6 @@ def claim_folder(plan: Plan) -> bool:
         return True
     if found := list_shards(folder, "train") + list_shards(folder, "val"):
         raise UserError(f"{folder} holds shards already ({found[0].name}, ...); {ways}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder} ({error.strerror}); {ways}") from error
     left = json.dumps({"settings": settings, "command": plan.command}, indent=1)
     write_atomically(folder / UNFINISHED, left.encode())
     return True
@@ -628,7 +645,7 @@ def claim_folder(plan: Plan) -> bool:
 def remove_shards(plan: Plan, keep: Iterable[str] = ()) -> None:
     """Remove the shards and torn files that a build on this machine can have left, but for `keep`."""
     ours = re.compile(rf"{re.escape(plan.name)}_(train|val)_(?P<index>\d{{6,}})\.(npy|bin)(\.\d+\.tmp)?"
-                      rf"|{progress_path(plan).name}\.\d+\.tmp")
+                      rf"|{re.escape(progress_path(plan).name)}\.\d+\.tmp")
     for path in plan.folder.iterdir():
         match = ours.fullmatch(path.name)
         if match and path.name not in keep:
@@ -637,9 +654,11 @@ def remove_shards(plan: Plan, keep: Iterable[str] = ()) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the notes of a build that its manifest has made superfluous."""
-    for pattern in ("progress_*.part*", "downloads_*.json", "*.json.*.tmp", UNFINISHED):
-        for path in folder.glob(pattern):
+    """Remove the notes of a build that has come to its end."""
+    ours = re.compile(r"(progress_\d{5}\.part|downloads_\d{5}\.json|manifest\.json|build\.json)\.\d+\.tmp"
+                      r"|progress_\d{5}\.part|downloads_\d{5}\.json|build\.json")
+    for path in folder.iterdir():
+        if ours.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
@@ -668,12 +687,12 @@ def finish(plan: Plan, source: Source) -> dict:
     parts, told = [], 0.0
     for rank in range(plan.ranks):
         theirs = plan._replace(rank=rank)
-        while not (part := load_progress(theirs)[0]).finished:
+        while not is_finished(progress_path(theirs)):
             if time.monotonic() - told > 60:
                 print(f"waiting for machine {rank} of {plan.ranks}", file=sys.stderr)
                 told = time.monotonic()
             time.sleep(0.5)
-        parts.append(part)
+        parts.append(load_progress(theirs)[0])
     if len({part.revision for part in parts}) > 1:
         raise UserError(f"the machines read revisions {', '.join(part.revision for part in parts)} of the "
                         f"dataset, wanted one; delete {plan.folder}, and run this with --revision=COMMIT")
@@ -749,7 +768,7 @@ def hash_tokens(ids, eot, state, out):
                 n += 1
             state[0], state[1] = np.uint64(0), state[1] + np.uint64(1)
         else:
-            state[0] = (state[0] ^ np.uint64(ids[i])) * np.uint64(0xD6E8FEB86659FD93)
+            state[0] = (state[0] ^ np.uint64(ids[i]) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
             state[0] ^= state[0] >> np.uint64(32)
     return n
 
@@ -764,7 +783,7 @@ def check_shard(path: Path, record: dict, n_vocab: int) -> np.ndarray:
     if len(ids) != record["tokens"] or sha256 != record["sha256"]:
         raise UserError(f"{path}: got {len(ids):,} tokens with sha256 {sha256[:16]}..., wanted "
                         f"{record['tokens']:,} with {record['sha256'][:16]}...")
-    if ids.max() >= n_vocab:
+    if len(ids) and ids.max() >= n_vocab:
         raise UserError(f"{path}: got id {ids.max()}, wanted ids below {n_vocab}")
     return ids
 
@@ -777,7 +796,11 @@ def verify_folder(folder: Path) -> None:
         raise UserError(f"{folder} has no manifest.json to check against: it holds no build, or one that is "
                         f"unfinished")
     began, command = time.perf_counter(), command_of(manifest, folder)
-    disjoint, val_hashes = manifest["sides"] == "by hash", np.zeros(0, dtype=np.uint64)
+    known = {record["file"] for record in manifest["files"]}
+    for path in list_shards(folder, "train") + list_shards(folder, "val"):
+        if path.name not in known:
+            raise UserError(f"{path} is not in manifest.json: it comes from elsewhere; move it away")
+    disjoint, val_hashes = manifest.get("sides") == "by hash", np.zeros(0, dtype=np.uint64)
     with tqdm(total=2 * manifest["tokens"], unit="B", unit_scale=True) as bar:
         for split in ("val", "train"):
             state, hashes = np.zeros(2, dtype=np.uint64), []
@@ -805,7 +828,8 @@ def verify_folder(folder: Path) -> None:
                 raise UserError(f"{folder}: got {both.size:,} train documents, the first of them number "
                                 f"{both[0]:,} (from 0), that are in validation too, wanted none; delete the "
                                 f"folder, and build it again: {command}")
-    also = f"train and val {'share no document' if disjoint else 'are split ' + manifest['sides']}"
+    sides = manifest.get("sides", "in an unknown way")
+    also = f"train and val {'share no document' if disjoint else f'are split {sides}'}"
     print(f"{folder} is whole: {len(manifest['files'])} shards, {manifest['tokens']:,} tokens, "
           f"{manifest['documents']:,} documents: sha256, counts and ids are as the manifest says; {also}; "
           f"{time.perf_counter() - began:.1f} s")
@@ -814,10 +838,12 @@ def verify_folder(folder: Path) -> None:
 # ---- all of it -----------------------------------------------------------------
 
 
-def command_of(described: dict, folder: str | Path) -> str:
+def command_of(described: dict, folder: Path) -> str:
     """The command that builds a folder, from its manifest or any dict that holds its settings."""
-    flags = [f"--{key}={value}" for key, value in described["settings"].items() if key in globals()]
-    return shlex.join(["python", "fineweb.py", f"--data_dir={folder}", *flags])
+    settings = described.get("settings", {})
+    flags = [f"--{key}={value}" for key, value in settings.items() if key in globals()]
+    start = ["torchrun", f"--nnodes={settings['machines']}"] if "machines" in settings else ["python"]
+    return shlex.join([*start, "fineweb.py", f"--data_dir={folder}", *flags])
 
 
 def open_source(plan: Plan, revision: str, ahead: bool = True) -> Source:
@@ -844,9 +870,13 @@ def make_plan(dataset: str, subset: str, revision: str, input: str, text_column:
         raise UserError(f"got --val_fraction={val_fraction} --shard_tokens={shard_tokens} "
                         f"--max_tokens={max_tokens} --num_workers={num_workers} --skip_bad={skip_bad}, "
                         f"wanted 0 <= val_fraction < 1, shard_tokens of 1 or more, the others 0 or more")
-    if shard_format not in ("npy", "bin"):
-        raise UserError(f"got shard_format={shard_format!r}, wanted --shard_format=npy or bin")
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if shard_format not in ("npy", "bin") or shard_tokens >= 1 << 31:
+        raise UserError(f"got --shard_format={shard_format} --shard_tokens={shard_tokens}, wanted npy or "
+                        f"bin, and fewer than 2,147,483,648 tokens, which is what llm.c's header can say")
+    if input and dataset == "python":
+        raise UserError(f"got --input={input} and --dataset=python, wanted one of them")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+    rank = int(os.environ.get("RANK", 0)) if ranks > 1 else 0
     if ranks > 1 and (max_tokens or (not input and dataset not in HUB_NAMES)):
         raise UserError(f"got --max_tokens={max_tokens} --dataset={dataset} on {ranks} machines, wanted "
                         f"files to share out, and all of their tokens; run it on one")
@@ -863,64 +893,88 @@ def make_plan(dataset: str, subset: str, revision: str, input: str, text_column:
     if tok.n_vocab > 1 << 16:
         raise UserError(f"tokenizer {tok.name} has {tok.n_vocab:,} tokens, wanted at most 65,536, as ids are "
                         f"uint16; choose another --tokenizer=...")
+    folder = Path(data_dir).expanduser()
     settings = {**origin, "tokenizer": tokenizer, "tokenizer_sha256": tok.sha256, "max_tokens": max_tokens}
     if name:  # shards that we make
         settings |= {"shard_tokens": shard_tokens, "val_fraction": val_fraction, "shard_format": shard_format}
     if input:
-        settings["input_contents"] = fingerprint(input_files(input))
+        files = input_files(input)
+        settings["input_contents"] = fingerprint(files)
+        if folder.resolve() in {file.resolve().parent for file in files}:
+            raise UserError(f"got --data_dir={data_dir}, where the text is, wanted a folder of its own for "
+                            f"the shards; give another --data_dir=...")
+    elif dataset != "python":
+        import hub
+        if hub.constants.HF_HUB_OFFLINE:
+            settings["offline"] = True  # what a cache holds need not be all there is
     if ranks > 1:
         settings["machines"] = ranks
+    more = {"skip_bad": skip_bad} if skip_bad else {}
+    more |= {"keep_downloads": True} if keep_downloads else {}
+    command = command_of({"settings": settings | more}, folder)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun that share this machine
     num_workers = num_workers or max(1, available_cores() // here)
     if max_tokens and name in HUB_NAMES.values():
         num_workers = min(num_workers, 4)  # more would only have more fetched than is needed
-    return Plan(Path(data_dir), name, settings, command_of({"settings": settings}, data_dir), tokenizer,
-                val_fraction, shard_tokens, shard_format, max_tokens, skip_bad, keep_downloads, num_workers,
-                rank, ranks)
+    return Plan(folder, name, settings, command, tokenizer, val_fraction, shard_tokens, shard_format,
+                max_tokens, skip_bad, keep_downloads, num_workers, rank, ranks)
 
 
 def build_shards(plan: Plan) -> dict | None:
     """Tokenize this machine's part; the first machine writes the manifest and returns it."""
-    source = open_source(plan, load_progress(plan)[0].revision)
-    progress = tokenize(source, plan)
+    progress, left = load_progress(plan)
+    source = open_source(plan, progress.revision)
+    progress = tokenize(source, plan, progress, left)
     save_progress(plan, dataclasses.asdict(progress), {})
     for unit in range(progress.unit + 1) if source.release else ():
         source.release(unit)
     return finish(plan, source) if plan.rank == 0 else None
 
 
+def build_locked(plan: Plan) -> dict | None:
+    """Build what is missing; returns the manifest of a build that was finished now by this process."""
+    if not claim_folder(plan):
+        manifest = read_manifest(plan.folder)
+        missing = [record for record in manifest["files"] if not (plan.folder / record["file"]).exists()]
+        if plan.rank == 0:
+            for record in missing:
+                print(f"making {record['file']} again")
+                if plan.name:
+                    make_again(plan, manifest, record)
+            if missing and not plan.name:
+                take_ready_made(plan)
+            remove_unfinished(plan.folder)
+        print(f"{plan.folder} is already built by these settings")
+        return None
+    try:
+        return build_shards(plan) if plan.name else take_ready_made(plan)
+    except UserError as error:
+        ready_made = not plan.name and list_shards(plan.folder, "train")  # each appears when it is whole
+        if progress_path(plan).exists() or ready_made:
+            raise UserError(f"{error}. What is done is kept: run the same command again, and it goes on"
+                            ) from error
+        if plan.ranks == 1:  # nothing is worth keeping
+            remove_shards(plan)
+            (plan.folder / UNFINISHED).unlink()
+        raise
+
+
 def build(**settings) -> None:
     """Build or verify data_dir; the arguments are the settings at the top of this file. Raises UserError."""
     began = time.perf_counter()
     if settings["verify"]:
-        return verify_folder(Path(settings["data_dir"]))
+        return verify_folder(Path(settings["data_dir"]).expanduser())
     plan = make_plan(**settings)
-    hint = f"next: python train_gpt2.py --data_dir={shlex.quote(settings['data_dir'])}"
-    if not claim_folder(plan):
-        manifest = read_manifest(plan.folder)
-        missing = [record for record in manifest["files"] if not (plan.folder / record["file"]).exists()]
-        for record in missing if plan.rank == 0 else ():
-            print(f"making {record['file']} again")
-            if plan.name:
-                make_again(plan, manifest, record)
-        if missing and not plan.name:
-            take_ready_made(plan)
-        remove_unfinished(plan.folder)
-        print(f"{plan.folder} is already built by these settings. {hint}")
-        return
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {plan.folder} ({error.strerror}); give another "
+                        f"--data_dir=...") from error
     with locked(plan.folder) if plan.ranks == 1 else contextlib.nullcontext():
-        try:
-            manifest = build_shards(plan) if plan.name else take_ready_made(plan)
-        except UserError as error:
-            ready_made = not plan.name and list_shards(plan.folder, "train")  # each appears when it is whole
-            if progress_path(plan).exists() or ready_made:
-                raise UserError(f"{error}. What is done is kept: run the same command again, and it goes on"
-                                ) from error
-            if plan.ranks == 1:  # nothing is worth keeping
-                remove_shards(plan)
-                remove_unfinished(plan.folder)
-            raise
+        manifest = build_locked(plan)
+    hint = f"next: python train_gpt2.py --data_dir={shlex.quote(str(plan.folder))}"
     if manifest is None:
+        print(hint)
         return
     skipped = f"{manifest['empty_documents']:,} empty ones skipped"
     if manifest["bad"]:

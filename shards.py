@@ -64,9 +64,9 @@ def write_atomically(path: Path, *parts) -> None:
             wanted = sum(memoryview(part).nbytes for part in parts)
             free = shutil.disk_usage(path.parent).free
             raise UserError(f"no space for {path} ({error.strerror}): wanted {wanted:,} bytes, got {free:,} "
-                            f"on its disk; make room, or choose another disk with --data_dir=...") from error
+                            f"on its disk; make room, or write to another disk") from error
         raise UserError(f"cannot write {path} ({error.strerror or error}); check the rights of the folder, "
-                        f"or choose another one with --data_dir=...") from error
+                        f"or write to another one") from error
 
 
 def write_shard(path: Path, ids: np.ndarray) -> dict:

@@ -88,6 +88,17 @@ def test_skip_bad_can_be_raised_to_go_on(tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(build(tmp_path / "whole", input=source, skip_bad=99))
 
 
+def test_what_is_bad_stays_bad_when_run_again(tmp_path):
+    lines = [json.dumps({"text": text.decode()}) for text in DOCUMENTS]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"text": null}']), encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(UserError, match="line 151"):
+            build(tmp_path / "out", input=tmp_path / "a.jsonl", shard_tokens=500)
+    build(tmp_path / "out", input=tmp_path / "a.jsonl", shard_tokens=500, skip_bad=1)
+    with pytest.raises(UserError, match="line 151"):
+        build(tmp_path / "other", input=tmp_path / "a.jsonl", shard_tokens=500)
+
+
 def test_a_file_that_may_not_be_read_is_not_skipped(tmp_path, monkeypatch):
     source = write_input(tmp_path / "in", "jsonl", DOCUMENTS)
 
@@ -308,6 +319,77 @@ def test_verify_finds_a_document_on_both_sides(tmp_path, monkeypatch, shared):
         fineweb.verify_folder(folder)
 
 
+def test_verify_tells_near_equal_documents_apart(tmp_path):
+    """Also those that differ by leading tokens of id 0, which is "!"."""
+    docs = [b"!" * n + b" foo" for n in range(12)] + [b" foo" + b"!" * n for n in range(12)]
+    folder = build(tmp_path / "out", input=write_input(tmp_path / "in", "jsonl", docs), val_fraction=0.5)
+    assert read_manifest(folder)["sides"] == "by hash"
+    fineweb.verify_folder(folder)
+
+
+def test_verify_reports_what_is_not_in_the_manifest(tmp_path):
+    folder = build(tmp_path / "out", input=write_input(tmp_path / "in", "parquet", DOCUMENTS))
+    (folder / "text_train_000999.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=r"000999\.npy is not in manifest"):
+        fineweb.verify_folder(folder)
+
+
+# ---- what is the user's --------------------------------------------------------
+
+
+def test_files_of_the_user_stay(tmp_path):
+    mine = "progress_notes.part.md", "downloads_2024.json", "my.json.old.tmp", "a.txt"
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in mine:
+        (folder / name).write_text("mine", encoding="utf-8")
+    source = write_input(tmp_path / "in", "jsonl", DOCUMENTS)
+    for _ in range(2):
+        build(folder, input=source)
+        assert all((folder / name).exists() for name in mine)
+    with pytest.raises(UserError, match="where the text is"):
+        build(tmp_path / "in", input=tmp_path / "in")
+
+
+def test_input_files_are_taken_once_and_through_links(tmp_path):
+    (tmp_path / "in" / "folder.parquet").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("in/a.txt", "in/folder.parquet/b.txt", "elsewhere/c.txt"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "in")
+    folder, relative = tmp_path / "in", os.path.relpath(tmp_path / "in" / "a.txt")
+    found = [path.name for path in documents.input_files(f"{relative},{folder},{folder / 'a.txt'}")]
+    assert found == ["a.txt", "b.txt", "c.txt"]
+
+
+def test_a_corpus_that_changes_is_not_mixed(tmp_path, monkeypatch):
+    """The embedded corpus is what is installed, which may change between a kill and the next run."""
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 3000)
+    (tmp_path / "lib").mkdir()
+    monkeypatch.setattr(documents.sysconfig, "get_path", lambda key: tmp_path / "lib")
+    for i in range(40):
+        (tmp_path / "lib" / f"{i}.py").write_text(f"# file {i}\n" + "some = text\n" * 40, encoding="utf-8")
+    flags = {"dataset": "python", "shard_tokens": 500}
+    take, calls = fineweb.Output.add, iter(range(6))
+
+    def add(output, place, done):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        take(output, place, done)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fineweb.Output, "add", add)
+        build(tmp_path / "out", **flags)
+    assert (tmp_path / "out" / "progress_00000.part").exists()
+    (tmp_path / "lib" / "new.py").write_text("# installed since\n" * 40, encoding="utf-8")
+    with pytest.raises(UserError, match="not those that the build"):
+        build(tmp_path / "out", **flags)
+    (tmp_path / "lib" / "new.py").unlink()
+    build(tmp_path / "out", **flags)
+    assert contents(tmp_path / "out") == contents(build(tmp_path / "whole", **flags))
+
+
 # ---- kill -9 at any moment -----------------------------------------------------
 
 
@@ -331,14 +413,15 @@ def test_two_builds_at_once_are_refused(tmp_path):
 def test_full_disk_keeps_what_is_done_and_the_rerun_is_identical(tmp_path):
     """`ulimit -f` allows for files of some size, which the shards are below, and the progress gets above."""
     rng = random.Random(0)
-    docs = [" ".join(rng.choices(["a", "longer", "text"], k=3000)).encode() for _ in range(40)]
-    source = write_input(tmp_path / "in", "jsonl", docs)
-    flags = {"input": source, "shard_tokens": 3000, "num_workers": 1}
-    limit = ["bash", "-c", 'ulimit -f 12; exec "$@"', "-"]
+    docs = [" ".join(rng.choices(["a", "longer", "text"], k=3000)) for _ in range(40)]
+    source = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": docs}), source, row_group_size=1)  # each a chunk
+    flags = {"input": source, "shard_tokens": 1000, "num_workers": 1}
+    limit = ["bash", "-c", 'ulimit -f 8; exec "$@"', "-"]
     command = [*limit, *fineweb_command(tmp_path / "out", **flags)]
     first = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120,
                            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
-    assert first.returncode == 0 or "no space" in first.stderr, first
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert first.returncode == 2 and "no space" in first.stderr and "What is done is kept" in first.stderr
+    assert (tmp_path / "out" / "progress_00000.part").exists() and not list((tmp_path / "out").glob("*.tmp"))
     build(tmp_path / "out", **flags)
     assert contents(tmp_path / "out") == contents(build(tmp_path / "whole", **flags))

@@ -2,8 +2,10 @@
 import hashlib
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 
 import kill_build
 import numpy as np
@@ -110,9 +112,15 @@ def test_files_that_were_in_the_cache_stay_there(tmp_path, corpus):
         before = len(server.requests)
         offline = run(server, tmp_path / "hf", tmp_path / "offline", HF_HUB_OFFLINE="1")
         assert offline.returncode == 0 and len(server.requests) == before, offline.stderr
-    assert len(downloaded(tmp_path / "hf")) == 4
+        assert len(downloaded(tmp_path / "hf")) == 4
+        again = run(server, tmp_path / "hf", tmp_path / "out", HF_HUB_OFFLINE="1")
+        assert again.returncode == 0 and "already built" in again.stdout
+        online = run(server, tmp_path / "hf", tmp_path / "offline")  # the cache may have lacked some
+        assert online.returncode == 2 and "offline=True, wanted None" in online.stderr
     assert contents(tmp_path / "out") == contents(tmp_path / "kept")
-    assert contents(tmp_path / "out").items() - contents(tmp_path / "offline").items() in ({}.items(), set())
+    for folder in ("out", "offline"):  # its manifest says so
+        (tmp_path / folder / "manifest.json").unlink()
+    assert contents(tmp_path / "out") == contents(tmp_path / "offline")
 
 
 def test_max_tokens_fetches_only_what_it_needs(tmp_path, corpus, encoding):
@@ -150,17 +158,85 @@ def test_a_shard_is_made_again_from_its_file_alone(tmp_path, corpus):
     assert contents(tmp_path / "out") == before
 
 
+def interrupted(server, home, out, *flags):
+    """A build that was killed when it had shards, in the middle of the last file's download."""
+    server.faults.append(Fault("stall", after=100, match="003_"))
+    process = subprocess.Popen(command(out, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=environment(server, home))
+    while server.faults or not list(out.glob("progress_*.part")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+
+
+def test_a_build_does_not_go_on_with_other_files(tmp_path, corpus):
+    files, _ = corpus
+    with HubServer(files, REPO) as server:
+        interrupted(server, tmp_path / "hf", tmp_path / "out")
+        offline = run(server, tmp_path / "hf", tmp_path / "out", HF_HUB_OFFLINE="1")
+        assert offline.returncode == 2 and "offline=None, wanted True" in offline.stderr
+        server.files = {path: data for path, data in files.items() if "10BT/000_" not in path}
+        fewer = run(server, tmp_path / "hf", tmp_path / "out")
+        assert fewer.returncode == 2 and "not those that the build" in fewer.stderr
+        server.files = files
+        assert run(server, tmp_path / "hf", tmp_path / "out").returncode == 0
+        assert run(server, tmp_path / "hf", tmp_path / "whole").returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_download_that_a_killed_build_did_not_remove_is_removed(tmp_path, corpus):
+    files, _ = corpus
+    with HubServer(files, REPO) as server:
+        interrupted(server, tmp_path / "hf", tmp_path / "out")
+        script = ("import sys; from huggingface_hub import hf_hub_download; hf_hub_download(sys.argv[1], "
+                  "'sample/10BT/000_00000.parquet', repo_type='dataset', revision='c' * 40)")
+        subprocess.run([sys.executable, "-c", script, REPO], check=True, timeout=60,
+                       env=environment(server, tmp_path / "hf"))  # as if it had not come to the removal
+        assert run(server, tmp_path / "hf", tmp_path / "out").returncode == 0
+    assert not downloaded(tmp_path / "hf")
+
+
+def test_a_bad_row_group_is_named_and_skipped_on_both_roads(tmp_path, corpus, encoding):
+    files, texts = corpus
+    data = bytearray(files["sample/10BT/000_00000.parquet"])
+    (tmp_path / "a.parquet").write_bytes(data)
+    where = pq.read_metadata(tmp_path / "a.parquet").row_group(1).column(0)
+    start = where.dictionary_page_offset or where.data_page_offset
+    data[start:start + 20] = b"\xff" * 20
+    kept = texts[:100] + texts[200:]
+    with HubServer({**files, "sample/10BT/000_00000.parquet": bytes(data)}, REPO) as server:
+        for flags, limit in (((), 0), (("--max_tokens=150000",), 150_000)):
+            out = tmp_path / f"out{limit}"
+            done = run(server, tmp_path / "hf", out, *flags)
+            assert done.returncode == 2, done
+            assert "000_00000.parquet, row group 1, rows 100 to 199: damaged" in done.stderr
+            assert run(server, tmp_path / "hf", out, "--skip_bad=1", *flags).returncode == 0
+            assert [tokens_of(out, split) for split in ("train", "val")] == list(
+                slow_build(kept, encoding, 0.1, limit))
+        other = run(server, tmp_path / "hf", tmp_path / "other", "--max_tokens=1000", "--text_column=body")
+        assert other.returncode == 2 and "got columns text, id" in other.stderr
+    assert not downloaded(tmp_path / "hf")
+
+
+def test_ctrl_c_while_a_part_is_waited_for(tmp_path, corpus):
+    files, _ = corpus
+    with HubServer(files, REPO) as server:
+        server.faults += [Fault("status", status=503, match="000_") for _ in range(20)]
+        process = subprocess.Popen(command(tmp_path / "out", "--max_tokens=100000"), stderr=subprocess.PIPE,
+                                   stdout=subprocess.DEVNULL, env=environment(server, tmp_path / "hf"))
+        while len(server.faults) > 18:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+
+
 def test_a_branch_that_moves_does_not_mix_revisions(tmp_path, corpus):
     """A build that was killed goes on with the commit it began with."""
     files, _ = corpus
     with HubServer(files, REPO) as server:
-        server.faults += [Fault("stall", after=100, match="003_")]
-        process = subprocess.Popen(command(tmp_path / "out"), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, env=environment(server, tmp_path / "hf"))
-        while server.faults or not list(tmp_path.glob("out/*_train_*")):
-            assert process.poll() is None
-        process.kill()
-        process.wait()
+        interrupted(server, tmp_path / "hf", tmp_path / "out")
         server.older, server.commit = [server.commit], "d" * 40
         done = run(server, tmp_path / "hf", tmp_path / "out")
         assert done.returncode == 0, done.stderr
@@ -221,6 +297,14 @@ def test_ready_made_shards_are_taken_as_they_are(tmp_path):
         (tmp_path / "out" / "fineweb_train_000001.bin").unlink()
         assert run(server, tmp_path / "hf", tmp_path / "out", "--dataset=someone/tokens").returncode == 0
     assert contents(tmp_path / "out") == before
+
+
+def test_ready_made_shards_of_one_name_are_refused(tmp_path):
+    files = make_shards(tmp_path / "made", {"a_train_000001.bin": [EOT, 1]})
+    twice = {f"{folder}/a_train_000001.bin": files["a_train_000001.bin"] for folder in ("10B", "1B")}
+    with HubServer(twice, "someone/tokens") as server:
+        done = run(server, tmp_path / "hf", tmp_path / "out", "--dataset=someone/tokens")
+    assert done.returncode == 2 and "several files a_train_000001.bin" in done.stderr
 
 
 def test_ready_made_shards_that_are_wrong_are_refused(tmp_path):
