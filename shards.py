@@ -186,6 +186,7 @@ class ShardWriter:
         self.stem, self.suffix = Path(data_dir) / f"{name}_{split}", f".{shard_format}"
         self.next_index = first_index
         self.buffer = np.empty(shard_tokens, dtype=TOKEN)  # the system hands out its pages as they fill
+        self.spare: list[np.ndarray] = []  # buffers that are written, to be filled again
         self.used, self.origin = 0, None
         self.full: list[tuple[Path, np.ndarray, object]] = []
         self.records: list[dict] = []
@@ -216,6 +217,7 @@ class ShardWriter:
         """Write shards that add has filled, in order, and note their records."""
         for path, ids, origin in full:
             self.records.append(write_shard(path, ids) | ({"origin": origin} if origin else {}))
+            self.spare.append(ids.base)
 
     def close(self) -> list[dict]:
         """Write what is left; returns the records of all files for the manifest, [] if nothing was added."""
@@ -227,7 +229,7 @@ class ShardWriter:
     def _cut(self) -> None:
         path = self.stem.with_name(f"{self.stem.name}_{self.next_index:06d}{self.suffix}")
         self.full.append((path, self.buffer[:self.used], self.origin))
-        self.buffer = np.empty(len(self.buffer), dtype=TOKEN)
+        self.buffer = self.spare.pop() if self.spare else np.empty(len(self.buffer), dtype=TOKEN)
         self.next_index, self.used = self.next_index + 1, 0
 
 
