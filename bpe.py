@@ -682,22 +682,27 @@ class Tokenizer:
         # int32 slots of ids, -1 where free; uint8 all tokens end to end; int64 (n + 1,) where each begins
         edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         slots = np.full(table_size(len(tokens)), -1, np.int32)
-        vocab = slots, np.frombuffer(b"".join(tokens), np.uint8), edges
-        twice = fill_vocab(vocab)
+        self._vocab = slots, np.frombuffer(b"".join(tokens), np.uint8), edges
+        twice = fill_vocab(self._vocab)
         if twice >= 0:
             raise UserError(f"vocabulary {name}: the token {tokens[twice]!r} of rank {twice} has a lower "
                             f"rank too, wanted each token once; remove one of the two lines and renumber")
+
+    @functools.cached_property
+    def _tables(self) -> tuple:
+        """What encode_kernel looks up; made when it is first needed, as it takes longer than the rest."""
         byte_ids = np.zeros(256, np.uint16)
-        for token in np.flatnonzero(lengths == 1):
-            byte_ids[tokens[token][0]] = token
-        entries = token_pairs(vocab)
+        for token, text in enumerate(self.tokens[:-1]):
+            if len(text) == 1:
+                byte_ids[text[0]] = token
+        entries = token_pairs(self._vocab)
         pairs = np.zeros(table_size(len(entries)), np.uint64)
         fill_pairs(entries, pairs)
         cache, ranks = np.zeros((4 << CACHE_BITS) + 8, np.uint64), np.zeros(SHORT_PIECE, np.int64)
         cache = cache[-cache.ctypes.data % 64 // 8:][:4 << CACHE_BITS]  # two slots to a line of 64 bytes
         # Plain tuples: numba's disk cache would pickle a NamedTuple by its module, which is __main__ when
         # this file runs as a script, and then fail to load where it is imported.
-        self._tables = unicode_classes(), vocab, byte_ids, pairs, cache, ranks
+        return unicode_classes(), self._vocab, byte_ids, pairs, cache, ranks
 
     def __reduce__(self):
         return tokenizer_from_ranks, (self.rank_file, self.name)
@@ -768,7 +773,7 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """int64 (n_vocab,): bytes of text per id, 0 for end-of-text; what bits per byte divide by."""
-        return np.append(np.diff(self._tables[1][2]), 0)
+        return np.append(np.diff(self._vocab[2]), 0)
 
     def to_tiktoken(self):
         """The tiktoken.Encoding of the same ranks, pattern and end-of-text id."""
