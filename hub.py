@@ -38,6 +38,7 @@ from configurator import UserError
 from shards import write_atomically
 
 ATTEMPTS = 10          # in a row without a byte more; with the waits below, about four minutes
+LIST_ATTEMPTS = 5      # for the list, the first thing that is asked: a quarter of a minute without a network
 FIRST_WAIT = 1.0       # seconds before the second attempt; doubled before each further one
 LONGEST_WAIT = 60.0    # seconds
 LONGEST_ASKED = 300.0  # seconds to wait when the hub says so; its rate limits count over five minutes
@@ -111,14 +112,15 @@ def diagnose(what: str, error: Exception) -> tuple[str, float]:
     return f"{type(error).__name__}: {error}", 0.0
 
 
-def retry(what: str, attempt: Callable[[], T], progress: Callable[[], object] = int) -> T:
+def retry(what: str, attempt: Callable[[], T], progress: Callable[[], object] = int,
+          attempts: int | None = None) -> T:
     """attempt(), repeated while the network or the hub fails, with a line on stderr each time.
 
     The waits double, with jitter, and are as long as the hub asks for. `progress()` tells how far the work
-    has come: the count of attempts starts anew whenever it has grown. Raises UserError after ATTEMPTS without
-    that, and at once for what another attempt will not mend: 401, 403, 404, a full disk, offline mode.
+    has come: the count of attempts starts anew whenever it has grown. Raises UserError after `attempts`
+    (ATTEMPTS) without that, and at once for what another will not mend: 401, 403, 404, a full disk, offline.
     """
-    best, failures = progress(), 0
+    best, failures, attempts = progress(), 0, attempts or ATTEMPTS
     while True:
         try:
             return attempt()
@@ -127,12 +129,12 @@ def retry(what: str, attempt: Callable[[], T], progress: Callable[[], object] = 
             if progress() > best:
                 best, failures = progress(), 0
             failures += 1
-            if failures >= ATTEMPTS:
+            if failures >= attempts:
                 raise UserError(f"{what}: got {reason}, and no byte more in {failures} attempts; run the "
                                 f"same command again: it continues where it stopped") from error
         wait = min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT) * random.uniform(0.5, 1.5)
         wait = max(wait, asked)
-        say(f"{what}: {reason}; attempt {failures + 1} of {ATTEMPTS} in {wait:.1f} s")
+        say(f"{what}: {reason}; attempt {failures + 1} of {attempts} in {wait:.1f} s")
         time.sleep(wait)
 
 
@@ -192,7 +194,8 @@ def list_files(repo: str, revision: str = "main") -> tuple[str, list[HubFile]]:
     try:
         # list_repo_tree would list a folder alone, but has no timeout: a silent server hangs it for ever
         info = retry(f"list of {repo}", lambda: HfApi().repo_info(
-            repo, revision=revision, repo_type="dataset", files_metadata=True, timeout=LIST_TIMEOUT))
+            repo, revision=revision, repo_type="dataset", files_metadata=True, timeout=LIST_TIMEOUT),
+            attempts=LIST_ATTEMPTS)
         files = [HubFile(file.rfilename, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
                  for file in info.siblings]
         if not all(file.size is not None and file.etag for file in files):
