@@ -481,8 +481,6 @@ def whole_files(cache: Borrowed, files: list, column: str, ahead: bool) -> tuple
 
     def chunks(unit: int = 0, index: int = 0) -> Iterator[tuple[int, int, Chunk]]:
         nonlocal prefetcher
-        for file in files[:unit]:  # a build that was killed may not have come to that
-            cache.give_back(file)
         units = range(unit, len(files))
         with hub.Prefetcher(fetch, units) if ahead else contextlib.nullcontext() as prefetcher:
             for u, path in prefetcher or ((u, fetch(u)) for u in units):

@@ -1,4 +1,5 @@
 """fineweb.py as a whole: builds that are killed, damaged, shared by machines, checked; bad input left out."""
+import dataclasses
 import gzip
 import json
 import os
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_fineweb import (
+    DEFAULTS,
     DOCUMENTS,
     EOT,
     ROOT,
@@ -160,6 +162,20 @@ def test_one_large_txt_file_is_cut_in_two(tmp_path, encoding, monkeypatch, at):
     assert train + val == text and abs(len(val) - at * len(text)) < 24
     assert tokens_of(folder, "train").count(EOT) == tokens_of(folder, "val").count(EOT) == 1
     assert abs(len(train) - len(encoding.decode(tokens_of(whole, "train")[1:]))) <= 24
+    fineweb.verify_folder(folder)
+
+
+def test_a_cut_between_two_pieces_starts_a_document(tmp_path, monkeypatch):
+    text = "".join(f"line {i} of the text\n" for i in range(400)).encode()
+    (tmp_path / "a.txt").write_bytes(text)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 128)
+    monkeypatch.setattr(documents, "BIG", 256)
+    starts = [chunk.args[1] for chunk in documents.text_pieces(tmp_path / "a.txt")]
+    cut = starts[len(starts) // 2]
+    folder = build(tmp_path / "out", input=tmp_path / "a.txt", val_fraction=1 - (cut + 0.5) / len(text))
+    assert read_manifest(folder)["cut"]["at_byte"] == cut
+    assert [tokens_of(folder, split).count(EOT) for split in ("train", "val")] == [1, 1]
+    assert tokens_of(folder, "val")[0] == EOT and read_manifest(folder)["documents"] == 2
     fineweb.verify_folder(folder)
 
 
@@ -361,6 +377,28 @@ def test_input_files_are_taken_once_and_through_links(tmp_path):
     folder, relative = tmp_path / "in", os.path.relpath(tmp_path / "in" / "a.txt")
     found = [path.name for path in documents.input_files(f"{relative},{folder},{folder / 'a.txt'}")]
     assert found == ["a.txt", "b.txt", "c.txt"]
+
+
+def test_other_contents_of_the_same_size_are_refused(tmp_path, monkeypatch):
+    source = write_input(tmp_path / "in", "jsonl", DOCUMENTS)
+    folder = build(tmp_path / "out", input=source)
+    source.write_bytes(source.read_bytes().replace(b"model", b"madel", 1))
+    with pytest.raises(UserError, match=r"input_contents=\w+, wanted \w+; delete .* --data_dir"):
+        build(folder, input=source)
+    source.write_bytes(source.read_bytes().replace(b"madel", b"model", 1))
+    monkeypatch.chdir(tmp_path)
+    build(folder, input=os.path.relpath(source))  # the same, spelled otherwise
+
+
+def test_the_progress_of_another_build_is_not_used(tmp_path):
+    """As it stays behind where somebody removes build.json alone."""
+    few = write_input(tmp_path / "few", "txt", [b"some words\n" * 500])
+    plan = fineweb.make_plan(**{**DEFAULTS, "data_dir": str(tmp_path / "out"), "input": str(few)})
+    (tmp_path / "out").mkdir()
+    fineweb.save_progress(plan, dataclasses.asdict(fineweb.Progress(cut_at=7, sizes=[9], chunks=3)), {})
+    source = write_input(tmp_path / "in", "jsonl", DOCUMENTS)
+    folders = [build(tmp_path / name, input=source) for name in ("out", "whole")]
+    assert contents(folders[0]) == contents(folders[1])
 
 
 def test_a_corpus_that_changes_is_not_mixed(tmp_path, monkeypatch):
