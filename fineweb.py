@@ -87,7 +87,7 @@ val_fraction = 0.01         # share of documents for validation; 0 = none
 max_tokens = 0              # stop after the document that reaches this many; 0 = all
 num_workers = 0             # processes; 0 = one per core
 shard_format = "npy"        # npy, or bin with llm.c's header
-skip_bad = 0                # leave out up to this many bad documents or files, and list them in the manifest
+skip_bad = 0                # leave out up to this many bad documents or files (each machine), and list them
 keep_downloads = False      # keep parquet files in the hub's cache when their shards are done
 verify = False              # build nothing: read data_dir's shards and check them against its manifest
 seed = 1337                 # order of the documents of --dataset=python
@@ -605,7 +605,8 @@ def claim_folder(plan: Plan) -> bool:
     Raises UserError if it holds anything else that a build would mix with or overwrite.
     """
     folder, settings = plan.folder, plan.settings
-    ways = "delete its shards yourself if you no longer need them, or give another --data_dir=..."
+    ways = ("delete its shards, manifest.json and build.json yourself if you no longer need them, or give "
+            "another --data_dir=...")
 
     def check_same(have: dict, what: str) -> None:
         spelled = ("input", "tokenizer")  # these may be spelled in many ways; what is in them is compared
