@@ -307,7 +307,8 @@ def bench_train() -> None:
     steps = []
     for dev in (fast, slow):
         model = GPT(config).to(dev.device)
-        optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), fused=dev.compile and dev.fused)
+        fused = dev.compile and dev.fused
+        optimizer, = model.configure_optimizers("adamw", 0.1, 1e-4, (0.9, 0.95), fused)
         model = torch.compile(model, dynamic=False) if dev.compile else model
         steps.append(make_step(model, optimizer, x, y, dev))
     ours, baseline, ratios = take_turns(*steps, turns)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 
@@ -72,10 +73,25 @@ class KVCache:
         return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
 
 
+def plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+    """F.scaled_dot_product_attention written out, with the softmax in float32.
+
+    What SDPA is checked against, and what takes its place on a device where it is wrong. It holds the scores
+    (B, nh, T, S), which SDPA never does.
+    """
+    scores = (q.float() @ k.float().transpose(-2, -1)) * q.size(-1) ** -0.5  # (B, nh, T, S)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()  # (T, S)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    return F.dropout(F.softmax(scores, dim=-1), dropout_p).to(v.dtype) @ v  # (B, nh, T, hs)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.attention = F.scaled_dot_product_attention  # or plain_attention
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # rows QQQ KKK VVV, heads in order in each
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
@@ -93,7 +109,7 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if 1 < T < S:  # a chunk after cached tokens: query t sees the keys up to S - T + t
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(
+        y = self.attention(
             q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=T == S
         )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -130,11 +146,17 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. Weights are drawn from torch's global generator: seed it first."""
+    """GPT-2. Weights are drawn from torch's global generator: seed it first.
+
+    activation_checkpointing = True keeps only each block's input for the backward, which computes the block
+    again: a third more work, a fraction of the memory (Chen et al. 2016, "Training Deep Nets with Sublinear
+    Memory Cost").
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -166,7 +188,10 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
-            x = block(x, cache)
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)  # it restores the generator: same dropout masks
+            else:
+                x = block(x, cache)
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length += T
@@ -206,14 +231,33 @@ class GPT(nn.Module):
         finally:
             self.train(was_training)
 
-    def configure_optimizers(self, weight_decay: float, lr: float, betas: tuple[float, float], fused: bool):
-        """AdamW that decays matrices and embeddings only, not biases and norms (GPT-3, appendix B)."""
-        parameters = list(self.parameters())  # the tied matrix once
+    def use_attention(self, attention) -> None:
+        """Attend with F.scaled_dot_product_attention (the default) or with plain_attention."""
+        for block in self.transformer.h:
+            block.attn.attention = attention
+
+    def configure_optimizers(self, optimizer: str, weight_decay: float, lr: float, betas: tuple[float, float],
+                             fused: bool) -> list[torch.optim.Optimizer]:
+        """The optimizers of a run: [AdamW], or [AdamW, Muon] where Muon has the matrices of the blocks.
+
+        Matrices and embeddings decay, biases and norms do not (GPT-3, appendix B). Muon: Jordan et al. 2024,
+        "Muon: An optimizer for hidden layers in neural networks"; its updates are scaled to the size of
+        AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2), so one lr serves both.
+        """
+        if optimizer not in ("adamw", "muon"):
+            raise UserError(f"optimizer={optimizer!r}: wanted adamw or muon")
+        hidden = [p for p in self.transformer.h.parameters() if p.dim() == 2] if optimizer == "muon" else []
+        in_hidden = {id(p) for p in hidden}
+        rest = [p for p in self.parameters() if id(p) not in in_hidden]  # the tied matrix once
         groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=fused)
+        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=fused)]
+        if hidden:
+            optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay,
+                                               adjust_lr_fn="match_rms_adamw"))
+        return optimizers
 
     def num_params(self) -> int:
         """Parameters, the tied matrix counted once: 124,439,808 for GPT-2 small at vocab_size 50,257."""

@@ -55,10 +55,13 @@ batch_tokens = 524_288  # tokens per optimizer step over all processes, 2**19; a
 max_steps = 19_073  # optimizer steps; 10B tokens / batch_tokens
 num_epochs = 0.0  # passes over the training tokens; above 0 it replaces max_steps
 target_loss = 0.0  # stop when a step's train loss is this low; 0 = never
+schedule = "cosine"  # cosine, or wsd: warm-up, stable, decay
 warmup_steps = 715  # linear warm-up; 375M tokens, GPT-3 appendix B
+decay_fraction = 0.2  # wsd: the last share of max_steps, in which the rate falls on a line
 max_lr = 6e-4  # GPT-3 table 2.1, 125M row
-min_lr = 6e-5  # where the cosine ends; GPT-3 decays to 10%
-# ---- optimizer: AdamW
+min_lr = 6e-5  # where the schedule ends; GPT-3 decays to 10%
+# ---- optimizer
+optimizer = "adamw"  # adamw, or muon: Muon on the matrices of the blocks, AdamW on the rest
 weight_decay = 0.1  # on matrices and embeddings only; GPT-3 appendix B
 beta1 = 0.9  # GPT-3 appendix B
 beta2 = 0.95  # GPT-3 appendix B
@@ -85,6 +88,7 @@ LEGAL = {  # lowest and highest value of the settings that nothing else checks
                    "val_interval checkpoint_interval sample_interval",
     (min_lr, math.inf): "max_lr",
     (0, 1 - 1e-9): "beta1 beta2",
+    (0, 1): "decay_fraction",
     (0, 2**63 - 1): "seed",
 }
 for (low, high), keys in LEGAL.items():
@@ -151,6 +155,8 @@ val_loader = WindowLoader(val_stream, T, B * T, seed, tok.n_vocab, shuffle=False
 n_val_windows = min(val_loader.n_windows, max(1, val_tokens // T))
 if num_epochs > 0:
     max_steps = config["max_steps"] = math.floor(num_epochs * train_loader.steps_per_epoch)
+if schedule not in ("cosine", "wsd"):
+    raise UserError(f"schedule={schedule!r}: wanted cosine or wsd")
 if not 0 <= warmup_steps <= max_steps or max_steps < 1:
     raise UserError(f"warmup_steps={warmup_steps}, max_steps={max_steps}: "
                     f"wanted 0 <= warmup_steps <= max_steps, and 1 step or more; "
@@ -186,7 +192,7 @@ torch.manual_seed(seed)  # the same initial weights on every process and device
 raw_model = GPT(GPTConfig(block_size, vocab_size, tok.n_vocab, n_layer, n_head, n_embd, dropout,
                           norm_position))
 raw_model.to(dev.device)
-optimizer = raw_model.configure_optimizers(weight_decay, max_lr, (beta1, beta2), dev.fused)
+optimizers = raw_model.configure_optimizers(optimizer, weight_decay, max_lr, (beta1, beta2), dev.fused)
 scaler = dev.grad_scaler()
 
 
@@ -199,7 +205,7 @@ if resume and checkpoint.list_checkpoints(log_dir):
     wanted = {**config, **checkpoint.describe_model(raw_model),
               "data": train_stream.fingerprint, "tokenizer": tok.sha256}
     # with another value of these it would be another run
-    fixed = [*state["model_config"], "data", "tokenizer", "seed", "batch_tokens"]
+    fixed = [*state["model_config"], "data", "tokenizer", "seed", "batch_tokens", "optimizer"]
     differing = [f"{key}: {saved[key]} in the checkpoint, {wanted[key]} now"
                  for key in fixed if saved[key] != wanted[key]]
     if differing:
@@ -209,10 +215,11 @@ if resume and checkpoint.list_checkpoints(log_dir):
         if key in saved and key not in fixed and key != "resume" and saved[key] != config[key]:
             say(f"resume: {key} was {saved[key]}, is now {config[key]}")
     raw_model.load_state_dict(state["model"])
-    groups = [{**group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])  # moments, and settings, of which today's count
-    for group, today in zip(optimizer.param_groups, groups):
-        group.update({key: value for key, value in today.items() if key != "params"})
+    for opt, saved_opt in zip(optimizers, state["optimizers"], strict=True):
+        groups = [{**group} for group in opt.param_groups]
+        opt.load_state_dict(saved_opt)  # moments, and settings, of which today's count
+        for group, today in zip(opt.param_groups, groups):
+            group.update({key: value for key, value in today.items() if key != "params"})
     if state["scaler"] and scaler.is_enabled():  # empty unless the run that saved it was in float16
         scaler.load_state_dict(state["scaler"])
     start_step, best = state["step"], state["best"]
@@ -291,13 +298,20 @@ if master_process:
 
 
 # ---- schedule and judges
-def get_lr(step, warmup_steps, max_steps, max_lr, min_lr):
-    """Learning rate of a step: a line up to max_lr at step `warmup_steps`, a cosine down to min_lr at the
-    last step."""
+def get_lr(step, schedule, warmup_steps, max_steps, max_lr, min_lr, decay_fraction):
+    """Learning rate of a step, a pure function.
+
+    A line up to max_lr at step `warmup_steps`; then a cosine down to min_lr at the last step, or (wsd, Hu et
+    al. 2024, "MiniCPM", section 4) max_lr until the last `decay_fraction` of max_steps, and a line down to
+    min_lr.
+    """
     if step < warmup_steps:
         return max_lr * (step + 1) / (warmup_steps + 1)
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))
-    return min_lr + 0.5 * (max_lr - min_lr) * (1.0 + math.cos(math.pi * progress))
+    last = max_steps - 1
+    start = warmup_steps if schedule == "cosine" else max(warmup_steps, last - decay_fraction * max_steps)
+    progress = min(1.0, max(0.0, (step - start) / max(1, last - start)))
+    height = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress
+    return min_lr + height * (max_lr - min_lr)
 
 
 @torch.no_grad()
@@ -360,7 +374,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         if master_process:
             checkpoint.save_checkpoint(log_dir, step, {
                 "step": step, "train_loss": loss, "val_loss": val_loss, "best": best,
-                "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
+                "model": raw_model.state_dict(), "optimizers": [opt.state_dict() for opt in optimizers],
                 "scaler": scaler.state_dict(),
                 "config": config, "model_config": checkpoint.describe_model(raw_model),
                 "tokenizer": checkpoint.describe_tokenizer(tok), "data": train_stream.fingerprint,
@@ -373,9 +387,10 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     # ---- train: the only part on the clock
     dev.synchronize()
     t0 = time.perf_counter()
-    lr = get_lr(step, warmup_steps, max_steps, max_lr, min_lr)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    lr = get_lr(step, schedule, warmup_steps, max_steps, max_lr, min_lr, decay_fraction)
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group["lr"] = lr
     loss_sum = torch.zeros((), device=dev.device)
     for micro_step in range(grad_accum_steps):
         last_micro_step = micro_step == grad_accum_steps - 1
@@ -389,11 +404,13 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
             x, y = fetch_batch(step + 1, 0) if last_micro_step else fetch_batch(step, micro_step + 1)
         scaler.scale(loss / grad_accum_steps).backward()
         loss_sum += loss.detach()
-    scaler.unscale_(optimizer)
+    for opt in optimizers:
+        scaler.unscale_(opt)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)
+    for opt in optimizers:
+        scaler.step(opt)
+        opt.zero_grad(set_to_none=True)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
     # mean over micro-steps and processes
     loss = sum_over_ranks(loss_sum.item())[0] / (grad_accum_steps * world_size)
     norm = norm.item()

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def state(byte_tokenizer):
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 384, 257, 2, 2, 32))
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), fused=True)
+    optimizer, = model.configure_optimizers("adamw", 0.1, 1e-3, (0.9, 0.95), fused=True)
     model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)).backward()
     optimizer.step()
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 7,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configurator import UserError
-from model import GPT, GPTConfig, KVCache, context_start, sample_token
+from model import GPT, GPTConfig, KVCache, context_start, plain_attention, sample_token
 
 TINY = {"block_size": 16, "vocab_size": 64, "n_vocab": 61, "n_layer": 3, "n_head": 2, "n_embd": 24}
 
@@ -130,7 +130,7 @@ def test_loss_reductions_agree():
 
 def test_one_batch_is_learned_by_heart():
     model = make_model().train()
-    optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), fused=False)
+    optimizer, = model.configure_optimizers("adamw", 0.0, 3e-3, (0.9, 0.95), fused=False)
     idx = random_ids(2, 17)
     for _ in range(150):
         loss = model(idx[:, :-1], idx[:, 1:])
@@ -142,7 +142,7 @@ def test_one_batch_is_learned_by_heart():
 
 def test_decay_on_matrices_only():
     model = make_model()
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), fused=True)
+    optimizer, = model.configure_optimizers("adamw", 0.1, 1e-3, (0.9, 0.95), fused=True)
     decay, rest = optimizer.param_groups
     assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0.0
     assert {id(p) for p in decay["params"]} == {id(p) for p in model.parameters() if p.dim() == 2}
@@ -243,3 +243,57 @@ def test_cuda_equals_cpu():
     with torch.no_grad():
         expected = model(idx)
         torch.testing.assert_close(model.cuda()(idx.cuda()).cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("T", "S"), [(9, 9), (1, 9), (4, 9)])
+def test_plain_attention_is_sdpa(T, S):
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (T, S, S))
+    mask = torch.ones(T, S, dtype=torch.bool).tril(S - T) if 1 < T < S else None
+    one, other = (f(q, k, v, attn_mask=mask, is_causal=T == S) for f in
+                  (plain_attention, torch.nn.functional.scaled_dot_product_attention))
+    torch.testing.assert_close(one, other.float(), check_dtype=False)
+    grad = torch.randn_like(other)
+    for ours, theirs in zip(torch.autograd.grad(one, (q, k, v), grad.to(one.dtype)),
+                            torch.autograd.grad(other, (q, k, v), grad)):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, check_dtype=False)
+
+
+def test_a_model_with_plain_attention_is_the_same_model():
+    model, idx = make_model(), random_ids(2, 16)
+    expected = model(idx)
+    model.use_attention(plain_attention)
+    torch.testing.assert_close(model(idx), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_activation_checkpointing_changes_nothing_but_memory():
+    """Dropout too: the second forward of a block draws the masks of the first."""
+    idx, found, saved = random_ids(2, 17), [], []
+
+    def note(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    for on in (False, True):
+        model = make_model(dropout=0.3).train()
+        model.activation_checkpointing = on
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, torch.Tensor.detach):
+            torch.manual_seed(1)
+            loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        found.append((loss, [p.grad for p in model.parameters()], sum(saved)))
+    (loss, grads, memory), (loss_on, grads_on, memory_on) = found
+    assert torch.equal(loss, loss_on) and all(map(torch.equal, grads, grads_on))
+    assert memory_on < 0.6 * memory
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = make_model()
+    adamw, muon = model.configure_optimizers("muon", 0.1, 1e-3, (0.9, 0.95), fused=False)
+    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    names = [{name_of[id(p)] for group in opt.param_groups for p in group["params"]} for opt in (adamw, muon)]
+    assert names[1] == {n for n in name_of.values() if ".h." in n and n.endswith("weight") and "ln" not in n}
+    assert names[0] == set(name_of.values()) - names[1] and "transformer.wte.weight" in names[0]
+    with pytest.raises(UserError, match="wanted adamw or muon"):
+        model.configure_optimizers("sgd", 0.1, 1e-3, (0.9, 0.95), fused=False)

@@ -1,6 +1,7 @@
 """The training script as its users run it: in a process of its own, killed, resumed, on several processes."""
 
 import ast
+import functools
 import json
 import math
 import os
@@ -85,12 +86,14 @@ def load_get_lr():
     return scope["get_lr"]
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 @pytest.mark.parametrize(("warmup", "steps"), [
-    (0, 1), (0, 10), (1, 1), (3, 12), (10, 10), (9, 10), (715, 19_073),
+    (0, 1), (0, 10), (1, 1), (3, 12), (10, 10), (9, 10), (85, 100), (715, 19_073),
 ])
-def test_schedule(warmup, steps):
-    get_lr = load_get_lr()
-    rates = [get_lr(step, warmup, steps, 6e-4, 6e-5) for step in range(steps)]
+def test_schedule(warmup, steps, schedule):
+    get_lr = functools.partial(load_get_lr(), schedule=schedule, warmup_steps=warmup, max_steps=steps,
+                               max_lr=6e-4, min_lr=6e-5, decay_fraction=0.2)
+    rates = [get_lr(step) for step in range(steps)]
     assert rates[0] > 0 and max(rates) <= 6e-4
     up, down = rates[:warmup], rates[warmup:]
     assert up == pytest.approx([6e-4 * (step + 1) / (warmup + 1) for step in range(warmup)])
@@ -98,10 +101,14 @@ def test_schedule(warmup, steps):
     if warmup < steps:
         assert rates[warmup] == 6e-4
     if warmup < steps - 1:
-        assert rates[-1] == pytest.approx(6e-5, rel=1e-12)
-        middle = warmup + (steps - 1 - warmup) / 2
-        assert get_lr(middle, warmup, steps, 6e-4, 6e-5) == pytest.approx((6e-4 + 6e-5) / 2)
-    assert get_lr(steps + 100, warmup, steps, 6e-4, 6e-5) == pytest.approx(6e-5)
+        assert rates[-1] == 6e-5
+    middle = warmup + (steps - 1 - warmup) / 2
+    if warmup < steps - 1 and schedule == "cosine":
+        assert get_lr(middle) == pytest.approx((6e-4 + 6e-5) / 2)
+    if schedule == "wsd" and warmup < 0.75 * steps and steps > 1:
+        assert get_lr(0.75 * steps) == 6e-4
+        assert get_lr(steps - 1 - 0.1 * steps) == pytest.approx((6e-4 + 6e-5) / 2)
+    assert get_lr(steps + 100) == 6e-5
 
 
 def test_a_run_logs_what_happened(flags, tmp_path):
@@ -112,7 +119,7 @@ def test_a_run_logs_what_happened(flags, tmp_path):
     log = read_log(log_dir, "train", "val", "val_bpb", "lr", "norm", "tok_s", "mfu")
     get_lr = load_get_lr()
     assert {s: float(v) for s, v in log["lr"].items()} == pytest.approx(
-        {s: get_lr(s, 3, 12, 1e-2, 1e-3) for s in range(12)}, rel=1e-6)
+        {s: get_lr(s, "cosine", 3, 12, 1e-2, 1e-3, 0.2) for s in range(12)}, rel=1e-6)
     assert list(log["train"]) == list(log["norm"]) == list(log["tok_s"]) == list(range(12))
     assert list(log["val"]) == list(log["val_bpb"]) == [0, 4, 8, 12]  # the last: after the last update
     assert not log["mfu"], "the peak of a CPU is not known"
@@ -158,8 +165,8 @@ def test_killed_and_resumed_equals_never_stopped(flags, tmp_path):
     one, two = load_checkpoint(straight), load_checkpoint(broken)
     for name, tensor in one["model"].items():
         assert torch.equal(tensor, two["model"][name]), name
-    for key, moments in one["optimizer"]["state"].items():
-        assert all(torch.equal(moments[k], two["optimizer"]["state"][key][k]) for k in moments)
+    for key, moments in one["optimizers"][0]["state"].items():
+        assert all(torch.equal(moments[k], two["optimizers"][0]["state"][key][k]) for k in moments)
 
 
 def test_processes_and_accumulation_do_not_matter(flags, tmp_path):
@@ -285,7 +292,7 @@ def test_what_a_resume_may_change(flags, tmp_path):
                 dtype="float16")
     for words in ("max_steps was 4, is now 6", "weight_decay was 0.1, is now 0.5", "dtype was float32"):
         assert f"resume: {words}" in out
-    groups = load_checkpoint(tmp_path)["optimizer"]["param_groups"]
+    groups = load_checkpoint(tmp_path)["optimizers"][0]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]  # and not what the checkpoint had
     assert all(group["betas"] == (0.9, 0.9) for group in groups)
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").startswith(log.partition("4 val ")[0])
