@@ -105,8 +105,8 @@ def test_schedule(warmup, steps, schedule):
     middle = warmup + (steps - 1 - warmup) / 2
     if warmup < steps - 1 and schedule == "cosine":
         assert get_lr(middle) == pytest.approx((6e-4 + 6e-5) / 2)
-    if schedule == "wsd" and warmup < 0.75 * steps and steps > 1:
-        assert get_lr(0.75 * steps) == 6e-4
+    if schedule == "wsd" and warmup < 0.7 * steps and steps > 1:
+        assert get_lr(0.7 * steps) == 6e-4
         assert get_lr(steps - 1 - 0.1 * steps) == pytest.approx((6e-4 + 6e-5) / 2)
     assert get_lr(steps + 100) == 6e-5
 
