@@ -1,12 +1,18 @@
 """
-Checkpoints: written whole or not at all, loaded without running code, enough on their own to generate.
+Checkpoints: written whole or not at all, while training goes on; loaded without running code; enough on their
+own to generate.
 
-    path = save_checkpoint(log_dir, step, state)        # LOG_DIR/ckpt_0000100.pt
-    state = load_checkpoint("log")                      # a file, or a folder whose newest whole one is meant
+    state = {"step": step, ..., **training_state(model, optimizers)}
+    writer = CheckpointWriter(log_dir, keep=2)           # sharded=True: on every process of a sharded model
+    writer.save(step, state, best_step)                  # LOG_DIR/ckpt_0000100.pt or LOG_DIR/ckpt_0000100/
+    values = load_into("log", model, optimizers, check)  # resume: either kind into either kind of model
+    state = load_checkpoint("log")                       # a checkpoint, or a folder's newest whole one
     model, state = load_model("log", device)
 
 A checkpoint is a dict of tensors and plain containers:
-    model, optimizer, scaler   state dicts; model has the keys of the bare GPT, compiled or not, DDP or not
+    model                      state dict with the keys of the bare GPT, compiled or not, DDP, sharded or not
+    optimizers                 of each: {"state": {parameter's name: {...}}, "param_groups": [... names ...]}
+    scaler                     state dict
     step                       optimizer steps done
     train_loss, val_loss       nats per token: of the last step's batch; after it, on the validation tokens
     best                       {"step", "val_loss"} of the best checkpoint so far
@@ -16,23 +22,250 @@ A checkpoint is a dict of tensors and plain containers:
     provenance                 git revision, torch, device, number of processes
 No RNG state is in it, because no RNG state outlives a step: data order and dropout masks are functions of the
 seed and the step, so that a resume is exact by construction and at another number of processes too.
+
+On disk it is one file, or with sharded models one folder:
+    __0_0.distcp, __1_0.distcp, ...   the tensors, each process's part in its own file, and
+    .metadata                         which part is where: as torch.distributed.checkpoint writes them
+    values.pt                         the rest; under model and optimizers the names the tensors have there
+    checksums.json                    {"format", "files": {name: {"bytes", "crc32"}}}
 """
 
 import dataclasses
+import json
 import os
 import pickle
 import re
+import shutil
 import sys
+import threading
+import warnings
 import zipfile
+import zlib
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bpe import GPT2_SHA256, Tokenizer, load_tokenizer, tokenizer_from_ranks
 from configurator import UserError
 from model import GPT, GPTConfig
+from shards import write_atomically
 
-FORMAT = "gpt2-checkpoint-1"
+FORMAT = "gpt2-checkpoint-2"
+OLD_FORMAT = "gpt2-checkpoint-1"  # one optimizer, its state by number: enough to generate, not to resume
+CHECKSUMS, VALUES = "checksums.json", "values.pt"
+METADATA_CLASSES = (  # all that a .metadata is made of, beside dtypes
+    "torch.Size", "torch.serialization._get_layout", "torch.distributed.checkpoint.filesystem._StorageInfo",
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in (
+        "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+        "_MEM_FORMAT_ENCODING")))
+
+
+# ---- the state of model and optimizers
+def training_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict:
+    """{"model", "optimizers"} of a checkpoint: the live tensors, DTensors where `fully_shard` made them.
+
+    `model` is the bare GPT. No collective: each process of a sharded model gets its own part. Optimizer state
+    goes by the parameters' names, because numbers mean another parameter once the groups are cut differently.
+    (torch's get_optimizer_state_dict does that too, but where there is no state yet, it makes one by a step.)
+    """
+    weights = model.state_dict()  # first: under fully_shard this puts the sharded parameters back in place
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        weights[name] = weights[names[parameter]]  # tied weights are one object, to be copied and stored once
+    states = []
+    for optimizer in optimizers:
+        groups = [{**group, "params": [names[p] for p in group["params"]]}
+                  for group in optimizer.param_groups]
+        states.append({"state": {names[p]: dict(entries) for p, entries in optimizer.state.items()},
+                       "param_groups": groups})
+    return {"model": weights, "optimizers": states}
+
+
+def restore(model: GPT, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
+    """Put a `training_state` into model and optimizers; full tensors are sharded where the model is.
+
+    The optimizers' settings (learning rate, weight decay) stay as they are. They may keep tensors of `state`.
+    Raises UserError where names or shapes do not fit.
+    """
+    _check_optimizers(model, optimizers, state["optimizers"])
+    weights = model.state_dict()
+    try:
+        model.load_state_dict({name: _sharded_like(tensor, weights.get(name))
+                               for name, tensor in state["model"].items()}, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint's weights do not fit this model: {error}") from error
+    _restore_optimizers(model, optimizers, state["optimizers"])
+
+
+def _check_optimizers(model, optimizers, states):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    wanted = [sorted(names[p] for group in optimizer.param_groups for p in group["params"])
+              for optimizer in optimizers]
+    saved = [sorted(name for group in state["param_groups"] for name in group["params"]) for state in states]
+    if wanted != saved:
+        raise UserError(f"the checkpoint's optimizers hold {[len(some) for some in saved]} parameters, "
+                        f"wanted {[len(some) for some in wanted]}, the same ones in each; "
+                        f"resume with the --optimizer it was made with")
+
+
+def _restore_optimizers(model, optimizers, states):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer, state in zip(optimizers, states):
+        numbered = {}
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        for number, parameter in enumerate(parameters):  # load_state_dict counts them in this order
+            entries = state["state"].get(names[parameter])
+            if entries is not None:
+                numbered[number] = {key: _sharded_like(entry, parameter) for key, entry in entries.items()}
+        groups = optimizer.state_dict()["param_groups"]  # today's settings
+        optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+
+
+def _sharded_like(tensor, parameter):
+    """This process's part of a full tensor, if `parameter` is sharded and of its shape; else `tensor`."""
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor) \
+            or not isinstance(tensor, torch.Tensor) or tensor.shape != parameter.shape:
+        return tensor
+    # every process has the whole tensor, so there is nothing to send (None); clone, to let go of the rest
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None).clone()
+
+
+# ---- writing
+class CheckpointWriter:
+    """Writes checkpoints in a thread, while the training goes on. One write at a time.
+
+    The thread's collectives run in a gloo group of their own, so that they never meet those of the training.
+    """
+
+    def __init__(self, log_dir: str | Path, keep: int, sharded: bool = False):
+        """Keep the newest `keep` >= 1 checkpoints in log_dir and the best one.
+
+        sharded: for a model under `fully_shard`; every process makes a writer, at the same point of the
+        program. Otherwise one process makes it and saves.
+        """
+        self.log_dir, self.keep = Path(log_dir), keep
+        # a slow disk is no dead process, and a dead one breaks its connection, which shows at once
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if sharded else None
+        self._buffers = {}  # {place in the state: tensor in host memory}, filled again by every save
+        self._thread = self._error = None
+
+    def save(self, step: int, state: dict, best_step: int | None) -> None:
+        """Copy `state` to host memory and return; a thread writes it, then removes what need not be kept.
+
+        state: plain values and a `training_state`. Waits for the write before, and raises its UserError.
+        """
+        self.wait()
+        copied = {}  # {id of a tensor: its copy}, so that tied weights are copied once
+
+        def to_host(path, leaf):
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            if id(leaf) not in copied:
+                copied[id(leaf)] = self._copy(path, leaf)
+            return copied[id(leaf)]
+
+        host_state = _map_leaves(state, to_host)
+        self._thread = threading.Thread(target=self._write, args=(step, host_state, best_step))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the last write is done; raise what went wrong in it: a UserError if it was the disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def failed(self) -> bool:
+        """Whether the write in the background has failed; does not wait.
+
+        Processes that write together may learn of it a step apart: share the answer before acting on it.
+        """
+        return self._error is not None
+
+    @torch.no_grad()
+    def _copy(self, path, tensor):
+        # pageable memory: what torch pins is rounded up to powers of 2, which can be twice the state
+        tensor, buffer = tensor.detach(), self._buffers.get(path)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._buffers[path] = torch.empty_like(tensor, device="cpu")
+        if isinstance(tensor, DTensor):
+            buffer.to_local().copy_(tensor.to_local())
+        else:
+            buffer.copy_(tensor)
+        return buffer
+
+    def _write(self, step, state, best_step):
+        try:
+            if self._group is None:
+                _remove_temporaries(self.log_dir)
+                save_checkpoint(self.log_dir, step, state)
+                prune_checkpoints(self.log_dir, self.keep, best_step)
+            else:
+                self._write_folder(step, state, best_step)
+        except OSError as error:
+            self._error = _not_written(self.log_dir / f"ckpt_{step:07d}.pt", error)
+        except BaseException as error:
+            self._error = error
+
+    def _write_folder(self, step, state, best_step):
+        folder = self.log_dir / f"ckpt_{step:07d}"
+        temporary = folder.with_suffix(".tmp")
+        rank = dist.get_rank(self._group)
+        tensors = {}  # {name: tensor}: the first name, where a tensor has two
+        names = {}  # {id of a tensor: name}
+
+        def name_tensor(path, leaf):
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            name = names.setdefault(id(leaf), ".".join(map(str, path)))
+            tensors[name] = leaf
+            return name
+
+        named = _map_leaves({key: state[key] for key in ("model", "optimizers")}, name_tensor)
+
+        def begin():
+            if rank == 0:
+                _remove_temporaries(self.log_dir)
+                temporary.mkdir()
+
+        def write_part():
+            dcp.save(tensors, storage_writer=_FolderWriter(temporary), process_group=self._group)
+
+        def sum_part():  # from the page cache: the file was written a moment ago
+            return {path.name: _checksum(path) for path in temporary.glob(f"__{rank}_*")}
+
+        def finish():
+            if rank == 0:
+                _save_and_sync({"format": FORMAT, **state, **named}, temporary / VALUES)
+                sums = {path.name: _checksum(path) for path in (temporary / VALUES, temporary / ".metadata")}
+                for part in parts:
+                    sums.update(part)
+                record = {"format": FORMAT, "files": sums}
+                write_atomically(temporary / CHECKSUMS, json.dumps(record, indent=1).encode())
+                _sync_folder(temporary)
+                if folder.exists():  # a folder cannot be renamed over another
+                    _remove(folder)
+                os.replace(temporary, folder)
+                _sync_folder(self.log_dir)
+                prune_checkpoints(self.log_dir, self.keep, best_step)
+
+        try:
+            _together(self._group, begin)
+            _together(self._group, write_part)
+            parts = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(parts, _together(self._group, sum_part), self._group)
+            _together(self._group, finish)
+        except UserError as error:
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise _not_written(folder, error) from error
 
 
 def save_checkpoint(log_dir: str | Path, step: int, state: dict) -> Path:
@@ -43,17 +276,14 @@ def save_checkpoint(log_dir: str | Path, step: int, state: dict) -> Path:
     path = Path(log_dir) / f"ckpt_{step:07d}.pt"
     temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        _save_and_sync({"format": FORMAT, **state}, temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+        _sync_folder(path.parent)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError) and "inline_container" not in str(error):
-            raise  # of the device, say; torch's zip writer turns a full disk into a RuntimeError too
-        raise UserError(f"checkpoint {path} could not be written ({error}); free disk space, then continue "
-                        f"with --resume; the checkpoints already in {log_dir} are whole") from error
+        if not _is_of_the_disk(error):
+            raise
+        raise _not_written(path, error) from error
     return path
 
 
@@ -61,35 +291,159 @@ def prune_checkpoints(log_dir: str | Path, keep: int, best_step: int | None) -> 
     """Remove all but the newest `keep` >= 1 checkpoints and the one at `best_step`."""
     for path in list_checkpoints(log_dir)[:-keep]:
         if step_of(path) != best_step:
-            path.unlink()
+            _remove(path)
 
 
 def list_checkpoints(log_dir: str | Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    found = (path for path in Path(log_dir).glob("ckpt_*.pt") if re.fullmatch(r"ckpt_\d+\.pt", path.name))
-    return sorted(found, key=step_of)
+    """The checkpoints in a folder, oldest first: ckpt_*.pt files, and ckpt_*/ folders of sharded ones."""
+    found = [path for path in Path(log_dir).glob("ckpt_*") if re.fullmatch(r"ckpt_\d+(\.pt)?", path.name)]
+    return sorted((path for path in found if path.is_dir() == (path.suffix == "")), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.removeprefix("ckpt_"))
+
+
+def _map_leaves(value, function, path=()):
+    """`value` with function(path, leaf) in place of every leaf of its dicts, lists and tuples."""
+    if isinstance(value, dict):
+        return {key: _map_leaves(item, function, (*path, key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_leaves(item, function, (*path, i)) for i, item in enumerate(value))
+    return function(path, value)
+
+
+class _FolderWriter(dcp.FileSystemWriter):
+    def storage_meta(self):
+        """Nothing: torch would put the temporary folder's name here, as an object of this system's Path."""
+        return None
+
+
+def _save_and_sync(state, path):
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path):
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _remove(path):
+    """Remove a checkpoint; stopped half-way, it is none any more."""
+    if path.is_file():
+        path.unlink(missing_ok=True)
+        return
+    leaving = path.with_suffix(".removed.tmp")
+    shutil.rmtree(leaving, ignore_errors=True)
+    os.replace(path, leaving)
+    shutil.rmtree(leaving)
+
+
+def _remove_temporaries(log_dir):
+    """What a killed write or a killed removal has left."""
+    for path in log_dir.glob("ckpt_*.tmp"):
+        if not re.fullmatch(r"ckpt_\d+(\.removed)?\.tmp", path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _checksum(path):
+    """{"bytes", "crc32"} of a file."""
+    crc = size = 0
+    with open(path, "rb") as file:
+        while piece := file.read(2**24):
+            crc, size = zlib.crc32(piece, crc), size + len(piece)
+    return {"bytes": size, "crc32": crc}
+
+
+def _is_of_the_disk(error):
+    if isinstance(error, RuntimeError):  # into which torch's zip writer turns a full disk
+        return "inline_container" in str(error)
+    return isinstance(error, OSError)
+
+
+def _not_written(path, reason):
+    return UserError(f"checkpoint {path} could not be written ({reason}); free disk space, then continue "
+                     f"with --resume; the checkpoints already there are whole")
+
+
+def _together(group, action, *args):
+    """action(*args) on every process of `group` (None: on this one). If it fails on one, it fails on all.
+
+    A UserError or an error of the disk becomes a UserError on all. Any other is a bug: where it is, it stays.
+    """
+    result = error = text = None
+    try:
+        result = action(*args)
+    except (Exception, dcp.CheckpointException) as caught:  # the latter is a BaseException
+        error = caught
+        if isinstance(caught, dcp.CheckpointException):  # torch has gathered the errors of all processes
+            error = next(iter(caught.failures.values()))[0]
+        text = str(error) if isinstance(error, UserError) or _is_of_the_disk(error) else repr(error)
+    texts = [text]
+    if group is not None:
+        texts = [None] * dist.get_world_size(group)
+        dist.all_gather_object(texts, text, group)
+    if error is not None and not isinstance(error, UserError) and not _is_of_the_disk(error):
+        raise error
+    for text in texts:
+        if text is not None:
+            raise UserError(text) from error
+    return result
+
+
+# ---- reading
+def load_into(path: str | Path, model: GPT, optimizers: list[torch.optim.Optimizer],
+              check: Callable[[dict], None]) -> dict:
+    """Fill model and optimizers from a checkpoint, or from the newest whole one of a folder; return the rest.
+
+    `check` is called with that rest (all but model and optimizers) before anything is changed; what it raises
+    is raised here. Either kind of checkpoint fits either kind of model, and any number of processes. If the
+    model is sharded, all processes call this together and agree on the checkpoint; of a sharded one each then
+    reads its own part. Checksums cover the whole checkpoint: the processes share the files among them.
+
+    Raises UserError where there is no whole checkpoint, or where it does not fit.
+    """
+    sharded = any(isinstance(tensor, DTensor) for tensor in model.state_dict().values())
+    # gloo: file names and verdicts travel, which need no GPU
+    group = dist.new_group(backend="gloo") if sharded else None
+    try:
+        candidate, state, metadata = _newest_whole(Path(path), group)
+        if state["format"] != FORMAT:
+            raise UserError(f"checkpoint {candidate}: wanted format {FORMAT!r}, got {state['format']!r}, an "
+                            f"older one; it can generate but not be resumed; "
+                            f"begin a new run with --log_dir=ANOTHER")
+        values = {key: value for key, value in state.items() if key not in ("model", "optimizers")}
+        _together(group, check, values)
+        if metadata is None:
+            restore(model, optimizers, state)
+        else:
+            _together(group, _read_parts, candidate, metadata, state, model, optimizers, group)
+    finally:
+        if group is not None:
+            dist.destroy_process_group(group)
+    return values
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The checkpoint in a file, or the newest whole one in a folder, on the CPU.
+    """A checkpoint, or the newest whole one in a folder: full tensors, on the CPU, on this process alone.
 
-    A damaged file is a UserError; in a folder it is reported on stderr and the one before it is used.
+    A damaged one is a UserError; in a folder it is reported on stderr and the one before it is used.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"checkpoint {path}: not there; give a .pt file or a log_dir, "
-                        f"or train one with make demo")
-    if path.is_file():
-        return _load_file(path)
-    candidates = list_checkpoints(path)
-    for candidate in reversed(candidates):
-        try:
-            return _load_file(candidate)
-        except UserError as error:
-            print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
-    found = f"{len(candidates)} damaged ones" if candidates else "none"
-    raise UserError(f"checkpoint {path}: wanted a folder with a whole ckpt_*.pt, got {found}; "
-                    f"name another, or train one with make demo")
+    _, state, _ = _newest_whole(Path(path), None)
+    return state
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
@@ -123,9 +477,142 @@ def describe_model(model: GPT) -> dict:
     return dataclasses.asdict(model.config)
 
 
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.stem.removeprefix("ckpt_"))
+def _newest_whole(path, group):
+    """(its path, and what `_open` makes of it) of the checkpoint `path`, or of the newest whole one in it."""
+    # rank 0's list, and a checkpoint that any process finds damaged is so for all
+    found = [_together(group, _candidates, path)]
+    if group is not None:
+        dist.broadcast_object_list(found, 0, group)
+    candidates, = found
+    if candidates is None:
+        raise UserError(f"checkpoint {path}: not there; give a .pt file or a log_dir, "
+                        f"or train one with make demo")
+    for candidate in reversed(candidates):
+        try:
+            return candidate, *_together(group, _open, candidate, group)
+        except UserError as error:
+            if candidate == path:
+                raise
+            if group is None or dist.get_rank(group) == 0:
+                print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
+    found = f"{len(candidates)} damaged ones" if candidates else "none"
+    raise UserError(f"checkpoint {path}: wanted a folder with a whole ckpt_*.pt or ckpt_*/, got {found}; "
+                    f"name another, or train one with make demo")
+
+
+def _candidates(path):
+    if not path.exists():
+        return None
+    if path.is_file() or (path / CHECKSUMS).exists() or re.fullmatch(r"ckpt_\d+", path.name):
+        return [path]
+    return list_checkpoints(path)
+
+
+def _open(path, group):
+    """(state, None) of a whole checkpoint. With a group, a folder is checked but not read: (state, metadata).
+
+    That state has the tensors' names in their places, and is for `_read_parts`. Damage is a UserError.
+    """
+    if path.is_file():
+        return _load_file(path), None
+    if group is not None:
+        return _open_folder(path, slice(dist.get_rank(group), None, dist.get_world_size(group)))
+    state, metadata = _open_folder(path, slice(None))
+    tensors = {name: torch.empty(saved.size, dtype=saved.properties.dtype)
+               for name, saved in metadata.state_dict_metadata.items()}
+    _fill(tensors, path, metadata, None)
+    return _put_tensors(state, tensors), None
+
+
+def _open_folder(folder, share):
+    """(state with the tensors' names in their places, torch's metadata); checks the files in `share`."""
+    try:
+        record = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise UserError(f"checkpoint {folder}: wanted format {FORMAT!r}, got {record['format']!r}")
+        files = record["files"]
+        for name in sorted(files)[share]:
+            if Path(name).name != name or _checksum(folder / name) != files[name]:
+                raise UserError(f"checkpoint {folder}: damaged, checksum of {name} is wrong")
+        with open(folder / ".metadata", "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        inside = {info.relative_path for info in metadata.storage_data.values()}
+        saved = metadata.state_dict_metadata.values()
+        # torch loads anything but a tensor as a pickle, and any path it is told
+        if not inside <= set(files) or not all(isinstance(one, dcp.TensorStorageMetadata) for one in saved):
+            raise pickle.UnpicklingError("it names something else than tensors in its own files")
+    except pickle.UnpicklingError as error:
+        raise _refused(folder, error) from error
+    except UserError:
+        raise
+    except Exception as error:  # the parsers raise a dozen types on damaged bytes
+        raise _damaged(folder, error) from error
+    return _load_file(folder / VALUES), metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads torch.distributed.checkpoint's .metadata, which is a pickle, and could otherwise run any code."""
+
+    def find_class(self, module, name):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or f"{module}.{name}" in METADATA_CLASSES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} in .metadata")
+
+
+class _FolderReader(dcp.FileSystemReader):
+    def __init__(self, folder, metadata):
+        super().__init__(folder)
+        self.metadata = metadata
+
+    def read_metadata(self, *args, **kwargs):
+        """What _MetadataUnpickler made of it; torch's own method runs whatever is in the file."""
+        return self.metadata
+
+
+def _fill(tensors, folder, metadata, group):
+    """Read {name: tensor} in place: full tensors on one process, or DTensors on all of `group`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as we asked for
+        try:
+            dcp.load(tensors, storage_reader=_FolderReader(folder, metadata), process_group=group,
+                     no_dist=group is None)
+        except dcp.CheckpointException as error:
+            raise _damaged(folder, next(iter(error.failures.values()))[0]) from error
+
+
+def _put_tensors(state, tensors):
+    """`state` with the tensors in the places of their names."""
+    named = _map_leaves({key: state[key] for key in ("model", "optimizers")},
+                        lambda _, leaf: tensors.get(leaf, leaf) if isinstance(leaf, str) else leaf)
+    return {**state, **named}
+
+
+def _read_parts(folder, metadata, state, model, optimizers, group):
+    """Read this process's part of a sharded checkpoint into a sharded model and its optimizers."""
+    weights = model.state_dict()
+    parameters = dict(model.named_parameters())
+    saved = metadata.state_dict_metadata
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    saved_shapes = {name: tuple(saved[key].size) for name, key in state["model"].items()}
+    if shapes != saved_shapes:
+        names = sorted({name for name, _ in shapes.items() ^ saved_shapes.items()})
+        raise UserError(f"the checkpoint's weights do not fit this model: {', '.join(names[:5])}")
+    _check_optimizers(model, optimizers, state["optimizers"])
+    tensors = {key: weights[name] for name, key in state["model"].items()}
+
+    def make_room(path, key):
+        if key in saved and key not in tensors:
+            parameter = parameters.get(path[2]) if path[1] == "state" else None
+            if parameter is not None and parameter.shape == saved[key].size:
+                tensors[key] = torch.zeros_like(parameter, dtype=saved[key].properties.dtype)
+            else:
+                tensors[key] = torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
+        return key
+
+    _map_leaves(state["optimizers"], make_room)
+    _fill(tensors, folder, metadata, group)
+    _restore_optimizers(model, optimizers, _put_tensors(state, tensors)["optimizers"])
 
 
 def _load_file(path):
@@ -138,14 +625,25 @@ def _load_file(path):
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        raise UserError(f"checkpoint {path}: refused, it holds more than tensors and plain values, "
-                        f"and loading that could run code; "
-                        f"wanted a checkpoint written by train_gpt2.py") from error
+        raise _refused(path, error) from error
     except Exception as error:  # zipfile and torch raise a dozen types on damaged bytes
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"checkpoint {path}: damaged or not one of ours "
-                        f"({type(error).__name__}: {reason})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise _damaged(path, error) from error
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, OLD_FORMAT):
         raise UserError(f"checkpoint {path}: wanted format {FORMAT!r}; "
                         f"this file was not written by train_gpt2.py")
     return state
+
+
+def _refused(path, error):
+    return UserError(f"checkpoint {path}: refused, it holds more than tensors and plain values "
+                     f"({_first_line(error)}), and loading that could run code; "
+                     f"wanted a checkpoint written by train_gpt2.py")
+
+
+def _damaged(path, error):
+    return UserError(f"checkpoint {path}: damaged or not one of ours "
+                     f"({type(error).__name__}: {_first_line(error)})")
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [""])[0]

@@ -74,17 +74,20 @@ class KVCache:
 
 
 def plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    """F.scaled_dot_product_attention written out, with the softmax in float32.
+    """F.scaled_dot_product_attention written out in float32, for devices on which that one is wrong.
 
-    What SDPA is checked against, and what takes its place on a device where it is wrong. It holds the scores
-    (B, nh, T, S), which SDPA never does.
+    q (B, nh, T, hs), k and v (B, nh, S, hs), attn_mask (T, S) bool, True where a query sees a key. Slower,
+    and it holds the scores (B, nh, T, S), which SDPA never does.
     """
-    scores = (q.float() @ k.float().transpose(-2, -1)) * q.size(-1) ** -0.5  # (B, nh, T, S)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()  # (T, S)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    return F.dropout(F.softmax(scores, dim=-1), dropout_p).to(v.dtype) @ v  # (B, nh, T, hs)
+    T, S = q.size(2), k.size(2)
+    with torch.autocast(q.device.type, enabled=False):  # which would multiply in 16 bits again
+        scores = q.float() @ k.float().mT * q.size(3) ** -0.5  # (B, nh, T, S)
+        if is_causal:
+            attn_mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        weights = F.dropout(F.softmax(scores, dim=-1), dropout_p)
+        return (weights @ v.float()).to(q.dtype)  # (B, nh, T, hs)
 
 
 class CausalSelfAttention(nn.Module):

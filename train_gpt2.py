@@ -5,18 +5,24 @@ Train GPT-2 from scratch. Everything that happens is in this file, in the order 
     torchrun --standalone --nproc_per_node=8 train_gpt2.py                     # 124M on 10B tokens: 8 GPUs
     python train_gpt2.py config/rtx4050_15m.py --batch_size=16 --log_dir=log_b # files and flags, later wins
     python train_gpt2.py config/demo_cpu.py --resume                           # continue after any stop
+    python train_gpt2.py config/gpu_8gb.py --dry_run                           # does it fit, how long
 
 Reads token shards from data_dir (make prepare, make demo, or fineweb.py). Writes into log_dir: log.txt, one
-`step stream value` per line; runs.jsonl, the resolved settings and versions of every start; ckpt_*.pt.
+`step stream value` per line; runs.jsonl, the resolved settings and versions of every start; ckpt_*; and
+skipped.jsonl, the steps that were left out. SIGTERM, Ctrl-C and --max_hours finish the step, save, and exit
+with 0; a worker that torchrun starts again goes on from the newest whole checkpoint by itself.
 The defaults are GPT-2 small on FineWeb-Edu: 19,073 steps of 524,288 tokens = 10.0B tokens.
 
 The tokens of step s depend on (seed, data, batch_tokens, T, s) alone, and dropout on (seed, s, micro-batch),
 so the run is the same for any number of processes, and a resumed run is the run that was never stopped.
 """
 
+import contextlib
+import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,13 +32,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import checkpoint
 from bpe import load_tokenizer
 from configurator import UserError, configure
-from device import resolve_device
-from model import GPT, GPTConfig
+from device import check_first_loss, resolve_device, self_test
+from model import GPT, GPTConfig, plain_attention
 from shards import TokenStream, WindowLoader, write_atomically
 
 # ---- data and output
@@ -40,6 +49,9 @@ data_dir = "edu_fineweb10B"  # folder of token shards, *_train_*.npy|bin and *_v
 tokenizer = "gpt2"  # gpt2 or a rank file: the one the shards were made with
 log_dir = "log"  # log.txt, runs.jsonl and checkpoints go here
 resume = False  # continue the run in log_dir from its newest whole checkpoint
+dry_run = False  # two steps: memory, speed, time for the whole run; writes nothing
+tensorboard = False  # log into log_dir/tensorboard as well
+wandb = False  # log to Weights & Biases as well; a resumed run goes on there
 # ---- model: GPT-2 small, 124M
 n_layer = 12  # blocks
 n_head = 12  # attention heads per block
@@ -55,6 +67,7 @@ batch_tokens = 524_288  # tokens per optimizer step over all processes, 2**19; a
 max_steps = 19_073  # optimizer steps; 10B tokens / batch_tokens
 num_epochs = 0.0  # passes over the training tokens; above 0 it replaces max_steps
 target_loss = 0.0  # stop when a step's train loss is this low; 0 = never
+max_hours = 0.0  # save and stop, exit code 0, when this process is so old; 0 = never
 schedule = "cosine"  # cosine, or wsd: warm-up, stable, decay
 warmup_steps = 715  # linear warm-up; 375M tokens, GPT-3 appendix B
 decay_fraction = 0.2  # wsd: the last share of max_steps, in which the rate falls on a line
@@ -66,6 +79,8 @@ weight_decay = 0.1  # on matrices and embeddings only; GPT-3 appendix B
 beta1 = 0.9  # GPT-3 appendix B
 beta2 = 0.95  # GPT-3 appendix B
 grad_clip = 1.0  # global L2 norm; 0 = no clipping
+max_z_score = 0.0  # skip a step whose loss or gradient norm is so many deviations above the recent; 0 = off
+max_bad_steps = 10  # so many skipped steps in a row, not finite or spiking, stop the run
 # ---- judging and saving
 val_interval = 250  # steps between validations; 0 = only at the end
 val_tokens = 10_485_760  # the first so many tokens of the val split; less where it is shorter
@@ -78,14 +93,19 @@ max_new_tokens = 48  # tokens per sample
 # ---- machine
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
 dtype = "auto"  # auto|float32|bfloat16|float16, of matrix products; weights stay float32
+parallel = "ddp"  # ddp, or fsdp: weights, gradients and moments are split over the processes
+activation_checkpointing = False  # compute each block twice instead of keeping its activations
+loss_chunk = 0  # rows of logits (tokens) held at once; 0 = all of a micro-step
 compile = True  # torch.compile the training step; off by itself, with a line, where it does not work
 peak_tflops = 0.0  # dense peak of one device for the MFU; 0 = from the table in device.py, or n/a
+deterministic = False  # the same log on every run on one machine: slower kernels on CUDA, no times in the log
 seed = 1337  # of initial weights, data order, dropout and samples
 config = configure(globals())
 LEGAL = {  # lowest and highest value of the settings that nothing else checks
-    (1, math.inf): "batch_size block_size max_steps keep_checkpoints val_tokens num_samples max_new_tokens",
+    (1, math.inf): "batch_size block_size max_steps keep_checkpoints val_tokens num_samples max_new_tokens "
+                   "max_bad_steps",
     (0, math.inf): "vocab_size num_epochs target_loss warmup_steps min_lr weight_decay grad_clip peak_tflops "
-                   "val_interval checkpoint_interval sample_interval",
+                   "val_interval checkpoint_interval sample_interval max_hours max_z_score loss_chunk",
     (min_lr, math.inf): "max_lr",
     (0, 1 - 1e-9): "beta1 beta2",
     (0, 1): "decay_fraction",
@@ -95,27 +115,37 @@ for (low, high), keys in LEGAL.items():
     for key in keys.split():
         if not low <= config[key] <= high:
             raise UserError(f"{key}={config[key]}: wanted {low} to {high}; type --{key}=VALUE")
+for key, choices in {"schedule": "cosine wsd", "optimizer": "adamw muon", "parallel": "ddp fsdp"}.items():
+    if config[key] not in choices.split():
+        raise UserError(f"{key}={config[key]!r}: wanted {choices.replace(' ', ' or ')}")
+for package in ("tensorboard", "wandb"):
+    if config[package] and importlib.util.find_spec(package) is None:
+        raise UserError(f"--{package} needs a package that is not installed: pip install {package}")
 
 
 # ---- processes and device: the only block that reads RANK and friends
+start_time = time.monotonic()
 world_size = int(os.environ.get("WORLD_SIZE", 1))
 rank = int(os.environ.get("RANK", 0))
 ddp = world_size > 1
+fsdp = ddp and parallel == "fsdp"
 master_process = rank == 0
-if not resume and (Path(log_dir, "log.txt").exists() or checkpoint.list_checkpoints(log_dir)):
-    raise UserError(f"log_dir={log_dir} already holds a run; continue it with --resume, "
-                    f"or choose --log_dir=ANOTHER")
+job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's; the same after a restart
 if ddp and ":" in device:
     raise UserError(f"device={device} is one device for {world_size} processes; give --device=cuda")
-dev = resolve_device(device, dtype, compile, int(os.environ.get("LOCAL_RANK", 0)))
+dev = resolve_device(device, dtype, compile, int(os.environ.get("LOCAL_RANK", 0)), deterministic)
+if fsdp and (optimizer == "muon" or dev.dtype == torch.float16):
+    raise UserError(f"parallel=fsdp splits the matrices that muon needs whole, and has no loss scaling for "
+                    f"float16; got {optimizer} and {dev.dtype}: type --parallel=ddp, or "
+                    f"--optimizer=adamw and --dtype=bfloat16")
 if ddp:
     dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
-    dist.barrier()  # nobody writes into log_dir before everybody has looked at it
+progress = None  # tqdm's bar, while the loop runs in a terminal
 
 
 def say(text=""):
     if master_process:
-        print(text, flush=True)
+        print(text, flush=True) if progress is None else progress.write(text)
 
 
 def leave_together():
@@ -132,6 +162,33 @@ def sum_over_ranks(*values):
     sums = torch.tensor(values, dtype=torch.float64, device=dev.device if dev.type == "cuda" else "cpu")
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+# a run that torchrun restarts goes on; any other that would land on an existing one is refused
+log_path, runs_path = Path(log_dir, "log.txt"), Path(log_dir, "runs.jsonl")
+restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 or (
+    job != "none" and runs_path.exists() and f'"job": "{job}"' in runs_path.read_text(encoding="utf-8"))
+exists = log_path.exists() or bool(checkpoint.list_checkpoints(log_dir))
+# on all processes: a node that joins later counts no restarts, and all have looked before one writes
+restarted, exists = sum_over_ranks(restarted, exists)
+if exists and not (resume or restarted or dry_run):
+    leave_together()
+    raise UserError(f"log_dir={log_dir} already holds a run; continue it with --resume, "
+                    f"or choose --log_dir=ANOTHER")
+resume = bool(resume or restarted) and not dry_run
+
+
+@contextlib.contextmanager
+def advice_when_memory_runs_out():
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        halved = f"--batch_size={B // 2} (as many tokens per step, half the memory), " if B > 1 else ""
+        raise UserError(f"out of memory on {dev.name} with batch_size={B}, block_size={T}; type {halved}"
+                        f"--loss_chunk={min(1024, max(1, B * T // 8))}, or --activation_checkpointing; "
+                        f"--dry_run tells what a setting needs") from error
 
 
 # ---- data
@@ -155,8 +212,6 @@ val_loader = WindowLoader(val_stream, T, B * T, seed, tok.n_vocab, shuffle=False
 n_val_windows = min(val_loader.n_windows, max(1, val_tokens // T))
 if num_epochs > 0:
     max_steps = config["max_steps"] = math.floor(num_epochs * train_loader.steps_per_epoch)
-if schedule not in ("cosine", "wsd"):
-    raise UserError(f"schedule={schedule!r}: wanted cosine or wsd")
 if not 0 <= warmup_steps <= max_steps or max_steps < 1:
     raise UserError(f"warmup_steps={warmup_steps}, max_steps={max_steps}: "
                     f"wanted 0 <= warmup_steps <= max_steps, and 1 step or more; "
@@ -191,43 +246,67 @@ if vocab_size == 0:
 torch.manual_seed(seed)  # the same initial weights on every process and device
 raw_model = GPT(GPTConfig(block_size, vocab_size, tok.n_vocab, n_layer, n_head, n_embd, dropout,
                           norm_position))
-raw_model.to(dev.device)
+raw_model.activation_checkpointing, raw_model.loss_chunk = activation_checkpointing, loss_chunk
+if fsdp:  # each process keeps its part of every matrix and gathers a block when it needs it
+    for block in raw_model.transformer.h:
+        if dev.compile:
+            block.compile(dynamic=False)
+        fully_shard(block)
+    fully_shard(raw_model)
+else:
+    raw_model.to(dev.device)
+# a device that leaks future tokens trains to a wonderful loss, so it is asked before anything is trained
+failures = self_test(raw_model, dev)
+if sum_over_ranks(len(failures))[0]:
+    say(f"self-test: {'; '.join(failures) or 'failed elsewhere'}; attention is written out instead")
+    raw_model.use_attention(plain_attention)
+    failures = self_test(raw_model, dev, plain_attention)
+    if sum_over_ranks(len(failures))[0]:
+        leave_together()
+        raise UserError(f"self-test on {dev.name}: {'; '.join(failures) or 'failed elsewhere'}; this device "
+                        f"computes wrong numbers: try --dtype=float32, another torch, or --device=cpu")
+if fsdp:  # a forward without a backward leaves the embeddings gathered
+    raw_model.reshard()
 optimizers = raw_model.configure_optimizers(optimizer, weight_decay, max_lr, (beta1, beta2), dev.fused)
 scaler = dev.grad_scaler()
+# steps left out, so far and in a row; [loss, gradient norm] of the last SPIKE_WINDOW good ones
+SPIKE_WINDOW = 128
+guard = {"skipped": 0, "in_row": 0, "recent": []}
 
 
 # ---- resume
-start_step, best, reached = 0, None, False
-if resume and checkpoint.list_checkpoints(log_dir):
-    state = checkpoint.load_checkpoint(log_dir)
-    saved = {**state["config"], **state["model_config"],
-             "data": state["data"], "tokenizer": state["tokenizer"]["sha256"]}
-    wanted = {**config, **checkpoint.describe_model(raw_model),
-              "data": train_stream.fingerprint, "tokenizer": tok.sha256}
+def check_saved(saved):
+    """Refuse a checkpoint of another run, by its plain values; say which settings are others than before."""
+    was = {**saved["config"], **saved["model_config"], "data": saved["data"],
+           "tokenizer": saved["tokenizer"]["sha256"]}
+    now = {**config, **checkpoint.describe_model(raw_model), "data": train_stream.fingerprint,
+           "tokenizer": tok.sha256}
     # with another value of these it would be another run
-    fixed = [*state["model_config"], "data", "tokenizer", "seed", "batch_tokens", "optimizer"]
-    differing = [f"{key}: {saved[key]} in the checkpoint, {wanted[key]} now"
-                 for key in fixed if saved[key] != wanted[key]]
+    fixed = [*saved["model_config"], "data", "tokenizer", "seed", "batch_tokens", "optimizer"]
+    differing = [f"{key}: {was[key]} in the checkpoint, {now[key]} now"
+                 for key in fixed if was[key] != now[key]]
     if differing:
         raise UserError(f"cannot --resume {log_dir}: {'; '.join(differing)}; "
                         f"use the checkpoint's values, or another --log_dir")
+    if saved["step"] > max_steps:
+        raise UserError(f"cannot --resume {log_dir}: its newest checkpoint is of step {saved['step']}, "
+                        f"got max_steps={max_steps}; give --max_steps={saved['step']} or more")
     for key in config:  # the rest may change on purpose, but not in silence
-        if key in saved and key not in fixed and key != "resume" and saved[key] != config[key]:
-            say(f"resume: {key} was {saved[key]}, is now {config[key]}")
-    raw_model.load_state_dict(state["model"])
-    for opt, saved_opt in zip(optimizers, state["optimizers"], strict=True):
-        groups = [{**group} for group in opt.param_groups]
-        opt.load_state_dict(saved_opt)  # moments, and settings, of which today's count
-        for group, today in zip(opt.param_groups, groups):
+        if key in was and key not in fixed and key != "resume" and was[key] != config[key]:
+            say(f"resume: {key} was {was[key]}, is now {config[key]}")
+
+
+start_step, best, reached = 0, None, False
+if resume and checkpoint.list_checkpoints(log_dir):
+    groups = [[{**group} for group in opt.param_groups] for opt in optimizers]
+    saved = checkpoint.load_into(log_dir, raw_model, optimizers, check_saved)
+    for opt, settings in zip(optimizers, groups):  # of weight_decay, betas, ... today's values count
+        for group, today in zip(opt.param_groups, settings):
             group.update({key: value for key, value in today.items() if key != "params"})
-    if state["scaler"] and scaler.is_enabled():  # empty unless the run that saved it was in float16
-        scaler.load_state_dict(state["scaler"])
-    start_step, best = state["step"], state["best"]
-    reached = 0 < state["train_loss"] <= target_loss
-    del state
-if start_step > max_steps:
-    raise UserError(f"cannot --resume {log_dir}: its newest checkpoint is of step {start_step}, "
-                    f"got max_steps={max_steps}; give --max_steps={start_step} or more")
+    if saved["scaler"] and scaler.is_enabled():  # empty unless the run that saved it was in float16
+        scaler.load_state_dict(saved["scaler"])
+    start_step, best, guard = saved["step"], saved["best"], saved["guard"]
+    reached = 0 < saved["train_loss"] <= target_loss
 if ddp:
     places = [None] * world_size
     dist.all_gather_object(places, (start_step, train_stream.fingerprint, val_stream.fingerprint))
@@ -236,10 +315,14 @@ if ddp:
         raise UserError(f"processes disagree on (start step, train data, val data): {sorted(set(places))}; "
                         f"log_dir={log_dir} and data_dir={data_dir} must be the same folders on every node")
 
-# evaluation, sampling and saving use raw_model; only the training step is compiled and synchronised
-model = torch.compile(raw_model, dynamic=False) if dev.compile else raw_model
-if ddp:  # from here on every process has the weights of rank 0
-    model = DistributedDataParallel(model, device_ids=[dev.device.index] if dev.type == "cuda" else None)
+# evaluation, sampling and saving use raw_model, in eager mode; only the training step is compiled
+model = raw_model
+if ddp and not fsdp:  # from here on every process has the weights of rank 0
+    model = DistributedDataParallel(model, device_ids=[dev.device.index] if dev.type == "cuda" else None,
+                                    gradient_as_bucket_view=True)
+replica = model  # the one that averages gradients over the processes
+if dev.compile and not fsdp:  # around DDP, so that it cuts the graph where gradients can be sent early
+    model = torch.compile(model, dynamic=False)
 x, y = fetch_batch(start_step, 0)
 unigram = unigram_loss() if master_process else None
 
@@ -253,14 +336,36 @@ def git_revision():
         return "unknown"
 
 
+def open_board():
+    """TensorBoard's writer; what an earlier run wrote after start_step, and is about to happen again, is
+    hidden."""
+    if not tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(Path(log_dir, "tensorboard"), purge_step=start_step)
+
+
+def open_wandb():
+    """The run at Weights & Biases: a new one, or the one whose id an earlier start left in log_dir."""
+    if not wandb:
+        return None
+    import wandb as package
+    id_path = Path(log_dir, "wandb_id.txt")
+    if not id_path.exists():
+        write_atomically(id_path, f"{Path(log_dir).name}-{time.time_ns():x}".encode())
+    run = package.init(project="gpt2", dir=log_dir, id=id_path.read_text(encoding="utf-8"), resume="allow",
+                       config={**config, **provenance})
+    run.define_metric("*", step_metric="step")  # not its own counter, which never goes back
+    return run
+
+
 provenance = {"git": git_revision(), "torch": str(torch.__version__), "device": dev.name,
               "world_size": world_size}
-log_path = Path(log_dir, "log.txt")
-if master_process:
+if master_process and not dry_run:
     Path(log_dir).mkdir(parents=True, exist_ok=True)
     for path in checkpoint.list_checkpoints(log_dir):
         if checkpoint.step_of(path) > start_step:  # newer than the newest whole one: damaged
-            path.rename(path.with_suffix(".damaged"))
+            path.rename(path.with_suffix(f".damaged_{time.time_ns()}"))
     lines = log_path.read_text(encoding="utf-8").splitlines(keepends=True) if log_path.exists() else []
     if lines and start_step == 0:
         lines, old_log = [], Path(log_dir, f"log_before_{time.time_ns()}.txt")
@@ -270,15 +375,24 @@ if master_process:
     kept = [line for line in lines if line.endswith("\n")
             and not (line.split(" ")[0].isdigit() and int(line.split(" ")[0]) >= start_step)]
     write_atomically(log_path, "".join(kept).encode())
-    with open(Path(log_dir, "runs.jsonl"), "a", encoding="utf-8") as file:
-        record = {"start_step": start_step, "config": config, "data": train_stream.fingerprint, **provenance}
+    with open(runs_path, "a", encoding="utf-8") as file:
+        record = {"start_step": start_step, "job": job, "config": config, "data": train_stream.fingerprint,
+                  **provenance}
         file.write(json.dumps(record) + "\n")
+    board, weights_and_biases = open_board(), open_wandb()
+writer = None
+if (master_process or fsdp) and not dry_run:
+    writer = checkpoint.CheckpointWriter(log_dir, keep_checkpoints, sharded=fsdp)
 
 
 def log(step, **streams):
-    if master_process:
+    if master_process and not dry_run:
         with open(log_path, "a", encoding="utf-8") as file:
             file.write("".join(f"{step} {stream} {value:.8g}\n" for stream, value in streams.items()))
+        for stream, value in streams.items() if board else ():
+            board.add_scalar(stream, value, step)
+        if weights_and_biases:
+            weights_and_biases.log({"step": step, **streams})
 
 
 say(f"device: {dev.name} ({dev.device}), {str(dev.dtype).removeprefix('torch.')}, "
@@ -314,32 +428,65 @@ def get_lr(step, schedule, warmup_steps, max_steps, max_lr, min_lr, decay_fracti
     return min_lr + height * (max_lr - min_lr)
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
-def evaluate_loss():
-    """(nats per token, bits per byte) over the first n_val_windows of val; every token weighs the same."""
+def evaluate_loss(n_windows):
+    """(nats per token, bits per byte) over the first windows of val; every token weighs the same."""
     raw_model.eval()
     token_bytes = tok.token_bytes()
     loss_sum, n_tokens, n_bytes = 0.0, 0, 0
     rows = max(1, B // 4)  # a sequence takes more memory here than in the compiled step, which fuses the loss
-    for first in range(rank * rows, n_val_windows, world_size * rows):
-        x, y = val_loader.read_windows(np.arange(first, min(first + rows, n_val_windows)))
-        with dev.autocast():
-            loss_sum += raw_model(dev.to_device(x), dev.to_device(y), reduction="sum").item()
-        n_tokens += y.size
-        n_bytes += int(token_bytes[y].sum())
+    for first in range(0, n_windows, world_size * rows):
+        ids = np.arange(first + rank * rows, min(first + (rank + 1) * rows, n_windows))
+        # fsdp gathers weights in every forward, so a process without windows left takes part, for nothing
+        x, y = val_loader.read_windows(ids if len(ids) else np.zeros(1, dtype=np.int64))
+        with dev.autocast(), advice_when_memory_runs_out():
+            loss = raw_model(dev.to_device(x), dev.to_device(y), reduction="sum").item()
+        if len(ids):
+            loss_sum, n_tokens, n_bytes = loss_sum + loss, n_tokens + y.size, n_bytes + token_bytes[y].sum()
     raw_model.train()
-    loss_sum, n_tokens, n_bytes = sum_over_ranks(loss_sum, n_tokens, n_bytes)
+    loss_sum, n_tokens, n_bytes = sum_over_ranks(loss_sum, n_tokens, int(n_bytes))
     return loss_sum / n_tokens, loss_sum / math.log(2) / n_bytes
 
 
-def stop_unless_finite(what, value, step):
-    if not math.isfinite(value):  # the same value on every process, so all of them stop
-        newest = (checkpoint.list_checkpoints(log_dir) or ["none"])[-1]
-        leave_together()
-        sys.exit(f"error: {what} is {value} at step {step}; stopped. Last good checkpoint: {newest}. "
-                 f"Continue from it with --resume and a lower --max_lr, or try --dtype=float32")
+def give_up(reason):
+    """Stop all processes: called by all of them, for a reason that all of them see."""
+    if writer:
+        writer.wait()
+    newest = (checkpoint.list_checkpoints(log_dir) or ["none"])[-1]
+    leave_together()
+    sys.exit(f"error: {reason}; stopped. Last good checkpoint: {newest}. Continue from it with --resume and "
+             f"a lower --max_lr, or try --dtype=float32")
 
 
+def judge_step(loss, norm):
+    """Why a step must not change the weights, or None. From numbers that all processes share."""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        return f"loss {loss:.4f}, gradient norm {norm:.4f}"
+    if max_z_score > 0 and len(guard["recent"]) == SPIKE_WINDOW:
+        for name, value, past in zip(("loss", "gradient norm"), (loss, norm), zip(*guard["recent"])):
+            z = (value - np.mean(past)) / max(np.std(past), 1e-12)
+            if z > max_z_score:
+                return f"{name} {value:.4f}, {z:.1f} deviations above {np.mean(past):.4f}"
+    return None
+
+
+def data_positions(step, losses):
+    """Where the worst micro-batch of each process came from: files, and the tokens at which its windows
+    begin."""
+    worst = int(np.argmax([math.inf if not math.isfinite(loss) else loss for loss in losses]))
+    first = (worst * world_size + rank) * B
+    ids = train_loader.window_ids(step)[first:first + B]
+    places = [train_stream.locate(int(window) * T) for window in ids]
+    mine = {"rank": rank, "micro_step": worst, "loss": losses[worst],
+            "windows": [f"{path.name}:{token}" for path, token in places]}
+    everyone = [mine] * world_size
+    if ddp:
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+@torch.compiler.set_stance("force_eager")
 def print_samples(step):
     generator = torch.Generator(dev.device).manual_seed(seed + step)
     idx = dev.to_device(np.concatenate(([tok.eot], tok.encode(prompt))).astype(np.int64))  # (T,)
@@ -352,93 +499,176 @@ def print_samples(step):
 
 
 # ---- the loop
+signals = []  # SIGTERM and SIGINT that have come
+
+
+def note_signal(number, frame):
+    if signals and not ddp:  # torchrun sends a second one by itself; a person means it
+        signal.default_int_handler(number, frame)
+    signals.append(signal.Signals(number).name)
+
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, note_signal)
+if master_process and sys.stdout.isatty() and not dry_run:
+    progress = tqdm(total=max_steps, initial=start_step, unit="step", file=sys.stdout, dynamic_ncols=True)
 raw_model.train()
-step_times, loss = [], math.inf
+step_times, loss, stopping, n_graphs = [], math.inf, False, None
 for step in range(start_step, max_steps + 1):  # one extra turn, to judge and save the final weights
     last_step = step == max_steps or reached
+    stopping = stopping and not last_step
+    if dry_run and step == min(2, max_steps):
+        break
 
     # ---- evaluate: every process, fixed tokens, off the clock; whatever is saved is judged first
     checkpoint_due = last_step or (checkpoint_interval > 0 and step > 0 and step % checkpoint_interval == 0)
-    if checkpoint_due or (val_interval > 0 and step % val_interval == 0):
-        val_loss, val_bpb = evaluate_loss()
+    judged = (checkpoint_due or (val_interval > 0 and step % val_interval == 0)) and not (stopping or dry_run)
+    if stopping and not math.isfinite(evaluate_loss(world_size)[0]):  # no time for more
+        give_up(f"val loss is not finite at step {step}")
+    if judged:
+        val_loss, val_bpb = evaluate_loss(n_val_windows)
         log(step, val=val_loss, val_bpb=val_bpb)
         say(f"step {step} | val loss: {val_loss:.4f} | bits per byte: {val_bpb:.4f}")
-        stop_unless_finite("val loss", val_loss, step)
-    if master_process and sample_interval > 0 and step > 0 and step % sample_interval == 0 and not last_step:
+        if not math.isfinite(val_loss):
+            give_up(f"val loss is {val_loss} at step {step}")
+        if checkpoint_due and (best is None or val_loss < best["val_loss"]):
+            best = {"step": step, "val_loss": val_loss}
+    sample_due = sample_interval > 0 and step > 0 and step % sample_interval == 0
+    if sample_due and (master_process or fsdp) and not (last_step or stopping or dry_run):
         print_samples(step)
 
     # ---- checkpoint: at step s, s updates have been made
-    if checkpoint_due and step > start_step:
-        if best is None or val_loss < best["val_loss"]:
-            best = {"step": step, "val_loss": val_loss}
-        if master_process:
-            checkpoint.save_checkpoint(log_dir, step, {
-                "step": step, "train_loss": loss, "val_loss": val_loss, "best": best,
-                "model": raw_model.state_dict(), "optimizers": [opt.state_dict() for opt in optimizers],
-                "scaler": scaler.state_dict(),
-                "config": config, "model_config": checkpoint.describe_model(raw_model),
-                "tokenizer": checkpoint.describe_tokenizer(tok), "data": train_stream.fingerprint,
-                "provenance": provenance,
-            })
-            checkpoint.prune_checkpoints(log_dir, keep_checkpoints, best["step"])
-    if last_step:
+    if (checkpoint_due or stopping) and step > start_step and writer:
+        if fsdp:  # as above, after judging
+            raw_model.reshard()
+        writer.save(step, {
+            "step": step, "train_loss": loss, "val_loss": val_loss if judged else None, "best": best,
+            **checkpoint.training_state(raw_model, optimizers),
+            "guard": {**guard}, "scaler": scaler.state_dict(),
+            "config": config, "model_config": checkpoint.describe_model(raw_model),
+            "tokenizer": checkpoint.describe_tokenizer(tok), "data": train_stream.fingerprint,
+            "provenance": provenance,
+        }, best and best["step"])
+    if last_step or stopping:
         break
 
     # ---- train: the only part on the clock
     dev.synchronize()
     t0 = time.perf_counter()
     lr = get_lr(step, schedule, warmup_steps, max_steps, max_lr, min_lr, decay_fraction)
-    for opt in optimizers:
-        for group in opt.param_groups:
-            group["lr"] = lr
-    loss_sum = torch.zeros((), device=dev.device)
-    for micro_step in range(grad_accum_steps):
-        last_micro_step = micro_step == grad_accum_steps - 1
-        if ddp:  # set before the forward: DDP decides there whether this backward averages the gradients
-            model.require_backward_grad_sync = last_micro_step
-        # a micro-batch has the same dropout masks whichever process computes it, and after a resume
-        torch.manual_seed(zlib.crc32(f"dropout {seed} {step} {micro_step * world_size + rank}".encode()))
-        with dev.autocast():
-            loss = model(x, y)
-        if not (last_micro_step and step + 1 == max_steps):  # the next batch loads while the GPU is busy
-            x, y = fetch_batch(step + 1, 0) if last_micro_step else fetch_batch(step, micro_step + 1)
-        scaler.scale(loss / grad_accum_steps).backward()
-        loss_sum += loss.detach()
-    for opt in optimizers:
-        scaler.unscale_(opt)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    for opt in optimizers:
-        scaler.step(opt)
-        opt.zero_grad(set_to_none=True)
-    scaler.update()
-    # mean over micro-steps and processes
-    loss = sum_over_ranks(loss_sum.item())[0] / (grad_accum_steps * world_size)
-    norm = norm.item()
+    losses = []  # of this process's micro-steps
+    with advice_when_memory_runs_out():
+        for micro_step in range(grad_accum_steps):
+            last_micro_step = micro_step == grad_accum_steps - 1
+            # before the forward: there it is decided whether this backward averages over the processes
+            if fsdp:
+                raw_model.set_requires_gradient_sync(last_micro_step)
+            elif ddp:
+                replica.require_backward_grad_sync = last_micro_step
+            # a micro-batch has the same dropout masks whichever process computes it, and after a resume
+            torch.manual_seed(zlib.crc32(f"dropout {seed} {step} {micro_step * world_size + rank}".encode()))
+            with dev.autocast():
+                loss = model(x, y)
+            if not (last_micro_step and step + 1 == max_steps):  # the next batch loads while the GPU is busy
+                x, y = fetch_batch(step + 1, 0) if last_micro_step else fetch_batch(step, micro_step + 1)
+            scaler.scale(loss / grad_accum_steps).backward()
+            losses.append(loss.detach())
+        for opt in optimizers:
+            scaler.unscale_(opt)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+        norm = norm.full_tensor() if fsdp else norm
+        losses = torch.stack(losses).tolist()
+        # one exchange, so that all processes go on, skip or stop together; a nan of one is a nan for all
+        stop_asked = bool(signals) or 0 < max_hours * 3600 <= time.monotonic() - start_time
+        loss, norm, stopping, n_failed = sum_over_ranks(
+            sum(losses) / grad_accum_steps, norm.item(), stop_asked, writer is not None and writer.failed())
+        loss, norm, stopping = loss / world_size, norm / world_size, stopping > 0
+        bad = judge_step(loss, norm)
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group["lr"] = lr
+            if not bad:
+                scaler.step(opt)
+            opt.zero_grad(set_to_none=True)
+        scaler.update()
     dev.synchronize()
     dt = time.perf_counter() - t0  # seconds
 
-    # ---- log: reads values, changes nothing but the decision to stop
+    # ---- log: reads values, changes nothing but the decisions to skip and to stop
     tok_s = batch_tokens / dt
     step_times.append(dt)
     peak = peak_tflops or dev.peak_tflops()
     mfu = raw_model.flops_per_token(T) * tok_s / (peak * 1e12 * world_size) if peak else None
-    log(step, train=loss, lr=lr, norm=norm, tok_s=tok_s, **({} if mfu is None else {"mfu": mfu}))
-    minutes, seconds = divmod(round((max_steps - 1 - step) * float(np.median(step_times[-100:]))), 60)
-    eta = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-    say(f"step {step} | loss: {loss:.6f} | lr: {lr:.2e} | norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
-        f"tok/sec: {tok_s:.2f} | mfu: {'n/a' if mfu is None else f'{mfu:.1%}'} | eta: {eta}")
-    stop_unless_finite("loss", loss, step)
-    if not scaler.is_enabled():  # with a scaler, a step of infinite gradients was left out and is no harm
-        stop_unless_finite("gradient norm", norm, step)
-    reached = target_loss > 0 and loss <= target_loss
+    timed = {} if deterministic else {"tok_s": tok_s} if mfu is None else {"tok_s": tok_s, "mfu": mfu}
+    log(step, train=loss, lr=lr, norm=norm, **timed)
+    if progress is None:
+        minutes, seconds = divmod(round((max_steps - 1 - step) * float(np.median(step_times[-100:]))), 60)
+        say(f"step {step} | loss: {loss:.6f} | lr: {lr:.2e} | norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
+            f"tok/sec: {tok_s:.2f} | mfu: {'n/a' if mfu is None else f'{mfu:.1%}'} | "
+            f"eta: {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
+    else:
+        progress.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, {tok_s:,.0f} tok/s")
+        progress.update()
+    failures = check_first_loss(loss, vocab_size) if step == 0 and not bad and norm_position == "pre" else []
+    if failures:
+        give_up(failures[0])
+    if bad:
+        guard.update(skipped=guard["skipped"] + 1, in_row=guard["in_row"] + 1)
+        where = data_positions(step, losses)
+        worst = max(where, key=lambda place: place["loss"] if math.isfinite(place["loss"]) else math.inf)
+        say(f"step {step} | skipped: {bad}; {guard['in_row']} in a row, {guard['skipped']} in all; "
+            f"data: rank {worst['rank']}, micro-step {worst['micro_step']}, {worst['windows'][0]} ...")
+        log(step, skipped=guard["skipped"])
+        if master_process and not dry_run:
+            with open(Path(log_dir, "skipped.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "why": bad, "lr": lr, "scale": scaler.get_scale(),
+                                       "data": where}) + "\n")
+        if guard["in_row"] >= max_bad_steps:
+            give_up(f"{guard['in_row']} steps in a row were skipped, the last, {step}, for its {bad}")
+    else:
+        guard.update(in_row=0, recent=[*guard["recent"][1 - SPIKE_WINDOW:], [loss, norm]])
+        reached = target_loss > 0 and loss <= target_loss
+    graphs = counters["stats"]["unique_graphs"]
+    if n_graphs is not None and graphs > n_graphs:
+        say(f"step {step} | recompiled: {graphs} graphs, {n_graphs} after the first step")
+    n_graphs = graphs
+    if n_failed:  # a checkpoint could not be written
+        break
 
 # ---- what came of it
-say(f"\ndone: step {step}, {step * batch_tokens:,} tokens"
-    + (f", {batch_tokens / np.median(step_times):,.0f} tok/s (median step)" if step_times else ""))
-if master_process:
-    say(f"val loss {val_loss:.4f} nats per token ({val_bpb:.4f} bits per byte) "
-        f"on {n_val_windows * T:,} tokens of {data_dir}; a unigram model has {unigram:.4f}")
-    say(f"checkpoint: {checkpoint.list_checkpoints(log_dir)[-1]}")
+if progress is not None:
+    progress.close()
+    progress = None
+if dry_run:
+    peaks = [dev.peak_memory()]
+    evaluate_loss(min(n_val_windows, world_size * max(1, B // 4)))
+    peaks += [dev.peak_memory(), dev.total_memory()]
+    needs, with_val, total = ("n/a" if size is None else f"{size / 1e9:.2f} GB" for size in peaks)
+    say(f"\ndry run: training needs {needs} of the {total} of {dev.name}, with validation {with_val}; nothing was "
+        f"written")
+    hours = max_steps * step_times[-1] / 3600
+    say(f"{batch_tokens / step_times[-1]:,.0f} tok/s: {max_steps:,} steps of {batch_tokens:,} tokens take "
+        f"{hours:,.1f} hours on {world_size} process(es), without validation")
+else:
+    error = None
+    try:
+        if writer:
+            writer.wait()
+    except UserError as caught:
+        error = caught
+    if sum_over_ranks(error is not None)[0]:
+        leave_together()
+        raise error or UserError("another process could not write its part of the checkpoint")
+    say(f"\n{'stopped by ' + (signals or ['--max_hours'])[0] if stopping else 'done'}: step {step}, "
+        f"{step * batch_tokens:,} tokens"
+        + (f", {batch_tokens / np.median(step_times):,.0f} tok/s (median step)" if step_times else "")
+        + (f", {guard['skipped']} steps skipped" if guard["skipped"] else ""))
+    if not stopping:
+        say(f"val loss {val_loss:.4f} nats per token ({val_bpb:.4f} bits per byte) "
+            f"on {n_val_windows * T:,} tokens of {data_dir}"
+            + (f"; a unigram model has {unigram:.4f}" if master_process else ""))
+    say(f"checkpoint: {checkpoint.list_checkpoints(log_dir)[-1] if master_process else ''}"
+        + ("; continue with --resume" if stopping else ""))
 leave_together()
 if ddp:  # gloo's threads outlive their group, and now and then abort a process that ends the long way
     sys.stdout.flush()

@@ -55,6 +55,23 @@ def tiny_data(tmp_path_factory, byte_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def base_flags(tiny_data, byte_tokenizer):
+    """A run of 12 steps of a tiny model in float32; 34 windows of the data make one epoch 4.2 steps."""
+    return {"data_dir": tiny_data, "tokenizer": byte_tokenizer,
+            "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "dropout": 0.1,
+            "batch_size": 2, "batch_tokens": 512,
+            "max_steps": 12, "warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3,
+            "val_interval": 4, "val_tokens": 2048, "checkpoint_interval": 4, "sample_interval": 0,
+            "device": "cpu", "dtype": "float32", "compile": "false"}
+
+
+@pytest.fixture
+def flags(base_flags):
+    """A copy, for a test to change."""
+    return {**base_flags}
+
+
+@pytest.fixture(scope="session")
 def encoding():
     """tiktoken's GPT-2."""
     import tiktoken

@@ -1,72 +1,285 @@
 """The resolver of device, dtype and compile, on hardware that is there and hardware that is only claimed."""
 
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import ROOT
 
+import device as device_module
 from configurator import UserError
-from device import PEAK_TFLOPS_16BIT, Device, resolve_device
+from device import GEFORCE, PEAK_TFLOPS, Device, peak_tflops, resolve_device
+
+# What torch and the system say on each machine. sm: compute capability; bf16: the flag of the CPU's
+# instructions; compiler: what torch.compile answers there, None where it works
+NO_TRITON = "Cannot find a working triton installation.\nMore lines follow."
+NO_MSVC = "Compiler: cl is not found."
+MACHINES = {
+    "linux-v100": {"sm": 70}, "linux-t4": {"sm": 75}, "linux-a100": {"sm": 80}, "linux-h200": {"sm": 90},
+    "linux-rtx5090": {"sm": 120}, "linux-mi300x": {"sm": 94, "hip": "6.4"},
+    "windows-gtx1660": {"sm": 75, "compiler": NO_TRITON},
+    "windows-rtx4050": {"sm": 89, "compiler": NO_TRITON},
+    "windows-rtx4050-triton": {"sm": 89},
+    "mac-m3": {"mps": True},
+    "linux-epyc": {"bf16": "avx512"}, "linux-xeon": {"bf16": "amx"}, "linux-old": {}, "linux-arm": {},
+    "windows-zen4": {"bf16": "avx512", "compiler": NO_MSVC}, "windows-old": {"compiler": NO_MSVC},
+    "mac-intel": {},
+}
+# compile: on, off (tried, did not work, one line), or never (one line, and not tried)
+TABLE = """
+machine                 wanted    device  dtype     scaler  fused  pinned  compile
+linux-v100              auto      cuda    float16   yes     yes    yes     on
+linux-v100              float32   cuda    float32   no      yes    yes     on
+linux-v100              bfloat16  error   try --dtype=float16
+linux-t4                auto      cuda    float16   yes     yes    yes     on
+linux-t4                float16   cuda    float16   yes     yes    yes     on
+linux-t4                bfloat16  error   try --dtype=float16
+linux-a100              auto      cuda    bfloat16  no      yes    yes     on
+linux-a100              float32   cuda    float32   no      yes    yes     on
+linux-a100              bfloat16  cuda    bfloat16  no      yes    yes     on
+linux-a100              float16   cuda    float16   yes     yes    yes     on
+linux-h200              auto      cuda    bfloat16  no      yes    yes     on
+linux-rtx5090           auto      cuda    bfloat16  no      yes    yes     on
+linux-rtx5090           float16   cuda    float16   yes     yes    yes     on
+linux-mi300x            auto      cuda    bfloat16  no      yes    yes     on
+linux-mi300x            float32   cuda    float32   no      yes    yes     on
+linux-mi300x            float16   cuda    float16   yes     yes    yes     on
+windows-gtx1660         auto      cuda    float16   yes     yes    yes     off
+windows-gtx1660         bfloat16  error   try --dtype=float16
+windows-rtx4050         auto      cuda    bfloat16  no      yes    yes     off
+windows-rtx4050         float32   cuda    float32   no      yes    yes     off
+windows-rtx4050         float16   cuda    float16   yes     yes    yes     off
+windows-rtx4050-triton  auto      cuda    bfloat16  no      yes    yes     on
+mac-m3                  auto      mps     float32   no      yes    no      never
+mac-m3                  float32   mps     float32   no      yes    no      never
+mac-m3                  bfloat16  mps     bfloat16  no      yes    no      never
+mac-m3                  float16   mps     float16   yes     yes    no      never
+linux-epyc              auto      cpu     bfloat16  no      yes    no      on
+linux-epyc              float32   cpu     float32   no      yes    no      on
+linux-epyc              bfloat16  cpu     bfloat16  no      yes    no      on
+linux-epyc              float16   cpu     float16   yes     yes    no      on
+linux-xeon              auto      cpu     bfloat16  no      yes    no      on
+linux-old               auto      cpu     float32   no      yes    no      on
+linux-old               bfloat16  cpu     bfloat16  no      yes    no      on
+linux-arm               auto      cpu     float32   no      yes    no      on
+linux-arm               float16   cpu     float16   yes     yes    no      on
+windows-zen4            auto      cpu     bfloat16  no      yes    no      off
+windows-old             auto      cpu     float32   no      yes    no      off
+mac-intel               auto      cpu     float32   no      yes    no      on
+mac-intel               half      error   wanted auto, float32
+"""
+ROWS = [line.split(maxsplit=3) for line in TABLE.strip().splitlines()[1:]]
 
 
-def fake_cuda(monkeypatch, name="NVIDIA H200", bf16=True, count=2):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+def fake_machine(monkeypatch, name, sm=0, hip=None, mps=False, bf16="", compiler=None, count=2):
+    """Make torch and the system say what they say on that machine; tensors for its GPU stay here. Returns two
+    lists: the functions that torch.compile is called with, and the precisions set for float32 products."""
+    precision = []
+    if not name.startswith("linux"):
+        def no_library(name):
+            raise OSError(f"{name}: not found")
+
+        monkeypatch.setattr(device_module.ctypes, "CDLL", no_library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sm > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count if sm else 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(sm, 10))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=sm // 10))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)  # old cards emulate
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if sm and not hip else None)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16 == "avx512")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bf16 == "amx")
+    monkeypatch.setattr(device_module.shutil, "which", lambda command: None)
+    for factory in ("ones", "eye"):
+        here = getattr(torch, factory)
+        monkeypatch.setattr(torch, factory, lambda *shape, device, here=here: here(*shape))
+    # TF32 is the process's setting: noted, not made
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precision.append)
+    tried = []
+
+    def compile(function):
+        tried.append(function)
+        if compiler is None:
+            return function
+
+        def compiled(x):
+            raise RuntimeError(compiler)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return tried, precision
 
 
-@pytest.mark.parametrize(("avx512", "amx", "dtype"), [
-    (True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)])
-def test_cpu_takes_bfloat16_where_the_hardware_has_it(monkeypatch, avx512, amx, dtype):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    dev = resolve_device("cpu")
-    assert dev.dtype == dtype and dev.type == "cpu" and dev.fused and not dev.compile and dev.name
-    assert resolve_device("cpu", "float32").dtype == torch.float32
-    with dev.autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+@pytest.mark.parametrize(("machine", "wanted", "device", "rest"), ROWS,
+                         ids=[f"{row[0]}-{row[1]}" for row in ROWS])
+def test_table_of_platforms(monkeypatch, capsys, machine, wanted, device, rest):
+    tried, precision = fake_machine(monkeypatch, machine, **MACHINES[machine])
+    if device == "error":
+        with pytest.raises(UserError, match=rest):
+            resolve_device("auto", wanted, compile=True)
+        return
+    dtype, scaler, fused, pinned, compile = rest.split()
+    dev = resolve_device("auto", wanted, compile=True)
+    assert dev.type == device and dev.dtype == getattr(torch, dtype) and dev.name
+    autocast, grad_scaler = dev.autocast(), dev.grad_scaler()
+    assert (autocast.device, autocast._enabled) == (device, dtype != "float32")
+    assert dtype == "float32" or autocast.fast_dtype == dev.dtype
+    assert (grad_scaler._device, grad_scaler.is_enabled()) == (device, scaler == "yes")
+    assert dev.fused == (fused == "yes") and dev.pinned == (pinned == "yes")
+    assert precision == ([] if device != "cuda" else ["highest"] if dtype == "float32" else ["high"])
+    assert dev.compile == (compile == "on") and bool(tried) == (compile != "never")
+    out = capsys.readouterr().out
+    if compile == "on":
+        assert out == ""
+    else:
+        assert out.count("\n") == 1 and out.startswith("compile: off, ")
+        assert ("#191976" if compile == "never" else MACHINES[machine]["compiler"].splitlines()[0]) in out
 
 
-@pytest.mark.parametrize(("bf16", "dtype", "scaled"), [(True, "bfloat16", False), (False, "float16", True)])
-def test_cuda(monkeypatch, bf16, dtype, scaled):
-    fake_cuda(monkeypatch, bf16=bf16)
-    dev = resolve_device("auto", local_rank=1)
-    assert dev.device == torch.device("cuda", 1) and dev.dtype == getattr(torch, dtype) and dev.fused
+def test_only_the_first_process_prints(monkeypatch, capsys):
+    fake_machine(monkeypatch, "windows", sm=89, compiler=NO_TRITON)
+    dev = resolve_device("cuda", compile=True, local_rank=1)
+    assert dev.device == torch.device("cuda", 1) and not dev.compile and capsys.readouterr().out == ""
+
+
+def test_which_gpu(monkeypatch):
+    fake_machine(monkeypatch, "linux", sm=90)
+    assert resolve_device("auto", local_rank=1).device == torch.device("cuda", 1)
     assert resolve_device("cuda:0").device == torch.device("cuda", 0)
-    assert Device(torch.device("cpu"), dev.dtype, False, "").grad_scaler().is_enabled() == scaled
     with pytest.raises(UserError, match="GPU 5, but torch sees 2"):
         resolve_device("cuda:5")
 
 
-def test_mps_computes_in_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    dev = resolve_device("auto")
-    assert dev.type == "mps" and dev.dtype == torch.float32 and dev.fused
+def test_cpu_computes_in_the_dtype_it_claims():
+    for dtype in device_module.DTYPES.values():
+        with resolve_device("cpu", str(dtype).removeprefix("torch.")).autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_a_wheel_without_kernels_for_the_card(monkeypatch):
+    def attention(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nand so on")
+
+    fake_machine(monkeypatch, "Tesla V100", sm=70)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    with pytest.raises(UserError, match=r"V100 is sm_70, .* for sm_75, sm_90 only; install another"):
+        resolve_device("cuda")
+
+
+@pytest.mark.parametrize(("device", "error"), [
+    ("mps", TypeError("BFloat16 is not supported\nmore")), ("cuda", RuntimeError("CUDA out of memory"))])
+def test_a_toy_that_fails_names_the_way_out(monkeypatch, device, error):
+    def attention(*args, **kwargs):
+        raise error
+
+    fake_machine(monkeypatch, "linux", sm=90, mps=True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    with pytest.raises(UserError, match=rf"fails on .* \({str(error).splitlines()[0]}\); try --dtype="):
+        resolve_device(device, "bfloat16")
+
+
+def test_no_driver_and_no_cuda_in_torch(monkeypatch, capsys):
+    fake_machine(monkeypatch, "linux")
+    with pytest.raises(UserError, match="is built without CUDA; try --device=cpu"):
+        resolve_device("cuda")
+    monkeypatch.setattr(device_module.shutil, "which", lambda command: f"/usr/bin/{command}")
+    assert resolve_device("auto").type == "cpu" == resolve_device("auto", local_rank=1).type
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "the GPU is not used" in out and "built without CUDA" in out
+    for vendor in ("cuda", "hip"):
+        with monkeypatch.context() as context:
+            context.setattr(torch.version, vendor, "7.0")
+            assert resolve_device("auto").type == "cpu" and capsys.readouterr().out == ""
+            with pytest.raises(UserError, match="finds no GPU with a driver"):
+                resolve_device("cuda")
 
 
 def test_peak_is_known_or_none():
-    for dtype, name, peak in [(torch.bfloat16, "NVIDIA H200", 989.4), (torch.float32, "NVIDIA H200", None),
-                              (torch.bfloat16, "NVIDIA H2000", None)]:
+    for dtype, name, peak in [(torch.bfloat16, "NVIDIA H200", 989.4), (torch.float32, "NVIDIA H200", 66.9),
+                              (torch.bfloat16, "NVIDIA H2000", None), (torch.float32, "AMD EPYC", None),
+                              (torch.float16, "Tesla T4", 65.0), (torch.bfloat16, "Tesla T4", None)]:
         assert Device(torch.device("cpu"), dtype, False, name).peak_tflops() == peak
-    assert all(peak > 0 for peak in PEAK_TFLOPS_16BIT.values())
+    assert not PEAK_TFLOPS.keys() & GEFORCE.keys()
+    for name in (*PEAK_TFLOPS, *GEFORCE):
+        float32, bfloat16, float16 = (peak_tflops(name, dtype) for dtype in (torch.float32, torch.bfloat16,
+                                                                              torch.float16))
+        assert 0 < float32 < float16 and bfloat16 == (None if name.startswith("Tesla") else float16), name
 
 
-def test_compile_that_does_not_work_is_off_with_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(torch, "compile", lambda function: lambda x: 1 / 0)
+# Other figures that NVIDIA publishes: float32 TFLOP/s, and "AI TOPS", which are sparse FP8 with float16
+# accumulation on Ada and sparse FP4 on Blackwell: 8 and 16 times the dense 16-bit rate.
+PUBLISHED_FLOAT32 = {"3050": 9.1, "3060": 12.7, "3060 Ti": 16.2, "3070": 20.3, "3070 Ti": 21.7, "3080": 29.8,
+                     "3080 Ti": 34.1, "3090": 35.6, "3090 Ti": 40.0, "4090": 82.6, "5090": 104.8}
+AI_TOPS_ADA = {"4050 Laptop GPU": 194, "4060 Laptop GPU": 233, "4070 Laptop GPU": 321, "4080 Laptop GPU": 542,
+               "4060": 242, "4060 Ti": 353, "4070": 466, "4070 SUPER": 568, "4070 Ti": 641,
+               "4070 Ti SUPER": 706, "4080": 780, "4080 SUPER": 836, "4090": 1321}
+AI_TOPS_BLACKWELL = {"5060": 614, "5060 Ti": 759, "5070": 988, "5070 Ti": 1406, "5080": 1801, "5090": 3352}
+
+
+def test_geforce_peaks_follow_from_other_published_figures():
+    checked = set()
+    for published, dtype, factor in [(PUBLISHED_FLOAT32, torch.float32, 1), (AI_TOPS_ADA, torch.bfloat16, 8),
+                                     (AI_TOPS_BLACKWELL, torch.float16, 16)]:
+        for card, figure in published.items():
+            name = f"NVIDIA GeForce RTX {card}"
+            assert peak_tflops(name, dtype) * factor == pytest.approx(figure, rel=0.005), name
+            checked.add(name)
+    assert checked == GEFORCE.keys()
+
+
+def test_compile_that_computes_something_else_is_off(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: x * 3)
     assert not resolve_device("cpu", compile=True).compile
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "compile: off" in out and "division by zero" in out
+    assert out == "compile: off, torch.compile does not work here (a toy came out wrong)\n"
 
 
-def test_compile_works_here():
+def test_compile_works_here(capsys):
     assert resolve_device("cpu", compile=True).compile
+    assert capsys.readouterr().out == ""
 
 
 def test_to_device_keeps_values():
     array = np.arange(6, dtype=np.int64).reshape(2, 3)
     assert torch.equal(resolve_device("cpu").to_device(array), torch.arange(6).view(2, 3))
+
+
+@pytest.fixture
+def reproducible_again(monkeypatch):
+    """Undoes what a process normally keeps for good."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.delenv("TORCHINDUCTOR_DETERMINISTIC", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_deterministic_sets_every_switch_before_anything_computes(monkeypatch, reproducible_again):
+    seen = []
+    monkeypatch.setattr(device_module, "_run_toy", lambda dev: seen.append(dict(device_module.os.environ)))
+    precision = torch.get_float32_matmul_precision()
+    resolve_device("cpu", deterministic=True)
+    assert seen[0]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and seen[0]["TORCHINDUCTOR_DETERMINISTIC"] == "1"
+    assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_not_deterministic_unless_asked(reproducible_again):
+    resolve_device("cpu")
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in device_module.os.environ
 
 
 @pytest.mark.parametrize(("device", "dtype", "words"), [
@@ -75,3 +288,39 @@ def test_to_device_keeps_values():
 def test_what_is_not_there(device, dtype, words):
     with pytest.raises(UserError, match=words):
         resolve_device(device, dtype)
+
+
+TWO_EQUAL_RUNS = """
+import torch
+from device import resolve_device
+from model import GPT, GPTConfig
+dev = resolve_device("cuda", deterministic=True, compile={compile})
+gradients = []
+for _ in range(2):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(128, 512, 500, 2, 4, 256, dropout=0.1)).to(dev.device)
+    step = torch.compile(model, dynamic=False) if dev.compile else model
+    idx = torch.randint(500, (8, 128), device=dev.device)
+    with dev.autocast():
+        step(idx, idx.roll(-1, 1)).backward()
+    gradients.append([p.grad.clone() for p in model.parameters()])
+print(all(torch.equal(a, b) for a, b in zip(*gradients)))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
+def test_deterministic_gradients_on_cuda(compile):
+    out = subprocess.run([sys.executable, "-c", TWO_EQUAL_RUNS.format(compile=compile)], cwd=ROOT,
+                         capture_output=True, text=True, timeout=300)
+    assert out.stdout.split() == ["True"], out.stdout + out.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_as_it_is():
+    dev = resolve_device("auto")
+    assert dev.type == "cuda" and dev.pinned and dev.dtype != torch.float32
+    array = np.arange(6, dtype=np.int64).reshape(2, 3)
+    assert torch.equal(dev.to_device(array).cpu(), torch.arange(6).view(2, 3))

@@ -7,74 +7,21 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from training import ROOT, attempt, command, losses, read_log, snapshot, start_by_hand, train
 
 from checkpoint import list_checkpoints, load_checkpoint
 from model import GPT, GPTConfig
 from shards import TokenStream, WindowLoader, write_shard
 
-ROOT = Path(__file__).resolve().parent.parent
 STEP_LINE = re.compile(r"step (\d+) \| loss: \d+\.\d{6} \| lr: \d\.\d\de-\d\d \| norm: \d+\.\d{4} \| "
                        r"dt: \d+\.\d\dms \| tok/sec: \d+\.\d\d \| mfu: (n/a|\d+\.\d%) \| "
                        r"eta: \d+:\d\d:\d\d")
-
-
-@pytest.fixture
-def flags(tiny_data, byte_tokenizer):
-    """A run of 12 steps of a tiny model in float32; 34 windows of the data make one epoch 4.2 steps."""
-    return {"data_dir": tiny_data, "tokenizer": byte_tokenizer,
-            "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "dropout": 0.1,
-            "batch_size": 2, "batch_tokens": 512,
-            "max_steps": 12, "warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3,
-            "val_interval": 4, "val_tokens": 2048, "checkpoint_interval": 4, "sample_interval": 0,
-            "device": "cpu", "dtype": "float32", "compile": "false"}
-
-
-def command(flags, processes=1, **overrides):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    if processes == 1:
-        launcher = []
-    settings = [f"--{key}={value}" for key, value in {**flags, **overrides}.items()]
-    return [sys.executable, *launcher, str(ROOT / "train_gpt2.py"), *settings]
-
-
-def train(flags, processes=1, **overrides):
-    done = subprocess.run(command(flags, processes, **overrides), capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def attempt(flags, **overrides):
-    """A run that need not succeed: its exit code and what it said are the caller's to judge."""
-    return subprocess.run(command(flags, **overrides), capture_output=True, text=True, timeout=240)
-
-
-def read_log(log_dir, *streams):
-    """{stream: {step: value as text}}: as text, because equal must mean equal to the last digit."""
-    found = {stream: {} for stream in streams}
-    for line in (Path(log_dir) / "log.txt").read_text(encoding="utf-8").splitlines():
-        step, stream, value = line.split()
-        if stream in found:
-            assert int(step) not in found[stream], f"step {step} {stream} is in the log twice"
-            found[stream][int(step)] = value
-    return found
-
-
-def snapshot(folder):
-    """{name: (time of the last write, size)}"""
-    return {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()}
-
-
-def losses(log_dir):
-    return [float(value) for value in read_log(log_dir, "train")["train"].values()]
 
 
 def load_get_lr():
@@ -278,7 +225,7 @@ def test_a_diverged_model_is_never_saved(flags, tmp_path):
     assert done.returncode == 1 and "val loss is nan at step 5" in done.stderr, done.stderr
     assert f"Last good checkpoint: {tmp_path / 'ckpt_0000004.pt'}" in done.stderr
     done = attempt(flags, log_dir=tmp_path, **{**ruin, "checkpoint_interval": 0})
-    assert done.returncode == 1 and "loss is nan at step 5" in done.stderr, done.stderr
+    assert done.returncode == 1 and "val loss is nan at step 8" in done.stderr, done.stderr
     assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_0000004.pt"]
 
 
@@ -326,15 +273,7 @@ def test_nodes_that_do_not_share_the_log_dir(flags, tmp_path):
     """Two nodes in two folders: rank 0 has a checkpoint and rank 1 has none. Neither may train on."""
     (tmp_path / "1").mkdir()
     train(flags, log_dir=tmp_path / "0" / "log", max_steps=4)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    nodes = []
-    for rank in (0, 1):
-        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        nodes.append(subprocess.Popen(command(flags, log_dir="log", resume="true"), cwd=tmp_path / str(rank),
-                                      env=environment, stderr=subprocess.PIPE, text=True))
+    nodes = start_by_hand([command(flags, log_dir="log", resume="true")] * 2, [tmp_path / r for r in "01"])
     for node in nodes:
         _, stderr = node.communicate(timeout=120)
         assert node.returncode == 2 and "processes disagree" in stderr, stderr

@@ -1,0 +1,114 @@
+"""A run that cannot rot: bad steps are left out by all processes together, counted, and at last stop it."""
+
+import json
+import math
+import re
+
+import pytest
+from training import attempt, losses, read_log, train, with_fault
+
+from checkpoint import list_checkpoints, load_checkpoint
+from shards import TokenStream, WindowLoader
+
+# Micro-batch `call` of the process `rank` has a loss of `factor` times what it should be; every process notes
+# a hash of its weights before each of its micro-batches.
+FAULT = """
+import hashlib
+import model
+forward, calls = model.GPT.forward, 0
+def faulty(self, *args, **kwargs):
+    global calls
+    out = forward(self, *args, **kwargs)
+    if self.training and out.dim() == 0:
+        rank, calls = os.environ.get("RANK", "0"), calls + 1
+        if rank == "{rank}" and calls - 1 in {calls}:
+            out = out * float("{factor}")
+        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in self.parameters())).hexdigest()
+        with open(f"{folder}/weights_{{rank}}", "a") as file:
+            file.write(digest + "\\n")
+    return out
+model.GPT.forward = faulty
+"""
+
+
+def faulty(folder, rank=0, calls=(), factor="nan"):
+    return with_fault(folder, FAULT.format(rank=rank, calls=list(calls), factor=factor, folder=folder))
+
+
+@pytest.mark.parametrize("factor", ["nan", "inf"])
+def test_a_bad_loss_of_one_process_is_skipped_by_both(flags, tmp_path, tiny_data, factor):
+    """2 processes x 2 micro-steps; rank 1's second micro-batch of step 5 is bad."""
+    script = faulty(tmp_path, rank=1, calls=[5 * 2 + 1], factor=factor)
+    out = train(flags, 2, script, log_dir=tmp_path / "log", max_steps=9)
+    weights = [(tmp_path / f"weights_{rank}").read_text(encoding="utf-8").split() for rank in (0, 1)]
+    assert weights[0] == weights[1], "the processes have parted"
+    before = [weights[0][2 * step] for step in range(9)]
+    assert before[6] == before[5] and len(set(before)) == 8, "step 5 alone must leave the weights alone"
+    log = read_log(tmp_path / "log", "train", "norm", "skipped")
+    assert log["skipped"] == {5: "1"} and not math.isfinite(float(log["train"][5]))
+    assert all(math.isfinite(float(log["train"][step])) for step in range(9) if step != 5)
+    assert "step 5 | skipped: loss" in out and "1 steps skipped" in out
+    # where the bad batch came from: windows 6 and 7 of the step's 8, as the loader gives them
+    record, = map(json.loads, (tmp_path / "log" / "skipped.jsonl").read_text(encoding="utf-8").splitlines())
+    stream = TokenStream(tiny_data, "train")
+    windows = WindowLoader(stream, 64, 512, 1337, 257).window_ids(5)[6:8]
+    expected = [f"{path.name}:{token}" for path, token in (stream.locate(int(w) * 64) for w in windows)]
+    assert record["step"] == 5 and record["data"][1]["windows"] == expected
+    assert record["data"][1]["rank"] == 1 and record["data"][1]["micro_step"] == 1
+    assert f"data: rank 1, micro-step 1, {expected[0]}" in out
+    guard = load_checkpoint(tmp_path / "log")["guard"]
+    assert guard["skipped"] == 1 and guard["in_row"] == 0 and len(guard["recent"]) == 8
+
+
+def test_skipping_is_the_same_for_any_number_of_processes(flags, tmp_path):
+    for processes, call in ((1, 5 * 4 + 3), (2, 5 * 2 + 1)):
+        script = faulty(tmp_path, rank=processes - 1, calls=[call])
+        train(flags, processes, script, log_dir=tmp_path / str(processes))
+    one, two = ([x for x in losses(tmp_path / str(p)) if math.isfinite(x)] for p in (1, 2))
+    assert len(one) == 11 and two == pytest.approx(one, rel=1e-5)
+
+
+def test_bad_steps_in_a_row_stop_the_run(flags, tmp_path):
+    script = faulty(tmp_path, calls=range(6 * 4, 1000))
+    done = attempt(flags, 1, script, log_dir=tmp_path / "log", max_bad_steps=3)
+    assert done.returncode == 1, done.stderr
+    assert "3 steps in a row were skipped, the last, 8," in done.stderr
+    # that of step 8 holds the weights after step 5, and that two bad steps have come since
+    newest = list_checkpoints(tmp_path / "log")[-1]
+    assert newest.name == "ckpt_0000008.pt" and f"Last good checkpoint: {newest}" in done.stderr
+    assert load_checkpoint(newest)["guard"]["in_row"] == 2
+    # without the fault the run goes on from there
+    assert "2 steps skipped" in train(flags, log_dir=tmp_path / "log", resume="true")
+    assert load_checkpoint(tmp_path / "log")["guard"]["in_row"] == 0
+    # and bad steps that are not in a row only cost themselves
+    script = faulty(tmp_path, calls=[4 * step for step in (2, 3, 5, 6, 8, 9)])
+    assert "6 steps skipped" in train(flags, 1, script, log_dir=tmp_path / "other", max_bad_steps=3)
+
+
+def test_spikes_are_skipped_and_do_not_count_as_normal(flags, tmp_path):
+    flags |= {"max_steps": 140, "warmup_steps": 1, "val_interval": 0, "checkpoint_interval": 0,
+              "grad_clip": 0, "batch_tokens": 128, "max_lr": 1e-4, "min_lr": 1e-4}
+    spikes = [20, 132, 133, 134, 137]  # the first before the window of 128 is full
+    script = faulty(tmp_path, calls=spikes, factor="3")
+    train(flags, 1, script, log_dir=tmp_path / "off")
+    assert not read_log(tmp_path / "off", "skipped")["skipped"], "off by default"
+    out = train(flags, 1, script, log_dir=tmp_path / "on", max_z_score=8)
+    skipped = read_log(tmp_path / "on", "skipped")["skipped"]
+    assert list(skipped) == spikes[1:] and skipped[137] == "4"
+    assert re.search(r"step 132 \| skipped: loss \d+\.\d+, \d+\.\d deviations above \d+\.\d+", out)
+    recent = load_checkpoint(tmp_path / "on")["guard"]["recent"]
+    assert len(recent) == 128 and all(loss < 10 for loss, _ in recent[20:])
+    # the window is part of the checkpoint: stopped between the spikes, the run skips the same ones
+    train(flags, 1, script, log_dir=tmp_path / "cut", max_z_score=8, max_steps=136)
+    script = faulty(tmp_path, calls=[137 - 136], factor="3")
+    out = train(flags, 1, script, log_dir=tmp_path / "cut", max_z_score=8, resume="true")
+    assert read_log(tmp_path / "cut", "train", "skipped") == read_log(tmp_path / "on", "train", "skipped")
+
+
+def test_an_overflow_of_float16_halves_the_scale(flags, tmp_path):
+    script = faulty(tmp_path, calls=[4 * 4], factor="inf")
+    train(flags, 1, script, log_dir=tmp_path / "log", dtype="float16", max_steps=6)
+    state = load_checkpoint(tmp_path / "log")
+    assert state["guard"]["skipped"] == 1 and state["scaler"]["scale"] == 2.0**15
+    record, = map(json.loads, (tmp_path / "log" / "skipped.jsonl").read_text(encoding="utf-8").splitlines())
+    assert record["step"] == 4 and record["scale"] == 2.0**15

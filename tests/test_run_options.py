@@ -1,0 +1,214 @@
+"""What a run can be asked for beside training: to be tried first, to be watched, to repeat itself exactly."""
+
+import json
+import os
+import re
+import subprocess
+import time
+
+import pytest
+from training import ENVIRONMENT, attempt, command, losses, read_log, train, with_fault
+
+from checkpoint import list_checkpoints
+
+
+def test_deterministic_runs_have_identical_logs(flags, tmp_path):
+    logs = []
+    for name in "ab":
+        train(flags, log_dir=tmp_path / name, deterministic="true", checkpoint_interval=0)
+        logs.append((tmp_path / name / "log.txt").read_bytes())
+    assert logs[0] == logs[1] and b"train" in logs[0]
+    train(flags, log_dir=tmp_path / "c", checkpoint_interval=0)
+    plain = read_log(tmp_path / "c", "train", "tok_s")
+    assert plain["train"] == read_log(tmp_path / "a", "train")["train"] and len(plain["tok_s"]) == 12
+
+
+def test_dry_run_measures_and_writes_nothing(flags, tmp_path):
+    before = train(flags, log_dir=tmp_path / "log", max_steps=4)
+    listing = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "log").iterdir())
+    out = train(flags, log_dir=tmp_path / "log", max_steps=7200, dry_run="true")  # beside an existing run
+    assert listing == sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "log").iterdir())
+    steps = re.findall(r"^step (\d+) \| loss: ([\d.]+)", out, re.M)
+    assert [int(step) for step, _ in steps] == [0, 1]
+    assert steps == re.findall(r"^step (\d+) \| loss: ([\d.]+)", before, re.M)[:2], "the steps are real ones"
+    needs, of, with_val = map(float, re.search(
+        r"training needs ([\d.]+) GB of the ([\d.]+) GB of .+, with validation ([\d.]+) GB;", out).groups())
+    assert 0.1 < needs <= with_val < of
+    tok_s, hours = (float(number.replace(",", "")) for number in re.search(
+        r"([\d,]+) tok/s: 7,200 steps of 512 tokens take ([\d.,]+) hours", out).groups())
+    assert hours == pytest.approx(7200 * 512 / tok_s / 3600, abs=0.06)
+    assert not (tmp_path / "other").exists()
+    train(flags, log_dir=tmp_path / "other", dry_run="true")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("error", [
+    'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")',
+    'RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can\'t allocate memory")',
+])
+def test_out_of_memory_is_answered_with_the_flag(flags, tmp_path, error):
+    fault = f"""
+        import torch, model
+        forward = model.GPT.forward
+        def full(self, idx, *args, **kwargs):
+            if idx.size(0) > 1 and self.training and torch.is_grad_enabled():
+                raise {error}
+            return forward(self, idx, *args, **kwargs)
+        model.GPT.forward = full
+    """
+    script = with_fault(tmp_path, fault)
+    done = attempt(flags, 1, script, log_dir=tmp_path / "log")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    flag = re.search(r"type (--batch_size=1) \(as many tokens per step, half the memory\)", done.stderr)[1]
+    assert "--loss_chunk=16" in done.stderr and "--activation_checkpointing" in done.stderr
+    # what it says works, and the run is the same
+    train({**flags, **dict([flag[2:].split("=")])}, 1, script, log_dir=tmp_path / "small", dropout=0)
+    train(flags, log_dir=tmp_path / "whole", dropout=0)
+    assert losses(tmp_path / "small") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_memory_savers_change_no_number(flags, tmp_path):
+    train(flags, log_dir=tmp_path / "plain")
+    train(flags, log_dir=tmp_path / "savers", activation_checkpointing="true", loss_chunk=50)
+    for stream in ("train", "norm", "val"):
+        one, other = ([float(v) for v in read_log(tmp_path / name, stream)[stream].values()]
+                      for name in ("plain", "savers"))
+        assert one == pytest.approx(other, rel=1e-5), stream
+
+
+def test_a_device_that_leaks_the_future_is_found_out(flags, tmp_path):
+    """Causal attention without the mask: the self-test writes attention out instead, and the run is the same.
+    Where plain attention leaks as well, nothing is trained."""
+    leak = """
+        import torch.nn.functional as F
+        sdpa = F.scaled_dot_product_attention
+        def leaky(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+            return sdpa(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
+        F.scaled_dot_product_attention = leaky
+    """
+    out = train(flags, 1, with_fault(tmp_path, leak), log_dir=tmp_path / "leak", dropout=0)
+    assert "self-test:" in out and "attention is written out instead" in out
+    assert "self-test" not in train(flags, log_dir=tmp_path / "healthy", dropout=0)
+    assert losses(tmp_path / "leak") == pytest.approx(losses(tmp_path / "healthy"), rel=1e-5)
+    worse = leak + "        import model\n        model.plain_attention = leaky\n"
+    done = attempt(flags, 1, with_fault(tmp_path, worse), log_dir=tmp_path / "worse")
+    assert done.returncode == 2 and "computes wrong numbers" in done.stderr
+    assert not (tmp_path / "worse").exists()
+
+
+def test_a_wrong_initialisation_stops_at_the_first_step(flags, tmp_path):
+    wide = """
+        import torch, model
+        init = model.GPT.__init__
+        def wide(self, config):
+            init(self, config)
+            with torch.no_grad():
+                self.transformer["wte"].weight *= 50
+        model.GPT.__init__ = wide
+    """
+    done = attempt(flags, 1, with_fault(tmp_path, wide), log_dir=tmp_path / "log")
+    assert done.returncode == 1 and "wanted about ln(384) = 5.95" in done.stderr
+
+
+def test_tensorboard_goes_on_in_the_same_run(flags, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    flags |= {"log_dir": tmp_path, "tensorboard": "true"}
+    train(flags, max_steps=12, max_hours=1e-9)
+    train(flags, max_steps=12, resume="true")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    log = read_log(tmp_path, "train", "val", "lr")
+    for stream in log:
+        scalars = {event.step: event.value for event in events.Scalars(stream)}
+        assert scalars == pytest.approx({step: float(v) for step, v in log[stream].items()}, rel=1e-6), stream
+
+
+WANDB = """
+import json
+class Run:
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ("*", "step")
+    def log(self, values):
+        with open("{path}", "a") as file:
+            file.write(json.dumps(values) + "\\n")
+def init(**settings):
+    with open("{path}", "a") as file:
+        file.write(json.dumps({{"init": [settings["id"], settings["resume"]]}}) + "\\n")
+    return Run()
+"""
+
+
+def test_wandb_goes_on_in_the_same_run(flags, tmp_path, monkeypatch):
+    """Against a stand-in of the package: it needs an account, or a server of its own."""
+    (tmp_path / "stand_in").mkdir()
+    (tmp_path / "stand_in" / "wandb.py").write_text(WANDB.format(path=tmp_path / "calls"), encoding="utf-8")
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path / "stand_in"))
+    flags |= {"log_dir": tmp_path / "log", "wandb": "true"}
+    train(flags, max_hours=1e-9)
+    train(flags, resume="true")
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text(encoding="utf-8").splitlines()]
+    starts = [call["init"] for call in calls if "init" in call]
+    assert len(starts) == 2 and starts[0] == starts[1] and starts[0][1] == "allow"
+    train_losses = {call["step"]: call["train"] for call in calls if "train" in call}
+    assert list(train_losses.values()) == pytest.approx(losses(tmp_path / "log"), rel=1e-6)
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(flags, tmp_path, package):
+    missing = f"""
+        import importlib.util
+        find = importlib.util.find_spec
+        def find_others(name, *rest):
+            return None if name == {package!r} else find(name, *rest)
+        importlib.util.find_spec = find_others
+    """
+    done = attempt(flags, 1, with_fault(tmp_path, missing), log_dir=tmp_path / "log", **{package: "true"})
+    assert done.returncode == 2 and f"pip install {package}" in done.stderr
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
+def test_a_bar_in_a_terminal(flags, tmp_path):
+    """In a terminal: a bar over the whole run with what is left of it, and other lines above it."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(command(flags, log_dir=tmp_path / "log"), stdout=theirs, stderr=theirs,
+                               env={**ENVIRONMENT, "COLUMNS": "120", "TERM": "xterm"})
+    os.close(theirs)
+    screen = b""
+    try:
+        while part := os.read(ours, 65536):
+            screen += part
+    except OSError:  # Linux's way to say that the other end is closed
+        pass
+    assert process.wait(timeout=60) == 0, screen.decode()
+    screen = screen.decode()
+    assert re.search(r"100%\|.*\| 12/12 \[\d\d:\d\d<00:00", screen), screen
+    assert "loss " in screen and "step 3 | loss" not in screen and "step 8 | val loss" in screen
+    assert len(read_log(tmp_path / "log", "train")["train"]) == 12
+
+
+def test_saving_does_not_stop_the_training(flags, tmp_path):
+    """A disk that takes seconds for a checkpoint: steps go on meanwhile; a kill then leaves nothing half."""
+    slow = """
+        import time, checkpoint
+        save = checkpoint.torch.save
+        def crawl(*args, **kwargs):
+            time.sleep(3)
+            return save(*args, **kwargs)
+        checkpoint.torch.save = crawl
+    """
+    script = with_fault(tmp_path, slow)
+    flags |= {"log_dir": tmp_path / "log", "max_steps": 400, "checkpoint_interval": 200, "val_interval": 0}
+    process = subprocess.Popen(command(flags, 1, script), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    saved_at = None
+    for line in process.stdout:
+        if line.startswith("step 200 | val"):
+            saved_at = time.perf_counter()
+        if line.startswith("step 230 | loss"):
+            break
+    assert not list_checkpoints(tmp_path / "log"), "30 steps were made while the checkpoint was being written"
+    process.kill()
+    process.wait()
+    assert saved_at is not None and not list_checkpoints(tmp_path / "log")
+    assert "starting at step 0" in train(flags, resume="true", max_steps=4)

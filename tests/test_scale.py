@@ -1,0 +1,87 @@
+"""More than one process, more than one card's memory: however the work is split, the numbers are the same."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from training import ENVIRONMENT, ROOT, attempt, losses, read_log, train
+
+from checkpoint import list_checkpoints, load_checkpoint
+
+STREAMS = ("train", "val", "val_bpb", "lr", "norm")
+
+
+def values(log_dir, stream):
+    return [float(value) for value in read_log(log_dir, stream)[stream].values()]
+
+
+def assert_same_run(one, other, rel=1e-5):
+    for stream in STREAMS:
+        assert values(one, stream) == pytest.approx(values(other, stream), rel=rel), stream
+
+
+def test_fsdp_equals_ddp(flags, tmp_path):
+    """With dropout and accumulation; also with activations computed twice, which keeps the masks."""
+    train(flags, 2, log_dir=tmp_path / "ddp")
+    out = train(flags, 2, log_dir=tmp_path / "fsdp", parallel="fsdp", sample_interval=5, max_new_tokens=4)
+    assert_same_run(tmp_path / "fsdp", tmp_path / "ddp")
+    assert out.count("\n> Hello") == 4  # two samples at steps 5 and 10, drawn by all, printed once
+    train(flags, 2, log_dir=tmp_path / "twice", parallel="fsdp", activation_checkpointing="true")
+    assert_same_run(tmp_path / "twice", tmp_path / "ddp")
+    one, other = (load_checkpoint(tmp_path / name) for name in ("ddp", "fsdp"))
+    assert list(one["model"]) == list(other["model"])
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(other["model"][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_sharded_checkpoints_fit_any_number_of_processes(flags, tmp_path):
+    """4 steps each by fsdp on 2, one process alone, fsdp on 4, ddp on 2: the run of one process."""
+    train(flags, log_dir=tmp_path / "one", max_steps=16)
+    flags |= {"log_dir": tmp_path / "many", "keep_checkpoints": 9}
+    sharded = tmp_path / "many" / "ckpt_0000004"
+    for last, processes, parallel in ((4, 2, "fsdp"), (8, 1, "ddp"), (12, 4, "fsdp"), (16, 2, "ddp")):
+        # the cosine ends at max_steps: stop early instead
+        stop = {"max_hours": 1e-9, "max_steps": 16} if last < 16 else {"max_steps": 16}
+        while not (paths := list_checkpoints(tmp_path / "many")) or load_checkpoint(paths[-1])["step"] < last:
+            out = train(flags, processes, parallel=parallel, resume="true", **stop)
+        if last == 4:
+            assert sharded.is_dir() and "ckpt_0000004" in out
+            assert len(list(sharded.glob("*.distcp"))) == 2
+            text = subprocess.run([sys.executable, str(ROOT / "generate.py"), f"--checkpoint={sharded}",
+                                   "--prompt=def", "--max_new_tokens=3"], capture_output=True, text=True,
+                                  env=ENVIRONMENT)
+            assert text.returncode == 0 and "def" in text.stdout, text.stderr
+    assert_same_run(tmp_path / "many", tmp_path / "one")
+
+
+def test_fsdp_refuses_what_it_cannot_do(flags, tmp_path):
+    for wrong in ({"optimizer": "muon"}, {"dtype": "float16"}):
+        done = attempt(flags, 2, log_dir=tmp_path / "log", parallel="fsdp", **wrong)
+        assert done.returncode != 0 and "--parallel=ddp" in done.stderr and not (tmp_path / "log").exists()
+
+
+def test_muon_with_processes_and_resume(flags, tmp_path):
+    flags |= {"optimizer": "muon", "schedule": "wsd"}
+    train(flags, log_dir=tmp_path / "straight")
+    train(flags, 2, log_dir=tmp_path / "two")
+    # Newton-Schulz in bfloat16 makes a last digit of a gradient a larger one of the update
+    assert_same_run(tmp_path / "two", tmp_path / "straight", rel=1e-2)
+    train(flags, log_dir=tmp_path / "adamw", optimizer="adamw")
+    assert losses(tmp_path / "adamw") != losses(tmp_path / "straight")
+    train(flags, log_dir=tmp_path / "broken", max_hours=1e-9)
+    train(flags, log_dir=tmp_path / "broken", resume="true")
+    assert read_log(tmp_path / "broken", *STREAMS) == read_log(tmp_path / "straight", *STREAMS)
+    done = attempt(flags, log_dir=tmp_path / "broken", resume="true", optimizer="adamw")
+    assert done.returncode == 2 and "optimizer: muon in the checkpoint, adamw now" in done.stderr
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_on_two_processes(flags, tmp_path, parallel):
+    flags |= {"dropout": 0, "max_steps": 6, "sample_interval": 2, "max_new_tokens": 4}
+    train(flags, log_dir=tmp_path / "one")
+    out = train(flags, 2, log_dir=tmp_path / "two", compile="true", parallel=parallel)
+    assert "compile on" in out and "recompiled" not in out
+    assert_same_run(tmp_path / "two", tmp_path / "one", rel=1e-4)
+    one, two = (load_checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
+    assert list(one) == list(two)

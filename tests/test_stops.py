@@ -1,0 +1,183 @@
+"""Stops and restarts: whatever ends a run, the next start goes on as if nothing had been."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from training import (
+    ENVIRONMENT,
+    arguments,
+    attempt,
+    command,
+    free_port,
+    losses,
+    read_log,
+    start_by_hand,
+    train,
+    with_fault,
+)
+
+from checkpoint import list_checkpoints, load_checkpoint
+
+STREAMS = ("train", "val", "val_bpb", "lr", "norm")
+FAULT = """
+import signal, time
+import model
+forward, calls = model.GPT.forward, 0
+def faulty(self, *args, **kwargs):
+    global calls
+    calls += self.training
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if first and os.environ.get("RANK", "0") == "{rank}" and self.training and calls == {call}:
+        {action}
+    return forward(self, *args, **kwargs)
+model.GPT.forward = faulty
+"""
+
+
+def fault(folder, call, action, rank=0):
+    """A script in which `action` comes before micro-batch `call`, counted from 1, in the first start."""
+    return with_fault(folder, FAULT.format(rank=rank, call=call, action=action))
+
+
+def signal_self(name):
+    return f"os.kill(os.getpid(), signal.{name})"
+
+
+@pytest.fixture(scope="module")
+def straight(base_flags, tmp_path_factory):
+    """The log of the run that is never stopped."""
+    log_dir = tmp_path_factory.mktemp("straight") / "log"
+    train(base_flags, log_dir=log_dir, max_steps=20)
+    return log_dir
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_finishes_the_step_and_saves(flags, tmp_path, straight, name):
+    """In the middle of step 5; and in the step before one at which the run validates and saves anyway."""
+    flags |= {"log_dir": tmp_path / "log", "max_steps": 20}
+    out = train(flags, 1, fault(tmp_path, 5 * 4 + 2, signal_self(name)))
+    assert f"stopped by {name}: step 6," in out and "continue with --resume" in out
+    assert list_checkpoints(tmp_path / "log")[-1].name == "ckpt_0000006.pt"
+    train(flags, 1, fault(tmp_path, 4 + 2, signal_self(name)), resume="true")
+    state = load_checkpoint(tmp_path / "log")
+    assert state["step"] == 8 and state["val_loss"] is None
+    train(flags, resume="true")
+    assert read_log(tmp_path / "log", *STREAMS) == read_log(straight, *STREAMS)
+    one, two = load_checkpoint(straight), load_checkpoint(tmp_path / "log")
+    assert one["best"] == two["best"] and one["guard"] == two["guard"]
+
+
+def test_a_second_interrupt_ends_at_once(flags, tmp_path):
+    script = fault(tmp_path, 22, f"{signal_self('SIGINT')}; {signal_self('SIGINT')}")
+    done = attempt(flags, 1, script, log_dir=tmp_path / "log")
+    assert done.returncode == 130 and "interrupted" in done.stderr
+    assert list_checkpoints(tmp_path / "log")[-1].name == "ckpt_0000004.pt"
+
+
+def test_max_hours(flags, tmp_path, straight):
+    flags |= {"log_dir": tmp_path / "log", "max_steps": 20}
+    assert "stopped by --max_hours: step 1," in train(flags, max_hours=1e-6)
+    assert "stopped by --max_hours: step 2," in train(flags, max_hours=1e-6, resume="true")
+    train(flags, max_hours=100, resume="true")
+    assert read_log(tmp_path / "log", *STREAMS) == read_log(straight, *STREAMS)
+
+
+def test_one_signalled_process_stops_all(flags, tmp_path):
+    """Only rank 1 is told; both finish the same step and exit with 0."""
+    script = fault(tmp_path, 2 * 5 + 1, signal_self("SIGTERM"), rank=1)
+    processes = start_by_hand([command(flags, 1, script, log_dir=tmp_path / "log")] * 2)
+    outs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outs
+    assert ": step 6," in outs[0][0] and "stopped by" in outs[0][0]
+    assert list_checkpoints(tmp_path / "log")[-1].name == "ckpt_0000006.pt"
+
+
+def test_torchrun_told_to_stop(flags, tmp_path):
+    """SIGTERM to the launcher reaches the workers, and torchrun gives them the time to save."""
+    flags |= {"log_dir": tmp_path, "max_steps": 100_000, "val_interval": 0, "checkpoint_interval": 0}
+    process = subprocess.Popen(command(flags, 2), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    for line in process.stdout:
+        if line.startswith("step 5 |"):
+            process.terminate()
+            break
+    out = process.stdout.read()
+    process.wait(timeout=60)
+    step = int(re.search(r"stopped by SIGTERM: step (\d+),", out)[1])
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"ckpt_{step:07d}.pt"]
+
+
+def test_torchrun_restarts_a_killed_worker(flags, tmp_path, straight):
+    """No --resume in the command: the restarted processes find out by themselves."""
+    script = fault(tmp_path, 2 * 10 + 1, signal_self("SIGKILL"), rank=1)
+    out = train(flags, 2, script, ["--max-restarts=1"], log_dir=tmp_path / "log", max_steps=20)
+    starts = re.findall(r"starting at (\d+)", out)
+    assert starts == ["0", "8"], out
+    assert losses(tmp_path / "log") == pytest.approx(losses(straight), rel=1e-5)
+
+
+def test_a_restart_passes_over_a_damaged_checkpoint(flags, tmp_path):
+    damage = f"open({str(tmp_path / 'log' / 'ckpt_0000008.pt')!r}, 'r+b').truncate(2000)"
+    script = fault(tmp_path, 4 * 10 + 1, f"{damage}; {signal_self('SIGKILL')}")
+    done = attempt(flags, 1, script, ["--max-restarts=1"], log_dir=tmp_path / "log")
+    assert done.returncode == 0, done.stderr
+    assert "ckpt_0000008.pt: damaged" in done.stderr and "starting at 4" in done.stdout
+
+
+def start_node(flags, port, script, nnodes="2"):
+    """One machine's torchrun, with one process."""
+    conf = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120"
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nnodes}", "--nproc_per_node=1",
+         "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test",
+         f"--rdzv_conf={conf}", "--local_addr=127.0.0.1", str(script), *arguments(flags)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+
+
+def kill_node(agent):
+    """Its worker too, which torchrun starts in a session of its own."""
+    ps = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
+    pairs = (map(int, line.split()) for line in ps.stdout.splitlines())
+    for pid in [agent.pid, *(pid for pid, parent in pairs if parent == agent.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    agent.wait()
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_node_dies(flags, tmp_path, replaced):
+    """Two machines' agents; the second and its worker are killed. A new one takes its place, or the first
+    goes on alone: either way the run ends as one that a single process made."""
+    flags |= {"max_steps": 40, "checkpoint_interval": 4, "keep_checkpoints": 3}
+    train(flags, log_dir=tmp_path / "one")
+    slow = with_fault(tmp_path, "import time, model\nforward = model.GPT.forward\n"
+                                "def slow(*a, **k):\n    time.sleep(0.02)\n    return forward(*a, **k)\n"
+                                "model.GPT.forward = slow")
+    flags |= {"log_dir": tmp_path / "two"}
+    port, nnodes = free_port(), "2" if replaced else "1:2"
+    first = start_node(flags, port, slow, nnodes)
+    time.sleep(1)  # so that it is the host of the rendezvous
+    nodes = [first, start_node(flags, port, slow, nnodes)]
+    out = ""
+    try:
+        for line in first.stdout:
+            out += line
+            if "step 10 | loss" in line and nodes[1].poll() is None:
+                kill_node(nodes[1])
+                if replaced:  # by a machine that comes when the dead one has been given up: 3 missed calls
+                    replace = threading.Timer(8, lambda: nodes.append(start_node(flags, port, slow, nnodes)))
+                    replace.start()
+        first.wait(timeout=120)
+    finally:
+        for node in nodes:
+            kill_node(node)
+    assert first.returncode == 0, out
+    assert re.findall(r"starting at (\d+)", out) == ["0", "8"], out
+    assert f"on {2 if replaced else 1} process(es)" in out.rpartition(" steps, starting at 8")[0], out
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

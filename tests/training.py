@@ -1,0 +1,80 @@
+"""How the tests run the training script: as its users do, in processes of its own, at times with a fault."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def arguments(flags, **overrides):
+    return [f"--{key}={value}" for key, value in {**flags, **overrides}.items()]
+
+
+def command(flags, processes=1, script=ROOT / "train_gpt2.py", launcher=(), **overrides):
+    """The command line of a run; several processes are torchrun's, with `launcher` as its flags."""
+    if processes > 1 or launcher:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher]
+    return [sys.executable, *launcher, str(script), *arguments(flags, **overrides)]
+
+
+def attempt(flags, *where, **overrides):
+    """A run that need not succeed: its exit code and what it said are the caller's to judge."""
+    return subprocess.run(command(flags, *where, **overrides), capture_output=True, text=True, timeout=240,
+                          env=ENVIRONMENT)
+
+
+def train(flags, *where, **overrides):
+    done = attempt(flags, *where, **overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def with_fault(folder, fault):
+    """A script that runs train_gpt2.py after the Python source `fault`, which breaks something."""
+    path = Path(folder, "faulty.py")
+    path.write_text(f"import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{textwrap.dedent(fault)}\n"
+                    f"runpy.run_path({str(ROOT / 'train_gpt2.py')!r}, run_name='__main__')\n",
+                    encoding="utf-8")
+    return path
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_by_hand(commands, folders=None):
+    """Processes of one group without a launcher that would restart or kill them: [Popen] by rank."""
+    port = str(free_port())
+    return [
+        subprocess.Popen(line, cwd=folders and folders[rank], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         text=True, env={**ENVIRONMENT, "RANK": str(rank), "LOCAL_RANK": "0",
+                                         "WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1",
+                                         "MASTER_PORT": port})
+        for rank, line in enumerate(commands)]
+
+
+def read_log(log_dir, *streams):
+    """{stream: {step: value as text}}: as text, because equal must mean equal to the last digit."""
+    found = {stream: {} for stream in streams}
+    for line in (Path(log_dir) / "log.txt").read_text(encoding="utf-8").splitlines():
+        step, stream, value = line.split()
+        if stream in found:
+            assert int(step) not in found[stream], f"step {step} {stream} is in the log twice"
+            found[stream][int(step)] = value
+    return found
+
+
+def losses(log_dir):
+    return [float(value) for value in read_log(log_dir, "train")["train"].values()]
+
+
+def snapshot(folder):
+    """{name: (time of the last write, size)}"""
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()}
