@@ -24,8 +24,9 @@ def shown_commands(text):
 
 def script_settings(script):
     """What configure sees of a script: its constant assignments, without running it."""
-    # analyze_compute.py takes those of train_gpt2.py too
-    namespace = script_settings("train_gpt2.py") if script == "analyze_compute.py" else {"__annotations__": {}}
+    namespace = {"__annotations__": {}}
+    if script == "analyze_compute.py":  # which takes those of train_gpt2.py too
+        namespace = script_settings("train_gpt2.py")
     namespace["__file__"] = str(ROOT / script)
     for node in ast.parse((ROOT / script).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
