@@ -5,7 +5,7 @@ PREFIX := $(shell $(PYTHON) -c 'import sys; print(sys.prefix)')
 RUN_STAMP := $(PREFIX)/.gpt2-requirements
 DEV_STAMP := $(PREFIX)/.gpt2-requirements-dev
 
-.PHONY: help install demo prepare prepare-small test lint bench
+.PHONY: help install demo prepare prepare-small test lint bench doctor compare
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -44,3 +44,12 @@ test: $(DEV_STAMP) lint  ## install what tests need and run all tests
 
 bench: install $(DEV_STAMP)  ## measure every speed this repository claims, beside its baseline
 	$(PYTHON) bench.py
+
+NPROC ?= $(shell $(PYTHON) -c 'import torch; print(max(1, torch.cuda.device_count()))')
+doctor: $(RUN_STAMP)  ## check GPUs, network, folders and clocks before a long run; NPROC=8 processes
+	$(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) doctor.py
+
+REF ?= reference/demo_cpu.log
+RUN ?= log_demo
+compare: $(RUN_STAMP)  ## is a run's curve right? RUN=log_demo REF=reference/demo_cpu.log
+	$(PYTHON) compare_log.py --run=$(RUN) --ref=$(REF)

@@ -1,10 +1,13 @@
 """shards.py: what is written is what is read, damage is refused, an epoch uses every window exactly once."""
 import hashlib
+import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -417,3 +420,115 @@ def test_import_is_light():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8",
                           cwd=shards.__file__.rpartition("/")[0], check=True)
     assert done.stdout == "[]\n"
+
+
+# ---- a trillion tokens ---------------------------------------------------------
+
+N_SHARDS, SHARD_TOKENS = 10_000, 100_000_000
+
+
+@pytest.fixture(scope="module", params=[".npy", ".bin"])
+def huge_folder(request, tmp_path_factory):
+    """10,000 shards of 100M tokens; the disk holds their headers, the rest of each file is a hole."""
+    folder = tmp_path_factory.mktemp("huge")
+    header = io.BytesIO()
+    if request.param == ".npy":
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "<u2", "fortran_order": False, "shape": (SHARD_TOKENS,)})
+    else:
+        header.write(struct.pack("<256i", 20240520, 1, SHARD_TOKENS, *[0] * 253))
+    header = header.getvalue()
+    for i in range(N_SHARDS):
+        with open(folder / f"x_train_{i:06d}{request.param}", "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + 2 * SHARD_TOKENS)
+    yield folder
+    shutil.rmtree(folder)  # pytest keeps the folders of three sessions
+
+
+def count_lines(function):
+    """Lines of Python that `function` runs: what it costs, on any machine."""
+    lines = 0
+
+    def trace(frame, event, arg):
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(previous)
+    return lines
+
+
+def peak_memory(function):
+    """The most bytes that `function` holds at once, beyond what there was before."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("with_manifest", [False, True])
+def test_ten_thousand_shards_open(huge_folder, monkeypatch, with_manifest):
+    if with_manifest:
+        records = [{"file": path.name, "tokens": SHARD_TOKENS, "sha256": 64 * "0"}
+                   for path in huge_folder.iterdir()]
+        write_manifest(huge_folder, {"files": records})
+    read, opened = shards.read_header, []
+    monkeypatch.setattr(shards, "read_header", lambda path: opened.append(path) or read(path))
+    peak = peak_memory(lambda: TokenStream(huge_folder, "train"))
+    assert peak < 3000 * N_SHARDS, f"{peak:,} bytes for names, sizes and the manifest"
+    assert len(opened) == len(set(opened)) == N_SHARDS  # every file once
+    stream = TokenStream(huge_folder, "train")
+    (huge_folder / "manifest.json").unlink(missing_ok=True)
+    assert len(stream) == N_SHARDS * SHARD_TOKENS and (stream.manifest is not None) == with_manifest
+    assert [path.name[8:14] for path in stream.paths] == [f"{i:06d}" for i in range(N_SHARDS)]
+    # an edge between shards in the middle of it, where a 32-bit position would long have come round
+    edge = 6000 * SHARD_TOKENS
+    with open(stream.paths[5999], "r+b") as file:
+        file.seek(-4, 2)
+        file.write(struct.pack("<2H", 7, 8))
+    with open(stream.paths[6000], "r+b") as file:
+        file.seek(stream._headers[6000][1])
+        file.write(struct.pack("<2H", 9, 10))
+    assert stream.read(edge - 3, 6).tolist() == [0, 7, 8, 9, 10, 0]
+    assert stream.locate(edge) == (stream.paths[6000], 0)
+
+
+def test_any_step_of_a_trillion_tokens_costs_the_same(huge_folder):
+    stream = TokenStream(huge_folder, "train")
+    T, batch_tokens = 1024, 524_288
+
+    def one_step(step, count=64):
+        loader = WindowLoader(stream, T, batch_tokens, 1337, 65_536)  # a resume starts here
+        x, _ = loader.batch(step, 0, count)
+        assert x.shape == (count, T) and 0 <= loader.window_ids(step).min()
+        assert loader.window_ids(step).max() < loader.n_windows == (10**12 - 1) // T
+
+    for step in range(3):  # 192 windows in as many shards: from here on a file takes another's place
+        one_step(step)
+    steps = (3, 1000, 10**6, 10**9, 10**12)  # the last in epoch 524,288
+    lines = [count_lines(lambda step=step: one_step(step)) for step in steps]
+    peaks = [peak_memory(lambda step=step: one_step(step)) for step in steps]
+    assert max(lines) < 1.1 * min(lines), lines
+    assert max(peaks) < 1.1 * min(peaks) and max(peaks) < 4 * 64 * T * 8, peaks  # x and y are half of that
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_trillion_tokens_in_constant_memory(huge_folder):
+    loader = WindowLoader(TokenStream(huge_folder, "train"), 1024, 524_288, 1337, 65_536)
+
+    def some_steps(n):
+        for step in np.random.default_rng(n).integers(0, 10**9, n).tolist():
+            loader.batch(step, 0, 8)
+
+    before = len(list(shards.Path("/proc/self/fd").iterdir()))
+    peak = peak_memory(lambda: some_steps(30))  # 240 windows in as many shards: all the files there may be
+    assert peak_memory(lambda: some_steps(300)) < 1.5 * peak < 2**20
+    assert len(list(shards.Path("/proc/self/fd").iterdir())) == before + shards.MAX_OPEN_SHARDS
