@@ -644,8 +644,8 @@ if dry_run:
     evaluate_loss(min(n_val_windows, world_size * max(1, B // 4)))
     peaks += [dev.peak_memory(), dev.total_memory()]
     needs, with_val, total = ("n/a" if size is None else f"{size / 1e9:.2f} GB" for size in peaks)
-    say(f"\ndry run: training needs {needs} of the {total} of {dev.name}, with validation {with_val}; nothing was "
-        f"written")
+    say(f"\ndry run: training needs {needs} of the {total} of {dev.name}, with validation {with_val}; "
+        f"nothing was written")
     hours = max_steps * step_times[-1] / 3600
     say(f"{batch_tokens / step_times[-1]:,.0f} tok/s: {max_steps:,} steps of {batch_tokens:,} tokens take "
         f"{hours:,.1f} hours on {world_size} process(es), without validation")

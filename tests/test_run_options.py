@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import termios
 import time
 
 import pytest
@@ -90,7 +91,7 @@ def test_a_device_that_leaks_the_future_is_found_out(flags, tmp_path):
     assert "self-test:" in out and "attention is written out instead" in out
     assert "self-test" not in train(flags, log_dir=tmp_path / "healthy", dropout=0)
     assert losses(tmp_path / "leak") == pytest.approx(losses(tmp_path / "healthy"), rel=1e-5)
-    worse = leak + "        import model\n        model.plain_attention = leaky\n"
+    worse = leak + "    import model\n        model.plain_attention = leaky\n"
     done = attempt(flags, 1, with_fault(tmp_path, worse), log_dir=tmp_path / "worse")
     assert done.returncode == 2 and "computes wrong numbers" in done.stderr
     assert not (tmp_path / "worse").exists()
@@ -172,8 +173,9 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(flags, tm
 def test_a_bar_in_a_terminal(flags, tmp_path):
     """In a terminal: a bar over the whole run with what is left of it, and other lines above it."""
     ours, theirs = os.openpty()
+    termios.tcsetwinsize(ours, (24, 120))
     process = subprocess.Popen(command(flags, log_dir=tmp_path / "log"), stdout=theirs, stderr=theirs,
-                               env={**ENVIRONMENT, "COLUMNS": "120", "TERM": "xterm"})
+                               env=ENVIRONMENT)
     os.close(theirs)
     screen = b""
     try:

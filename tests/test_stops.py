@@ -131,13 +131,18 @@ def test_a_restart_passes_over_a_damaged_checkpoint(flags, tmp_path):
 
 
 def start_node(flags, port, script, nnodes="2"):
-    """One machine's torchrun, with one process."""
+    """One machine's torchrun, with one process.
+
+    Without the variable, torch 2.13's agents share one store, whose address a newcomer is never told: it and
+    the survivors wait for each other in vain.
+    """
     conf = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120"
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nnodes}", "--nproc_per_node=1",
          "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test",
          f"--rdzv_conf={conf}", "--local_addr=127.0.0.1", str(script), *arguments(flags)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
 
 
 def kill_node(agent):
