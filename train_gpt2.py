@@ -148,6 +148,10 @@ def say(text=""):
         print(text, flush=True) if progress is None else progress.write(text)
 
 
+def clock(seconds):
+    return f"{round(seconds) // 3600}:{round(seconds) // 60 % 60:02d}:{round(seconds) % 60:02d}"
+
+
 def leave_together():
     """Take the process group down when every process is done with it: gloo aborts one whose peers are not."""
     if ddp:
@@ -298,11 +302,7 @@ def check_saved(saved):
 
 start_step, best, reached = 0, None, False
 if resume and checkpoint.list_checkpoints(log_dir):
-    groups = [[{**group} for group in opt.param_groups] for opt in optimizers]
     saved = checkpoint.load_into(log_dir, raw_model, optimizers, check_saved)
-    for opt, settings in zip(optimizers, groups):  # of weight_decay, betas, ... today's values count
-        for group, today in zip(opt.param_groups, settings):
-            group.update({key: value for key, value in today.items() if key != "params"})
     if saved["scaler"] and scaler.is_enabled():  # empty unless the run that saved it was in float16
         scaler.load_state_dict(saved["scaler"])
     start_step, best, guard = saved["step"], saved["best"], saved["guard"]
@@ -339,16 +339,12 @@ def git_revision():
 def open_board():
     """TensorBoard's writer; what an earlier run wrote after start_step, and is about to happen again, is
     hidden."""
-    if not tensorboard:
-        return None
     from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter(Path(log_dir, "tensorboard"), purge_step=start_step)
 
 
 def open_wandb():
     """The run at Weights & Biases: a new one, or the one whose id an earlier start left in log_dir."""
-    if not wandb:
-        return None
     import wandb as package
     id_path = Path(log_dir, "wandb_id.txt")
     if not id_path.exists():
@@ -379,7 +375,8 @@ if master_process and not dry_run:
         record = {"start_step": start_step, "job": job, "config": config, "data": train_stream.fingerprint,
                   **provenance}
         file.write(json.dumps(record) + "\n")
-    board, weights_and_biases = open_board(), open_wandb()
+board = open_board() if tensorboard and master_process and not dry_run else None
+wandb_run = open_wandb() if wandb and master_process and not dry_run else None
 writer = None
 if (master_process or fsdp) and not dry_run:
     writer = checkpoint.CheckpointWriter(log_dir, keep_checkpoints, sharded=fsdp)
@@ -391,8 +388,8 @@ def log(step, **streams):
             file.write("".join(f"{step} {stream} {value:.8g}\n" for stream, value in streams.items()))
         for stream, value in streams.items() if board else ():
             board.add_scalar(stream, value, step)
-        if weights_and_biases:
-            weights_and_biases.log({"step": step, **streams})
+        if wandb_run:
+            wandb_run.log({"step": step, **streams})
 
 
 say(f"device: {dev.name} ({dev.device}), {str(dev.dtype).removeprefix('torch.')}, "
@@ -539,8 +536,6 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
 
     # ---- checkpoint: at step s, s updates have been made
     if (checkpoint_due or stopping) and step > start_step and writer:
-        if fsdp:  # as above, after judging
-            raw_model.reshard()
         writer.save(step, {
             "step": step, "train_loss": loss, "val_loss": val_loss if judged else None, "best": best,
             **checkpoint.training_state(raw_model, optimizers),
@@ -602,12 +597,12 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     timed = {} if deterministic else {"tok_s": tok_s} if mfu is None else {"tok_s": tok_s, "mfu": mfu}
     log(step, train=loss, lr=lr, norm=norm, **timed)
     if progress is None:
-        minutes, seconds = divmod(round((max_steps - 1 - step) * float(np.median(step_times[-100:]))), 60)
         say(f"step {step} | loss: {loss:.6f} | lr: {lr:.2e} | norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
             f"tok/sec: {tok_s:.2f} | mfu: {'n/a' if mfu is None else f'{mfu:.1%}'} | "
-            f"eta: {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
+            f"eta: {clock((max_steps - 1 - step) * float(np.median(step_times[-100:])))}")
     else:
-        progress.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, {tok_s:,.0f} tok/s")
+        progress.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, {tok_s:,.0f} tok/s",
+                                 refresh=False)
         progress.update()
     failures = check_first_loss(loss, vocab_size) if step == 0 and not bad and norm_position == "pre" else []
     if failures:
@@ -646,9 +641,8 @@ if dry_run:
     needs, with_val, total = ("n/a" if size is None else f"{size / 1e9:.2f} GB" for size in peaks)
     say(f"\ndry run: training needs {needs} of the {total} of {dev.name}, with validation {with_val}; "
         f"nothing was written")
-    hours = max_steps * step_times[-1] / 3600
     say(f"{batch_tokens / step_times[-1]:,.0f} tok/s: {max_steps:,} steps of {batch_tokens:,} tokens take "
-        f"{hours:,.1f} hours on {world_size} process(es), without validation")
+        f"{clock(max_steps * step_times[-1])} on {world_size} process(es), without validation")
 else:
     error = None
     try:
@@ -662,13 +656,17 @@ else:
     say(f"\n{'stopped by ' + (signals or ['--max_hours'])[0] if stopping else 'done'}: step {step}, "
         f"{step * batch_tokens:,} tokens"
         + (f", {batch_tokens / np.median(step_times):,.0f} tok/s (median step)" if step_times else "")
-        + (f", {guard['skipped']} steps skipped" if guard["skipped"] else ""))
+        + (f", skipped: {guard['skipped']}" if guard["skipped"] else ""))
     if not stopping:
         say(f"val loss {val_loss:.4f} nats per token ({val_bpb:.4f} bits per byte) "
             f"on {n_val_windows * T:,} tokens of {data_dir}"
             + (f"; a unigram model has {unigram:.4f}" if master_process else ""))
     say(f"checkpoint: {checkpoint.list_checkpoints(log_dir)[-1] if master_process else ''}"
         + ("; continue with --resume" if stopping else ""))
+if board:
+    board.close()
+if wandb_run:
+    wandb_run.finish()
 leave_together()
 if ddp:  # gloo's threads outlive their group, and now and then abort a process that ends the long way
     sys.stdout.flush()

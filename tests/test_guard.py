@@ -47,7 +47,7 @@ def test_a_bad_loss_of_one_process_is_skipped_by_both(flags, tmp_path, tiny_data
     log = read_log(tmp_path / "log", "train", "norm", "skipped")
     assert log["skipped"] == {5: "1"} and not math.isfinite(float(log["train"][5]))
     assert all(math.isfinite(float(log["train"][step])) for step in range(9) if step != 5)
-    assert "step 5 | skipped: loss" in out and "1 steps skipped" in out
+    assert "step 5 | skipped: loss" in out and ", skipped: 1\n" in out
     # where the bad batch came from: windows 6 and 7 of the step's 8, as the loader gives them
     record, = map(json.loads, (tmp_path / "log" / "skipped.jsonl").read_text(encoding="utf-8").splitlines())
     stream = TokenStream(tiny_data, "train")
@@ -78,11 +78,11 @@ def test_bad_steps_in_a_row_stop_the_run(flags, tmp_path):
     assert newest.name == "ckpt_0000008.pt" and f"Last good checkpoint: {newest}" in done.stderr
     assert load_checkpoint(newest)["guard"]["in_row"] == 2
     # without the fault the run goes on from there
-    assert "2 steps skipped" in train(flags, log_dir=tmp_path / "log", resume="true")
+    assert ", skipped: 2\n" in train(flags, log_dir=tmp_path / "log", resume="true")
     assert load_checkpoint(tmp_path / "log")["guard"]["in_row"] == 0
     # and bad steps that are not in a row only cost themselves
     script = faulty(tmp_path, calls=[4 * step for step in (2, 3, 5, 6, 8, 9)])
-    assert "6 steps skipped" in train(flags, 1, script, log_dir=tmp_path / "other", max_bad_steps=3)
+    assert ", skipped: 6\n" in train(flags, 1, script, log_dir=tmp_path / "other", max_bad_steps=3)
 
 
 def test_spikes_are_skipped_and_do_not_count_as_normal(flags, tmp_path):

@@ -15,9 +15,11 @@ from training import (
     arguments,
     attempt,
     command,
+    fault,
     free_port,
     losses,
     read_log,
+    signal_self,
     start_by_hand,
     train,
     with_fault,
@@ -26,28 +28,6 @@ from training import (
 from checkpoint import list_checkpoints, load_checkpoint
 
 STREAMS = ("train", "val", "val_bpb", "lr", "norm")
-FAULT = """
-import signal, time
-import model
-forward, calls = model.GPT.forward, 0
-def faulty(self, *args, **kwargs):
-    global calls
-    calls += self.training
-    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if first and os.environ.get("RANK", "0") == "{rank}" and self.training and calls == {call}:
-        {action}
-    return forward(self, *args, **kwargs)
-model.GPT.forward = faulty
-"""
-
-
-def fault(folder, call, action, rank=0):
-    """A script in which `action` comes before micro-batch `call`, counted from 1, in the first start."""
-    return with_fault(folder, FAULT.format(rank=rank, call=call, action=action))
-
-
-def signal_self(name):
-    return f"os.kill(os.getpid(), signal.{name})"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +77,28 @@ def test_one_signalled_process_stops_all(flags, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outs
     assert ": step 6," in outs[0][0] and "stopped by" in outs[0][0]
     assert list_checkpoints(tmp_path / "log")[-1].name == "ckpt_0000006.pt"
+
+
+def test_killed_while_a_checkpoint_is_being_written(flags, tmp_path, straight):
+    """With -9, in step 9, when that of step 8 is on its way to a slow disk: the run goes on from step 4."""
+    slow = """
+import time
+import checkpoint
+save, saves = checkpoint.torch.save, []
+def crawl(*args, **kwargs):
+    saves.append(args)
+    time.sleep(60 * (len(saves) == 2))
+    return save(*args, **kwargs)
+checkpoint.torch.save = crawl
+"""
+    script = fault(tmp_path, 9 * 4 + 2, signal_self("SIGKILL"), before=slow)
+    flags |= {"log_dir": tmp_path / "log", "max_steps": 20}
+    assert attempt(flags, 1, script).returncode == -signal.SIGKILL
+    assert [path.name for path in list_checkpoints(tmp_path / "log")] == ["ckpt_0000004.pt"]
+    assert "starting at 4" in train(flags, resume="true")
+    assert read_log(tmp_path / "log", *STREAMS) == read_log(straight, *STREAMS)
+    leftovers = [path.name for path in (tmp_path / "log").iterdir() if "tmp" in path.name]
+    assert not leftovers, "the half file of the killed run must be cleaned up"
 
 
 def test_torchrun_told_to_stop(flags, tmp_path):

@@ -43,6 +43,30 @@ def with_fault(folder, fault):
     return path
 
 
+FAULT = """
+import signal, time
+import model
+forward, calls = model.GPT.forward, 0
+def faulty(self, *args, **kwargs):
+    global calls
+    calls += self.training
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if first and os.environ.get("RANK", "0") == "{rank}" and self.training and calls == {call}:
+        {action}
+    return forward(self, *args, **kwargs)
+model.GPT.forward = faulty
+"""
+
+
+def fault(folder, call, action, rank=0, before=""):
+    """A script in which `action` comes before micro-batch `call`, counted from 1, in the first start."""
+    return with_fault(folder, before + FAULT.format(rank=rank, call=call, action=action))
+
+
+def signal_self(name):
+    return f"os.kill(os.getpid(), signal.{name})"
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
