@@ -13,15 +13,23 @@ encode     bpe.py, one core, against tiktoken.encode_ordinary, one thread; the i
 shards     fineweb.py from parquet to shards, all cores and its start included, against a pool of workers that
            call tiktoken document by document; memory, and what sample-10BT would take
 loader     tokens per second of one process reading shuffled windows; no baseline
+open       seconds to open 10,000 shards of 100M tokens, memory, and a batch at a random step; no baseline
 bpe_train  bpe.py training a vocabulary, all cores, against tokenizers' BpeTrainer; and how well both compress
-train      an optimizer step of config A (16M parameters), compiled, in auto dtype, against eager float32
+train      an optimizer step of config A (16M parameters), compiled, in auto dtype, against torch as it comes,
+           in processes of their own: eager float32 (what nanoGPT does on a CPU), and ours' dtype and compile
+           with torch's attention and loss; and what share of the measured matmul peak that is
+scale      tok_s of train_gpt2.py with two processes and half the cores each, against one with all; on the CPU
+startup    seconds from the start of train_gpt2.py to the end of its first step, not compiled; on the CPU
 generate   new tokens with the KV cache against a full forward pass per token
 """
 
+import contextlib
 import functools
 import itertools
 import json
+import math
 import multiprocessing
+import os
 import platform
 import shutil
 import statistics
@@ -30,6 +38,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -47,35 +56,40 @@ from bpe import (
 from configurator import UserError, configure
 from shards import ShardWriter, TokenStream, WindowLoader, read_manifest
 
-only = "encode,shards,bpe_train,loader,train,generate"  # which to run
+only = "encode,shards,bpe_train,loader,open,train,scale,startup,generate"  # which to run
 turns = 5  # times each side is measured, after one warm-up turn
 input = ""  # encode, shards, bpe_train: a .txt or .parquet file (column text); empty = the standard library
 max_bytes = 8_000_000  # of it that are used
 build_bytes = 600_000_000  # shards: bytes of the text to build from, made of the text by perturbing it
 vocab_size = 32_768  # bpe_train: ids
-n_layer = 4  # train and generate: the model of config A
+n_layer = 4  # train, scale, startup and generate: the model of config A
 n_head = 4  # heads
 n_embd = 256  # width
 block_size = 256  # T
-batch_size = 16  # train: sequences per step
+batch_size = 16  # train, scale and startup: sequences per step
 max_new_tokens = 512  # generate: tokens drawn
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
-dtype = "auto"  # train: auto|float32|bfloat16|float16, of ours; the baseline is float32
+dtype = "auto"  # train: auto|float32|bfloat16|float16, of ours and the compiled baseline
+
+
+def time_turns(runs: list, n: int) -> list[list[float]]:
+    """Seconds of each of `runs`, n turns of all of them."""
+    seconds = [[] for _ in runs]
+    for _ in range(n + 1):
+        for run, of_run in zip(runs, seconds):
+            t0 = time.perf_counter()
+            run()
+            of_run.append(time.perf_counter() - t0)
+    return [of_run[1:] for of_run in seconds]  # the first turn compiled and filled caches
+
+
+def compare(ours: list[float], baseline: list[float]) -> tuple[float, float, list[float]]:
+    """(median seconds of ours, of the baseline, their ratios turn by turn)."""
+    return statistics.median(ours), statistics.median(baseline), [b / a for a, b in zip(ours, baseline)]
 
 
 def take_turns(ours, baseline, n: int) -> tuple[float, float, list[float]]:
-    """(median seconds of ours, of the baseline, their ratios turn by turn)."""
-    pairs = []
-    for _ in range(n + 1):
-        pair = []
-        for run in (ours, baseline):
-            t0 = time.perf_counter()
-            run()
-            pair.append(time.perf_counter() - t0)
-        pairs.append(pair)
-    pairs = pairs[1:]  # the first turn compiled and filled caches
-    ours, baseline = (statistics.median(side) for side in zip(*pairs))
-    return ours, baseline, [b / a for a, b in pairs]
+    return compare(*time_turns([ours, baseline], n))
 
 
 def report(name: str, unit: str, amount: float, ours: float, baseline: float, ratios: list[float],
@@ -281,18 +295,126 @@ def bench_loader() -> None:
           f"batches of 64 x 1024 from 5 shards of 10M tokens", flush=True)
 
 
-def make_step(model, optimizer, x, y, dev):
+def bench_open() -> None:
+    """A trillion tokens, in files that are holes."""
+    n_shards, shard_tokens, B, T = 10_000, 100_000_000, 64, 1024
+    header = {"descr": "<u2", "fortran_order": False, "shape": (shard_tokens,)}
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(n_shards):
+            with open(Path(folder, f"bench_train_{i:06d}.npy"), "wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                file.truncate(file.tell() + 2 * shard_tokens)
+        seconds = []
+        for _ in range(turns):
+            t0 = time.perf_counter()
+            WindowLoader(TokenStream(folder, "train"), T, 524_288, 1337, 50_257)
+            seconds.append(time.perf_counter() - t0)
+        tracemalloc.start()
+        loader = WindowLoader(TokenStream(folder, "train"), T, 524_288, 1337, 50_257)
+        steps, memory = np.random.default_rng(0).integers(0, 10**9, 100).tolist(), []
+        for step in steps:
+            loader.batch(step, 0, B)
+            memory.append(tracemalloc.get_traced_memory()[1] / 2**20)
+        tracemalloc.stop()
+        t0 = time.perf_counter()
+        for step in steps:
+            loader.batch(step, 0, B)
+        batch = (time.perf_counter() - t0) / len(steps)
+    print(f"open      | {statistics.median(seconds):12,.2f} s for {n_shards:,} shards of {shard_tokens:,} "
+          f"tokens; {memory[-1]:,.1f} MiB at most in 100 batches ({memory[9]:,.1f} in 10); "
+          f"{batch * 1e6:,.0f} microseconds for a batch of {B} x {T} at a random step", flush=True)
+
+
+def optimizer_step(forward, model, optimizer, autocast):
+    """A function that makes one step and returns its loss."""
     import torch
 
     def step():
-        with dev.autocast():
-            loss = model(x, y)
+        with autocast():
+            loss = forward()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        dev.synchronize()
+        return loss.item()  # waits for the device
     return step
+
+
+def model_and_batch(config, batch_size: int, device):
+    """The same model and batch for all sides."""
+    import torch
+
+    from model import GPT
+    torch.manual_seed(0)
+    model = GPT(config).to(device)
+    x, y = torch.randint(0, config.n_vocab, (2, batch_size, config.block_size)).to(device)
+    return model, x, y
+
+
+def our_step(config, batch_size: int, device: str, dtype: str):
+    import torch
+
+    from device import resolve_device
+    dev = resolve_device(device, dtype, compile=True)
+    model, x, y = model_and_batch(config, batch_size, dev.device)
+    model.loss_chunk = dev.loss_chunk
+    optimizer, = model.configure_optimizers("adamw", 0.1, 1e-4, (0.9, 0.95), dev.fused)
+    compiled = torch.compile(model, dynamic=False) if dev.compile else model
+    return optimizer_step(lambda: compiled(x, y), model, optimizer, dev.autocast)
+
+
+def plain_loss(model, idx, targets):
+    """What GPT.forward computes without dropout, with torch's own attention and loss, as in nanoGPT."""
+    import torch
+    import torch.nn.functional as F
+    (B, T), C, nh = idx.shape, model.config.n_embd, model.config.n_head
+    x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
+    for block in model.transformer.h:
+        q, k, v = block.attn.c_attn(block.ln_1(x)).split(C, dim=2)  # (B, T, C) each
+        q, k, v = (part.view(B, T, nh, C // nh).transpose(1, 2) for part in (q, k, v))  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
+        x = x + block.attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))
+    logits = F.linear(model.transformer.ln_f(x), model.transformer.wte.weight)  # (B, T, V)
+    return F.cross_entropy(logits.view(B * T, -1), targets.view(-1))
+
+
+def plain_step(config, batch_size: int, device: str, dtype: str, compiled: bool):
+    """torch as it comes: nothing of device.py, which also tunes the allocator."""
+    import torch
+    model, x, y = model_and_batch(config, batch_size, device)
+    optimizer, = model.configure_optimizers("adamw", 0.1, 1e-4, (0.9, 0.95), compiled)
+    loss = torch.compile(plain_loss, dynamic=False) if compiled else plain_loss
+    dtype = getattr(torch, dtype)
+    autocast = functools.partial(torch.autocast, x.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return optimizer_step(lambda: loss(model, x, y), model, optimizer, autocast)
+
+
+def serve(pipe, make, args) -> None:
+    run = make(*args)
+    with contextlib.suppress(EOFError):  # the other end was closed
+        while pipe.recv():
+            pipe.send(run())
+
+
+@contextlib.contextmanager
+def in_a_process(make, *args):
+    """A function that calls, in a process of its own, the function that make(*args) returned there."""
+    context = multiprocessing.get_context("spawn")
+    pipe, end = context.Pipe()
+    process = context.Process(target=serve, args=(end, make, args))
+    process.start()
+    end.close()
+
+    def run():
+        pipe.send(True)
+        return pipe.recv()
+
+    try:
+        yield run
+    finally:
+        pipe.close()
+        process.join()
 
 
 def bench_train() -> None:
@@ -300,24 +422,96 @@ def bench_train() -> None:
 
     from device import resolve_device
     from model import GPT, GPTConfig
-    fast, slow = resolve_device(device, dtype, compile=True), resolve_device(device, "float32")
+    dev = resolve_device(device, dtype)
+    dtype_name = str(dev.dtype).removeprefix("torch.")
     config = GPTConfig(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randint(0, config.n_vocab, (2, batch_size, block_size), generator=generator).to(fast.device)
-    steps = []
-    for dev in (fast, slow):
-        model = GPT(config).to(dev.device)
-        fused = dev.compile and dev.fused
-        optimizer, = model.configure_optimizers("adamw", 0.1, 1e-4, (0.9, 0.95), fused)
-        model = torch.compile(model, dynamic=False) if dev.compile else model
-        steps.append(make_step(model, optimizer, x, y, dev))
-    ours, baseline, ratios = take_turns(*steps, turns)
-    name = f"{str(fast.dtype).removeprefix('torch.')}{', compiled' if fast.compile else ''}"
-    report("train", "tok/s", batch_size * block_size, ours, baseline, ratios, f"eager float32 (ours: {name})")
-    peak = fast.peak_tflops()
-    flops = GPT(config).flops_per_token(block_size) * batch_size * block_size / ours
+    n = 4096 if dev.type == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=dev.device, dtype=dev.dtype)
+
+    def matmul():
+        torch.mm(a, b, out=product)
+        dev.synchronize()
+
+    product = torch.empty_like(a)
+    settings = config, batch_size, str(dev.device)
+    with (in_a_process(our_step, *settings, dtype_name) as ours,
+          in_a_process(plain_step, *settings, "float32", False) as eager,
+          in_a_process(plain_step, *settings, dtype_name, True) as compiled):
+        losses = [run() for run in (ours, eager, compiled)]
+        if max(losses) - min(losses) > 0.01:
+            raise RuntimeError(f"the three sides have losses {losses} at step 0: a bug in model.py")
+        seconds = time_turns([ours, eager, compiled, matmul], turns)
+    tokens = batch_size * block_size
+    report("train", "tok/s", tokens, *compare(seconds[0], seconds[1]), "eager float32")
+    report("train", "tok/s", tokens, *compare(seconds[0], seconds[2]), f"plain {dtype_name}, compiled")
+    flops = GPT(config).flops_per_token(block_size) * tokens / statistics.median(seconds[0])
+    matmul_flops = 2 * n**3 / statistics.median(seconds[3])
+    peak = dev.peak_tflops()
     mfu = f"{flops / (peak * 1e12):.1%}" if peak else "n/a"
-    print(f"          | {flops / 1e12:.3f} TFLOP/s, mfu {mfu}", flush=True)
+    print(f"          | {flops / 1e12:.3f} TFLOP/s, {flops / matmul_flops:.1%} of the measured {dtype_name} "
+          f"matmul peak, {matmul_flops / 1e12:.3f} ({n}^3); mfu {mfu}", flush=True)
+
+
+def write_random_shards(folder: str, n_tokens: int) -> None:
+    tok = load_tokenizer()
+    for split in ("train", "val"):
+        writer = ShardWriter(folder, "bench", split, n_tokens)
+        writer.append(np.random.default_rng(0).integers(0, tok.n_vocab, n_tokens).astype(np.uint16))
+        writer.close()
+
+
+def train_command(folder: str, log_dir: Path, processes: int, max_steps: int, compile: bool) -> list[str]:
+    """train_gpt2.py on the CPU with nothing but its steps, and at the end the shortest evaluation."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    flags = {"data_dir": folder, "log_dir": log_dir, "device": "cpu", "compile": compile, "n_layer": n_layer,
+             "n_head": n_head, "n_embd": n_embd, "block_size": block_size, "max_steps": max_steps,
+             "batch_size": batch_size // processes, "batch_tokens": batch_size * block_size,
+             "warmup_steps": 0, "val_interval": 0, "val_tokens": block_size, "checkpoint_interval": 0,
+             "sample_interval": 0}
+    script = Path(__file__).with_name("train_gpt2.py")
+    return [*launch, str(script), *(f"--{key}={value}" for key, value in flags.items())]
+
+
+def bench_scale() -> None:
+    cores, n_steps = available_cores(), 20
+    if batch_size % 2 or cores < 2:
+        print(f"scale     | left out: two processes share batch_size={batch_size} and {cores} core(s)")
+        return
+    numbers, seconds = itertools.count(), {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_shards(folder, 2 * n_steps * batch_size * block_size)
+        for _ in range(max(1, turns // 2)):  # a turn compiles twice
+            for processes in seconds:
+                log_dir = Path(folder, f"log{next(numbers)}")
+                subprocess.run(train_command(folder, log_dir, processes, n_steps, True), check=True,
+                               stdout=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": str(cores // processes)})
+                lines = (log_dir / "log.txt").read_text(encoding="utf-8").splitlines()
+                tok_s = [float(line.split()[2]) for line in lines if line.split()[1] == "tok_s"]
+                # the first steps compiled
+                seconds[processes].append(batch_size * block_size / statistics.median(tok_s[5:]))
+    report("scale", "tok/s", batch_size * block_size, *compare(seconds[2], seconds[1]), "one process")
+
+
+def bench_startup() -> None:
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_shards(folder, 4 * batch_size * block_size)
+        for turn in range(turns + 1):
+            t0, first_step = time.perf_counter(), math.nan
+            with subprocess.Popen(train_command(folder, Path(folder, f"log{turn}"), 1, 1, False), text=True,
+                                  stdout=subprocess.PIPE, encoding="utf-8") as process:
+                for line in process.stdout:
+                    if line.startswith("step 0 | loss"):
+                        first_step = time.perf_counter() - t0
+            if process.returncode:
+                raise RuntimeError(f"train_gpt2.py ended with exit code {process.returncode}")
+            seconds.append(first_step)
+    seconds = seconds[1:]  # the first read the files from the disk
+    print(f"startup   | {statistics.median(seconds):12,.2f} s to the end of the first step "
+          f"({min(seconds):.2f} to {max(seconds):.2f}, n={len(seconds)})", flush=True)
 
 
 def bench_generate() -> None:
@@ -351,9 +545,11 @@ def bench_generate() -> None:
     report("generate", "tok/s", max_new_tokens, *timed, "a full forward per token")
 
 
-BENCHES = {"encode": bench_encode, "shards": bench_shards, "bpe_train": bench_bpe_train,
-           "loader": bench_loader, "train": bench_train,
-           "generate": bench_generate}
+BENCHES = {
+    "encode": bench_encode, "shards": bench_shards, "bpe_train": bench_bpe_train, "loader": bench_loader,
+    "open": bench_open, "train": bench_train, "scale": bench_scale, "startup": bench_startup,
+    "generate": bench_generate,
+}
 
 
 def main() -> None:

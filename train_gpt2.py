@@ -95,7 +95,7 @@ device = "auto"  # auto|cpu|cuda|cuda:1|mps
 dtype = "auto"  # auto|float32|bfloat16|float16, of matrix products; weights stay float32
 parallel = "ddp"  # ddp, or fsdp: weights, gradients and moments are split over the processes
 activation_checkpointing = False  # compute each block twice instead of keeping its activations
-loss_chunk = 0  # rows of logits (tokens) held at once; 0 = all of a micro-step
+loss_chunk = 0  # rows of logits (tokens) held at once; 0 = what is fastest on the device, on a GPU all
 compile = True  # torch.compile the training step; off by itself, with a line, where it does not work
 peak_tflops = 0.0  # dense peak of one device for the MFU; 0 = from the table in device.py, or n/a
 deterministic = False  # the same log on every run on one machine: slower kernels on CUDA, no times in the log
@@ -250,7 +250,8 @@ if vocab_size == 0:
 torch.manual_seed(seed)  # the same initial weights on every process and device
 raw_model = GPT(GPTConfig(block_size, vocab_size, tok.n_vocab, n_layer, n_head, n_embd, dropout,
                           norm_position))
-raw_model.activation_checkpointing, raw_model.loss_chunk = activation_checkpointing, loss_chunk
+raw_model.activation_checkpointing = activation_checkpointing
+raw_model.loss_chunk = loss_chunk or dev.loss_chunk
 if fsdp:  # each process keeps its part of every matrix and gathers a block when it needs it
     for block in raw_model.transformer.h:
         if dev.compile:
@@ -432,7 +433,7 @@ def evaluate_loss(n_windows):
     raw_model.eval()
     token_bytes = tok.token_bytes()
     loss_sum, n_tokens, n_bytes = 0.0, 0, 0
-    rows = max(1, B // 4)  # a sequence takes more memory here than in the compiled step, which fuses the loss
+    rows = B if raw_model.loss_chunk else max(1, B // 4)  # whole logits take more memory here than compiled
     for first in range(0, n_windows, world_size * rows):
         ids = np.arange(first + rank * rows, min(first + (rank + 1) * rows, n_windows))
         # fsdp gathers weights in every forward, so a process without windows left takes part, for nothing
@@ -636,7 +637,7 @@ if progress is not None:
     progress = None
 if dry_run:
     peaks = [dev.peak_memory()]
-    evaluate_loss(min(n_val_windows, world_size * max(1, B // 4)))
+    evaluate_loss(min(n_val_windows, world_size * B))
     peaks += [dev.peak_memory(), dev.total_memory()]
     needs, with_val, total = ("n/a" if size is None else f"{size / 1e9:.2f} GB" for size in peaks)
     say(f"\ndry run: training needs {needs} of the {total} of {dev.name}, with validation {with_val}; "

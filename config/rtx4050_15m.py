@@ -14,6 +14,7 @@ vocab_size = 50304
 dropout = 0.7
 batch_size = 32
 batch_tokens = 32 * 256
+loss_chunk = 4096  # all 8,192 rows of logits at once would take most of the 6 GB
 max_steps = 2848
 warmup_steps = 100
 max_lr = 3e-4

@@ -23,7 +23,9 @@ def assert_same_run(one, other, rel=1e-5):
 
 
 def test_fsdp_equals_ddp(flags, tmp_path):
-    """With dropout and accumulation; also with activations computed twice, which keeps the masks."""
+    """With dropout and accumulation, and one process with a window less to judge; also with activations
+    computed twice, which keeps the masks."""
+    flags |= {"val_tokens": 33 * 64}
     train(flags, 2, log_dir=tmp_path / "ddp")
     out = train(flags, 2, log_dir=tmp_path / "fsdp", parallel="fsdp", sample_interval=5, max_new_tokens=4)
     assert_same_run(tmp_path / "fsdp", tmp_path / "ddp")
