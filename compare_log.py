@@ -34,7 +34,8 @@ make = ""  # folders of runs that differ by the seed alone, separated by commas:
 JUDGED = {"val_bpb": "val_bpb", "val_minus_unigram": "val"}
 FLOOR = 0.01  # that share: other hardware and dtypes move a right run too
 CURVE = ("tokenizer n_layer n_head n_embd block_size vocab_size dropout norm_position batch_tokens max_steps "
-         "warmup_steps max_lr min_lr schedule optimizer weight_decay beta1 beta2 grad_clip val_tokens"
+         "warmup_steps max_lr min_lr schedule decay_fraction optimizer weight_decay beta1 beta2 grad_clip "
+         "max_z_score val_tokens"
          ).split()  # the settings that make another curve
 
 

@@ -278,7 +278,8 @@ def _be_deterministic():
     torch raises a RuntimeError that names the operation where it has no such kernel.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
-    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # read when torch.compile is first used
+    import torch._inductor.config  # takes a second
+    torch._inductor.config.deterministic = True
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time; nothing here reads it unwritten
@@ -369,13 +370,14 @@ def self_test(model, dev: Device, attention=F.scaled_dot_product_attention) -> l
     return _test_causality(model, dev) + _test_attention(model.config, dev, attention)
 
 
-def check_first_loss(loss: float, n_vocab: int) -> list[str]:
-    """What is wrong with the loss of a freshly initialised model: nothing, [], within 1 nat of ln(n_vocab).
+def check_first_loss(loss: float, n_vocab: int, n_embd: int) -> list[str]:
+    """What is wrong with the loss of a new Pre-LN model: nothing, [], within 1 nat of what is expected.
 
-    A model that knows nothing gives every id the same chance. GPT-2's initialisation is within 0.1 of that;
-    only a Post-LN model wider than 768 is not, because its output still is the embedding of its input.
+    A model that knows nothing gives every id nearly the same chance: ln(n_vocab), and half the variance of
+    its logits, each a product of n_embd numbers of size 1 and as many of size 0.02. (A wide Post-LN model
+    starts higher, because its output still is the embedding of its input.)
     """
-    expected = math.log(n_vocab)
+    expected = math.log(n_vocab) + 0.5 * 0.02**2 * n_embd
     if abs(loss - expected) < 1:
         return []
     return [f"the loss before the first step is {loss:.2f}, wanted about ln({n_vocab}) = {expected:.2f}"]

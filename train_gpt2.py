@@ -22,6 +22,8 @@ import importlib.util
 import json
 import math
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -130,7 +132,13 @@ rank = int(os.environ.get("RANK", 0))
 ddp = world_size > 1
 fsdp = ddp and parallel == "fsdp"
 master_process = rank == 0
-job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's; the same after a restart
+nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+# torchrun's agents share a store that outlives a restart: old addresses would be found in it
+shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+if nodes > 1 and shared_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+    raise UserError("--max-restarts on several nodes: torchrun's shared store keeps the addresses of dead "
+                    "processes; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes")
 if ddp and ":" in device:
     raise UserError(f"device={device} is one device for {world_size} processes; give --device=cuda")
 dev = resolve_device(device, dtype, compile, int(os.environ.get("LOCAL_RANK", 0)), deterministic)
@@ -139,7 +147,11 @@ if fsdp and (optimizer == "muon" or dev.dtype == torch.float16):
                     f"float16; got {optimizer} and {dev.dtype}: type --parallel=ddp, or "
                     f"--optimizer=adamw and --dtype=bfloat16")
 if ddp:
-    dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+    store = next(dist.rendezvous("env://"))[0]
+    if shared_store and nodes == 1:  # where all processes count the same restarts
+        store = dist.PrefixStore(f"restart {restarts}", store)
+    dist.init_process_group("nccl" if dev.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=world_size)
 progress = None  # tqdm's bar, while the loop runs in a terminal
 
 
@@ -168,17 +180,25 @@ def sum_over_ranks(*values):
     return sums.tolist()
 
 
-# a run that torchrun restarts goes on; any other that would land on an existing one is refused
-log_path, runs_path = Path(log_dir, "log.txt"), Path(log_dir, "runs.jsonl")
-restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 or (
-    job != "none" and runs_path.exists() and f'"job": "{job}"' in runs_path.read_text(encoding="utf-8"))
-exists = log_path.exists() or bool(checkpoint.list_checkpoints(log_dir))
+# what torchrun restarts goes on by itself; a new run that would land on an existing one is refused
+log_path, runs_path, skipped_path = (
+    Path(log_dir, name) for name in ("log.txt", "runs.jsonl", "skipped.jsonl"))
+job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+job = f"{platform.node()} {os.getppid()}" if job == "none" else job  # the same after a restart
+this_start = {"job": job, "arguments": sys.argv[1:]}
+# a start that failed before its first step is no run
+exists = bool(checkpoint.list_checkpoints(log_dir)) or (
+    log_path.exists() and " train " in log_path.read_text(encoding="utf-8"))
+restarted = runs_path.exists() and runs_path.read_text(encoding="utf-8").rstrip().endswith(
+    json.dumps(this_start)[1:])
 # on all processes: a node that joins later counts no restarts, and all have looked before one writes
 restarted, exists = sum_over_ranks(restarted, exists)
 if exists and not (resume or restarted or dry_run):
     leave_together()
     raise UserError(f"log_dir={log_dir} already holds a run; continue it with --resume, "
                     f"or choose --log_dir=ANOTHER")
+if resume and not exists:
+    say(f"resume: there is no run in {log_dir} yet, starting at step 0")
 resume = bool(resume or restarted) and not dry_run
 
 
@@ -186,12 +206,16 @@ resume = bool(resume or restarted) and not dry_run
 def advice_when_memory_runs_out():
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:  # torch's words for it differ from device to device
+        if not re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error)):
             raise
-        halved = f"--batch_size={B // 2} (as many tokens per step, half the memory), " if B > 1 else ""
-        raise UserError(f"out of memory on {dev.name} with batch_size={B}, block_size={T}; type {halved}"
-                        f"--loss_chunk={min(1024, max(1, B * T // 8))}, or --activation_checkpointing; "
+        smaller = [b for b in range(B // 2, 0, -1) if grad_accum_steps * B % b == 0]
+        chunk = min(1024, max(1, B * T // 8))
+        flags = [f"--batch_size={smaller[0]} (as many tokens per step)"] if smaller else []
+        flags += [f"--loss_chunk={chunk}"] if chunk < (raw_model.loss_chunk or math.inf) else []
+        flags += [] if activation_checkpointing else ["--activation_checkpointing"]
+        raise UserError(f"out of memory on {dev.name} with batch_size={B}, block_size={T}; type "
+                        f"{', or '.join(flags) or '--block_size=' + str(T // 2)}; "
                         f"--dry_run tells what a setting needs") from error
 
 
@@ -307,6 +331,11 @@ if resume and checkpoint.list_checkpoints(log_dir):
     if saved["scaler"] and scaler.is_enabled():  # empty unless the run that saved it was in float16
         scaler.load_state_dict(saved["scaler"])
     start_step, best, guard = saved["step"], saved["best"], saved["guard"]
+    if not restarted:  # by a person, who has changed something about it
+        guard["in_row"] = 0
+    if saved["val_data"] != [val_stream.fingerprint, n_val_windows]:
+        say("resume: the validation tokens are others than before; the best val loss starts anew")
+        best = None
     reached = 0 < saved["train_loss"] <= target_loss
 if ddp:
     places = [None] * world_size
@@ -350,8 +379,12 @@ def open_wandb():
     id_path = Path(log_dir, "wandb_id.txt")
     if not id_path.exists():
         write_atomically(id_path, f"{Path(log_dir).name}-{time.time_ns():x}".encode())
-    run = package.init(project="gpt2", dir=log_dir, id=id_path.read_text(encoding="utf-8"), resume="allow",
-                       config={**config, **provenance})
+    try:
+        run = package.init(project="gpt2", dir=log_dir, id=id_path.read_text(encoding="utf-8"),
+                           resume="allow", config={**config, **provenance})
+    except Exception as error:  # of the network, of the account, of the package
+        raise UserError(f"wandb: {error}; type `wandb login`, set WANDB_MODE=offline, or leave --wandb out"
+                        ) from error
     run.define_metric("*", step_metric="step")  # not its own counter, which never goes back
     return run
 
@@ -366,15 +399,19 @@ if master_process and not dry_run:
     lines = log_path.read_text(encoding="utf-8").splitlines(keepends=True) if log_path.exists() else []
     if lines and start_step == 0:
         lines, old_log = [], Path(log_dir, f"log_before_{time.time_ns()}.txt")
-        say(f"resume: no checkpoint in {log_dir}, starting at step 0; its log is now {old_log}")
+        say(f"no checkpoint in {log_dir}, starting at step 0; its log is now {old_log}")
         log_path.rename(old_log)
     # without what came after the checkpoint, which is about to happen again, and without half a line
     kept = [line for line in lines if line.endswith("\n")
             and not (line.split(" ")[0].isdigit() and int(line.split(" ")[0]) >= start_step)]
     write_atomically(log_path, "".join(kept).encode())
+    if skipped_path.exists():
+        kept = [line for line in skipped_path.read_text(encoding="utf-8").splitlines(keepends=True)
+                if line.endswith("\n") and json.loads(line)["step"] < start_step]
+        write_atomically(skipped_path, "".join(kept).encode())
     with open(runs_path, "a", encoding="utf-8") as file:
-        record = {"start_step": start_step, "job": job, "config": config, "data": train_stream.fingerprint,
-                  **provenance}
+        record = {"start_step": start_step, "config": config, "data": train_stream.fingerprint, **provenance,
+                  **this_start}
         file.write(json.dumps(record) + "\n")
 board = open_board() if tensorboard and master_process and not dry_run else None
 wandb_run = open_wandb() if wandb and master_process and not dry_run else None
@@ -421,8 +458,8 @@ def get_lr(step, schedule, warmup_steps, max_steps, max_lr, min_lr, decay_fracti
         return max_lr * (step + 1) / (warmup_steps + 1)
     last = max_steps - 1
     start = warmup_steps if schedule == "cosine" else max(warmup_steps, last - decay_fraction * max_steps)
-    progress = min(1.0, max(0.0, (step - start) / max(1, last - start)))
-    height = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress
+    fallen = min(1.0, max(0.0, (step - start) / max(1, last - start)))
+    height = 0.5 * (1.0 + math.cos(math.pi * fallen)) if schedule == "cosine" else 1.0 - fallen
     return min_lr + height * (max_lr - min_lr)
 
 
@@ -451,10 +488,11 @@ def give_up(reason):
     """Stop all processes: called by all of them, for a reason that all of them see."""
     if writer:
         writer.wait()
-    newest = (checkpoint.list_checkpoints(log_dir) or ["none"])[-1]
+    newest = checkpoint.list_checkpoints(log_dir)[-1:]
     leave_together()
-    sys.exit(f"error: {reason}; stopped. Last good checkpoint: {newest}. Continue from it with --resume and "
-             f"a lower --max_lr, or try --dtype=float32")
+    sys.exit(f"error: {reason}; stopped. " + (
+        f"Last good checkpoint: {newest[0]}. Continue from it with --resume and a lower --max_lr, or try "
+        f"--dtype=float32" if newest else "There is no checkpoint yet; try a lower --max_lr, or float32"))
 
 
 def judge_step(loss, norm):
@@ -476,7 +514,7 @@ def data_positions(step, losses):
     first = (worst * world_size + rank) * B
     ids = train_loader.window_ids(step)[first:first + B]
     places = [train_stream.locate(int(window) * T) for window in ids]
-    mine = {"rank": rank, "micro_step": worst, "loss": losses[worst],
+    mine = {"rank": rank, "micro_step": worst, "loss": str(losses[worst]),  # JSON knows no nan
             "windows": [f"{path.name}:{token}" for path, token in places]}
     everyone = [mine] * world_size
     if ddp:
@@ -521,7 +559,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     # ---- evaluate: every process, fixed tokens, off the clock; whatever is saved is judged first
     checkpoint_due = last_step or (checkpoint_interval > 0 and step > 0 and step % checkpoint_interval == 0)
     judged = (checkpoint_due or (val_interval > 0 and step % val_interval == 0)) and not (stopping or dry_run)
-    if stopping and not math.isfinite(evaluate_loss(world_size)[0]):  # no time for more
+    if stopping and not math.isfinite(evaluate_loss(min(world_size, n_val_windows))[0]):  # no time for more
         give_up(f"val loss is not finite at step {step}")
     if judged:
         val_loss, val_bpb = evaluate_loss(n_val_windows)
@@ -543,7 +581,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
             "guard": {**guard}, "scaler": scaler.state_dict(),
             "config": config, "model_config": checkpoint.describe_model(raw_model),
             "tokenizer": checkpoint.describe_tokenizer(tok), "data": train_stream.fingerprint,
-            "provenance": provenance,
+            "val_data": [val_stream.fingerprint, n_val_windows], "provenance": provenance,
         }, best and best["step"])
     if last_step or stopping:
         break
@@ -575,10 +613,11 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         norm = norm.full_tensor() if fsdp else norm
         losses = torch.stack(losses).tolist()
         # one exchange, so that all processes go on, skip or stop together; a nan of one is a nan for all
-        stop_asked = bool(signals) or 0 < max_hours * 3600 <= time.monotonic() - start_time
-        loss, norm, stopping, n_failed = sum_over_ranks(
-            sum(losses) / grad_accum_steps, norm.item(), stop_asked, writer is not None and writer.failed())
-        loss, norm, stopping = loss / world_size, norm / world_size, stopping > 0
+        too_old = 0 < max_hours * 3600 <= time.monotonic() - start_time
+        loss, norm, n_signals, n_old, n_failed = sum_over_ranks(
+            sum(losses) / grad_accum_steps, norm.item(), len(signals), too_old,
+            writer is not None and writer.failed())
+        loss, norm, stopping = loss / world_size, norm / world_size, n_signals + n_old > 0
         bad = judge_step(loss, norm)
         for opt in optimizers:
             for group in opt.param_groups:
@@ -586,6 +625,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
             if not bad:
                 scaler.step(opt)
             opt.zero_grad(set_to_none=True)
+        scale = scaler.get_scale()
         scaler.update()
     dev.synchronize()
     dt = time.perf_counter() - t0  # seconds
@@ -605,19 +645,20 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         progress.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, {tok_s:,.0f} tok/s",
                                  refresh=False)
         progress.update()
-    failures = check_first_loss(loss, vocab_size) if step == 0 and not bad and norm_position == "pre" else []
-    if failures:
-        give_up(failures[0])
+    if step == 0 and not bad and norm_position == "pre" and check_first_loss(loss, vocab_size, n_embd):
+        leave_together()
+        raise UserError(f"{check_first_loss(loss, vocab_size, n_embd)[0]}: the model does not start as GPT-2 "
+                        f"does; undo what was changed in model.py, or see whether --dtype=float32 is better")
     if bad:
         guard.update(skipped=guard["skipped"] + 1, in_row=guard["in_row"] + 1)
         where = data_positions(step, losses)
-        worst = max(where, key=lambda place: place["loss"] if math.isfinite(place["loss"]) else math.inf)
+        worst = max(where, key=lambda place: (not math.isfinite(float(place["loss"])), float(place["loss"])))
         say(f"step {step} | skipped: {bad}; {guard['in_row']} in a row, {guard['skipped']} in all; "
             f"data: rank {worst['rank']}, micro-step {worst['micro_step']}, {worst['windows'][0]} ...")
         log(step, skipped=guard["skipped"])
         if master_process and not dry_run:
-            with open(Path(log_dir, "skipped.jsonl"), "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "why": bad, "lr": lr, "scale": scaler.get_scale(),
+            with open(skipped_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "why": bad, "lr": lr, "scale": scale,
                                        "data": where}) + "\n")
         if guard["in_row"] >= max_bad_steps:
             give_up(f"{guard['in_row']} steps in a row were skipped, the last, {step}, for its {bad}")
@@ -649,12 +690,13 @@ else:
     try:
         if writer:
             writer.wait()
-    except UserError as caught:
+    except Exception as caught:
         error = caught
     if sum_over_ranks(error is not None)[0]:
         leave_together()
         raise error or UserError("another process could not write its part of the checkpoint")
-    say(f"\n{'stopped by ' + (signals or ['--max_hours'])[0] if stopping else 'done'}: step {step}, "
+    why = (signals or ["a signal to another process"])[0] if stopping and n_signals else "--max_hours"
+    say(f"\n{f'stopped by {why}' if stopping else 'done'}: step {step}, "
         f"{step * batch_tokens:,} tokens"
         + (f", {batch_tokens / np.median(step_times):,.0f} tok/s (median step)" if step_times else "")
         + (f", skipped: {guard['skipped']}" if guard["skipped"] else ""))

@@ -258,7 +258,7 @@ def test_to_device_keeps_values():
 def reproducible_again(monkeypatch):
     """Undoes what a process normally keeps for good."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    monkeypatch.delenv("TORCHINDUCTOR_DETERMINISTIC", raising=False)
+    monkeypatch.setattr(torch._inductor.config, "deterministic", False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -270,7 +270,7 @@ def test_deterministic_sets_every_switch_before_anything_computes(monkeypatch, r
     monkeypatch.setattr(device_module, "_run_toy", lambda dev: seen.append(dict(device_module.os.environ)))
     precision = torch.get_float32_matmul_precision()
     resolve_device("cpu", deterministic=True)
-    assert seen[0]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and seen[0]["TORCHINDUCTOR_DETERMINISTIC"] == "1"
+    assert seen[0]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch._inductor.config.deterministic
     assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert torch.get_float32_matmul_precision() == precision

@@ -111,4 +111,4 @@ def test_an_overflow_of_float16_halves_the_scale(flags, tmp_path):
     state = load_checkpoint(tmp_path / "log")
     assert state["guard"]["skipped"] == 1 and state["scaler"]["scale"] == 2.0**15
     record, = map(json.loads, (tmp_path / "log" / "skipped.jsonl").read_text(encoding="utf-8").splitlines())
-    assert record["step"] == 4 and record["scale"] == 2.0**15
+    assert record["step"] == 4 and record["scale"] == 2.0**16

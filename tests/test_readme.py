@@ -53,7 +53,7 @@ def test_commands_parse(source, command, monkeypatch):
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
             assert re.search(rf"^{words[1] if len(words) > 1 else 'help'}:", makefile, re.M)
         else:
-            assert words[0] in ("git", "cd", "python3", "source", ".", "echo", "python"), part
+            assert words[0] in ("git", "cd", "python3", "source", ".", "echo", "python", "sh", "export"), part
 
 
 def test_there_are_commands_to_parse():

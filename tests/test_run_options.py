@@ -60,12 +60,12 @@ def test_out_of_memory_is_answered_with_the_flag(flags, tmp_path, error):
     script = with_fault(tmp_path, fault)
     done = attempt(flags, 1, script, log_dir=tmp_path / "log")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    flag = re.search(r"type (--batch_size=1) \(as many tokens per step, half the memory\)", done.stderr)[1]
+    flag = re.search(r"type (--batch_size=1) \(as many tokens per step\)", done.stderr)[1]
     assert "--loss_chunk=16" in done.stderr and "--activation_checkpointing" in done.stderr
-    # what it says works, and the run is the same
-    train({**flags, **dict([flag[2:].split("=")])}, 1, script, log_dir=tmp_path / "small", dropout=0)
+    # what it says works, in the same folder, as no step was made; and the run is the same
+    train({**flags, **dict([flag[2:].split("=")])}, 1, script, log_dir=tmp_path / "log", dropout=0)
     train(flags, log_dir=tmp_path / "whole", dropout=0)
-    assert losses(tmp_path / "small") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert losses(tmp_path / "log") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
 def test_memory_savers_change_no_number(flags, tmp_path):

@@ -1,6 +1,7 @@
 """Stops and restarts: whatever ends a run, the next start goes on as if nothing had been."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from training import (
     ENVIRONMENT,
@@ -20,12 +22,14 @@ from training import (
     losses,
     read_log,
     signal_self,
+    snapshot,
     start_by_hand,
     train,
     with_fault,
 )
 
 from checkpoint import list_checkpoints, load_checkpoint
+from shards import write_shard
 
 STREAMS = ("train", "val", "val_bpb", "lr", "norm")
 
@@ -75,7 +79,7 @@ def test_one_signalled_process_stops_all(flags, tmp_path):
     processes = start_by_hand([command(flags, 1, script, log_dir=tmp_path / "log")] * 2)
     outs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outs
-    assert ": step 6," in outs[0][0] and "stopped by" in outs[0][0]
+    assert "stopped by a signal to another process: step 6," in outs[0][0]
     assert list_checkpoints(tmp_path / "log")[-1].name == "ckpt_0000006.pt"
 
 
@@ -122,6 +126,51 @@ def test_torchrun_restarts_a_killed_worker(flags, tmp_path, straight):
     starts = re.findall(r"starting at (\d+)", out)
     assert starts == ["0", "8"], out
     assert losses(tmp_path / "log") == pytest.approx(losses(straight), rel=1e-5)
+
+
+def test_a_restart_does_not_touch_the_run_of_another_command(flags, tmp_path):
+    """--log_dir forgotten, --max-restarts given: refused, and refused again by the restart."""
+    train(flags, log_dir=tmp_path, max_steps=4)
+    before = snapshot(tmp_path)
+    done = attempt(flags, 1, launcher=["--max-restarts=1"], log_dir=tmp_path, max_steps=8, max_lr=2e-2)
+    assert done.returncode != 0 and done.stderr.count("already holds a run") == 2, done.stderr
+    assert snapshot(tmp_path) == before
+    launcher = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--rdzv_id=mine"]
+    for max_lr, words in ((1e-2, "starting at 0"), (3e-2, "already holds a run"), (1e-2, "starting at 4")):
+        done = attempt(flags, 1, launcher=launcher,
+                       log_dir=tmp_path / "second", max_steps=4, max_lr=max_lr)
+        assert words in done.stdout + done.stderr, done.stderr
+
+
+def test_a_stop_with_less_to_judge_than_processes(flags, tmp_path, tiny_data):
+    (tmp_path / "data").mkdir()
+    for path in tiny_data.glob("*_train_*"):
+        (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
+    write_shard(tmp_path / "data" / "tiny_val_000000.npy", np.arange(80))
+    flags |= {"data_dir": tmp_path / "data", "log_dir": tmp_path / "log"}
+    train(flags, 2, max_hours=1e-9)
+    assert load_checkpoint(tmp_path / "log")["step"] == 1
+
+
+def test_what_was_skipped_after_the_checkpoint_is_forgotten(flags, tmp_path):
+    """Skipped in step 2 and step 6, killed, resumed from step 4: skipped.jsonl has what log.txt has."""
+    bad = """
+import model
+healthy, seen = model.GPT.forward, 0
+def bad(self, *args, **kwargs):
+    global seen
+    seen += self.training
+    return healthy(self, *args, **kwargs) * (float("nan") if self.training and seen in (9, 25) else 1)
+model.GPT.forward = bad
+"""
+    script = fault(tmp_path, 30, signal_self("SIGKILL"), before=bad)
+    flags |= {"log_dir": tmp_path / "log"}
+    assert attempt(flags, 1, script).returncode == -signal.SIGKILL
+    skipped = tmp_path / "log" / "skipped.jsonl"
+    assert [json.loads(line)["step"] for line in skipped.read_text(encoding="utf-8").splitlines()] == [2, 6]
+    train(flags, resume="true")
+    assert [json.loads(line)["step"] for line in skipped.read_text(encoding="utf-8").splitlines()] == [2]
+    assert read_log(tmp_path / "log", "skipped")["skipped"] == {2: "1"}
 
 
 def test_a_restart_passes_over_a_damaged_checkpoint(flags, tmp_path):

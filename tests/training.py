@@ -18,7 +18,8 @@ def arguments(flags, **overrides):
 def command(flags, processes=1, script=ROOT / "train_gpt2.py", launcher=(), **overrides):
     """The command line of a run; several processes are torchrun's, with `launcher` as its flags."""
     if processes > 1 or launcher:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher]
+        alone = [] if any("rdzv" in flag for flag in launcher) else ["--standalone"]
+        launcher = ["-m", "torch.distributed.run", *alone, f"--nproc_per_node={processes}", *launcher]
     return [sys.executable, *launcher, str(script), *arguments(flags, **overrides)]
 
 
