@@ -380,7 +380,8 @@ def check_first_loss(loss: float, n_vocab: int, n_embd: int) -> list[str]:
     expected = math.log(n_vocab) + 0.5 * 0.02**2 * n_embd
     if abs(loss - expected) < 1:
         return []
-    return [f"the loss before the first step is {loss:.2f}, wanted about ln({n_vocab}) = {expected:.2f}"]
+    return [(f"the loss before the first step is {loss:.2f}, wanted about {expected:.2f}, ln({n_vocab}) and "
+             f"a little more")]
 
 
 def _test_causality(model, dev):
