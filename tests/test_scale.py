@@ -26,7 +26,9 @@ def test_fsdp_equals_ddp(flags, tmp_path):
     """With dropout and accumulation, and one process with a window less to judge; also with activations
     computed twice, which keeps the masks."""
     flags |= {"val_tokens": 33 * 64}
+    train(flags, log_dir=tmp_path / "one")
     train(flags, 2, log_dir=tmp_path / "ddp")
+    assert_same_run(tmp_path / "ddp", tmp_path / "one")
     out = train(flags, 2, log_dir=tmp_path / "fsdp", parallel="fsdp", sample_interval=5, max_new_tokens=4)
     assert_same_run(tmp_path / "fsdp", tmp_path / "ddp")
     assert out.count("\n> Hello") == 4  # two samples at steps 5 and 10, drawn by all, printed once
