@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -277,6 +278,8 @@ raw_model = GPT(GPTConfig(block_size, vocab_size, tok.n_vocab, n_layer, n_head, 
 raw_model.activation_checkpointing = activation_checkpointing
 raw_model.loss_chunk = loss_chunk or dev.loss_chunk
 if fsdp:  # each process keeps its part of every matrix and gathers a block when it needs it
+    # the logits are a view, which nobody changes in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for block in raw_model.transformer.h:
         if dev.compile:
             block.compile(dynamic=False)
