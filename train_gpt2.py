@@ -670,7 +670,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         reached = target_loss > 0 and loss <= target_loss
     graphs = counters["stats"]["unique_graphs"]
     if n_graphs is not None and graphs > n_graphs:
-        say(f"step {step} | recompiled: {graphs} graphs, {n_graphs} after the first step")
+        say(f"step {step} | recompiled: {graphs} graphs, {n_graphs} before")
     n_graphs = graphs
     if n_failed:  # a checkpoint could not be written
         break

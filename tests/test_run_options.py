@@ -8,7 +8,7 @@ import termios
 import time
 
 import pytest
-from training import ENVIRONMENT, attempt, command, losses, read_log, train, with_fault
+from training import ENVIRONMENT, attempt, command, fault, losses, read_log, train, with_fault
 
 from checkpoint import list_checkpoints
 
@@ -95,6 +95,13 @@ def test_a_device_that_leaks_the_future_is_found_out(flags, tmp_path):
     done = attempt(flags, 1, with_fault(tmp_path, worse), log_dir=tmp_path / "worse")
     assert done.returncode == 2 and "computes wrong numbers" in done.stderr
     assert not (tmp_path / "worse").exists()
+
+
+def test_a_graph_compiled_late_is_told(flags, tmp_path):
+    """By torch's own count of graphs, which goes up in step 2 here."""
+    count = "__import__('torch')._dynamo.utils.counters['stats']['unique_graphs'] += 1"
+    out = train(flags, 1, fault(tmp_path, 2 * 4 + 2, count), log_dir=tmp_path / "log", max_steps=4)
+    assert re.findall(r"^step (\d) \| recompiled: 1 graphs, 0 before", out, re.M) == ["2"]
 
 
 def test_a_wrong_initialisation_stops_at_the_first_step(flags, tmp_path):

@@ -190,6 +190,7 @@ def test_compiled_run_judges_samples_and_saves(flags, tmp_path):
     out = train(flags, log_dir=tmp_path / "compiled", dropout=0, max_steps=5, sample_interval=2,
                 compile="true")
     assert "compile on" in out, "the README asks for a C++ compiler: it must be found here"
+    assert "recompiled" not in out
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
     eager, compiled = (load_checkpoint(tmp_path / name)["model"] for name in ("eager", "compiled"))
     assert list(eager) == list(compiled)
