@@ -184,14 +184,14 @@ def sum_over_ranks(*values):
 # what torchrun restarts goes on by itself; a new run that would land on an existing one is refused
 log_path, runs_path, skipped_path = (
     Path(log_dir, name) for name in ("log.txt", "runs.jsonl", "skipped.jsonl"))
-job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-job = f"{platform.node()} {os.getppid()}" if job == "none" else job  # the same after a restart
+job = os.environ.get("TORCHELASTIC_RUN_ID")  # torchrun's, the same after a restart
+job = f"{platform.node()} {os.getppid()}" if job == "none" else job  # it was given no id
 this_start = {"job": job, "arguments": sys.argv[1:]}
 # a start that failed before its first step is no run
 exists = bool(checkpoint.list_checkpoints(log_dir)) or (
     log_path.exists() and " train " in log_path.read_text(encoding="utf-8"))
-restarted = runs_path.exists() and runs_path.read_text(encoding="utf-8").rstrip().endswith(
-    json.dumps(this_start)[1:])
+starts = runs_path.read_text(encoding="utf-8").rstrip() if runs_path.exists() else ""
+restarted = job is not None and starts.endswith(json.dumps(this_start)[1:])
 # on all processes: a node that joins later counts no restarts, and all have looked before one writes
 restarted, exists = sum_over_ranks(restarted, exists)
 if exists and not (resume or restarted or dry_run):

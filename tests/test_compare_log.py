@@ -182,10 +182,9 @@ def test_what_no_reference_is_made_of(made, tmp_path):
 
 def test_the_streams_are_those_that_the_training_script_logs(tmp_path):
     streams, record = read_run(str(DEMO))
-    assert streams["val_minus_unigram"][1200] == pytest.approx(3.3793188 - 5.424119)
+    assert streams["val_minus_unigram"][1200] == pytest.approx(3.1986451 - 5.3934627)
     assert list(streams["val_bpb"]) == list(STEPS)
-    later = {"schedule", "decay_fraction", "optimizer", "max_z_score"}  # than this log
-    assert {*CURVE} - {*record["config"]} == later
+    assert {*CURVE} <= {*record["config"]}
     for reference in (ROOT / "reference").glob("*.log"):
         facts = json.loads(reference.with_suffix(".json").read_text(encoding="utf-8"))
         assert facts["format"] == 1 and set(parse_log(reference)) >= {"val", *JUDGED}

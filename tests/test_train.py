@@ -334,6 +334,7 @@ def test_an_existing_run_is_not_touched(flags, tmp_path):
     before = snapshot(tmp_path)
     for overrides, words in [
         ({}, ["already holds a run", "--resume", "--log_dir="]),
+        ({"max_steps": 4}, ["already holds a run"]),  # the same command again
         ({"resume": "true", "n_layer": 3}, ["n_layer: 2 in the checkpoint, 3 now"]),
         ({"resume": "true", "seed": 2}, ["seed: 1337 in the checkpoint, 2 now"]),
         ({"resume": "true", "batch_tokens": 256}, ["batch_tokens: 512 in the checkpoint, 256 now"]),
