@@ -20,7 +20,7 @@ A checkpoint is a dict of tensors and plain containers:
     guard                      steps skipped, in all and in a row; losses and norms of the last good ones
     config, model_config       the script's settings as resolved; the fields of GPTConfig
     tokenizer                  {"name", "sha256", "rank_file"}; rank_file is None for GPT-2's own
-    data                       fingerprint of the training tokens
+    data, val_data             fingerprint of the training tokens; of the validation tokens, and its windows
     provenance                 git revision, torch, device, number of processes
 No RNG state is in it, because no RNG state outlives a step: data order and dropout masks are functions of the
 seed and the step, so that a resume is exact by construction and at another number of processes too.

@@ -192,7 +192,7 @@ exists = bool(checkpoint.list_checkpoints(log_dir)) or (
     log_path.exists() and " train " in log_path.read_text(encoding="utf-8"))
 starts = runs_path.read_text(encoding="utf-8").rstrip() if runs_path.exists() else ""
 restarted = job is not None and starts.endswith(json.dumps(this_start)[1:])
-# on all processes: a node that joins later counts no restarts, and all have looked before one writes
+# one answer for all processes, and all have looked before one writes
 restarted, exists = sum_over_ranks(restarted, exists)
 if exists and not (resume or restarted or dry_run):
     leave_together()
@@ -633,6 +633,12 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     dev.synchronize()
     dt = time.perf_counter() - t0  # seconds
 
+    # before the log has a step, so that the mended model may start in this log_dir
+    if step == 0 and not bad and norm_position == "pre" and check_first_loss(loss, vocab_size, n_embd):
+        leave_together()
+        raise UserError(f"{check_first_loss(loss, vocab_size, n_embd)[0]}: the model does not start as GPT-2 "
+                        f"does; undo what was changed in model.py, or see whether --dtype=float32 is better")
+
     # ---- log: reads values, changes nothing but the decisions to skip and to stop
     tok_s = batch_tokens / dt
     step_times.append(dt)
@@ -648,10 +654,6 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         progress.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, {tok_s:,.0f} tok/s",
                                  refresh=False)
         progress.update()
-    if step == 0 and not bad and norm_position == "pre" and check_first_loss(loss, vocab_size, n_embd):
-        leave_together()
-        raise UserError(f"{check_first_loss(loss, vocab_size, n_embd)[0]}: the model does not start as GPT-2 "
-                        f"does; undo what was changed in model.py, or see whether --dtype=float32 is better")
     if bad:
         guard.update(skipped=guard["skipped"] + 1, in_row=guard["in_row"] + 1)
         where = data_positions(step, losses)
