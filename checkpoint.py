@@ -451,12 +451,18 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
     """The model of a checkpoint, in eval mode on `device`, and the checkpoint itself (on the CPU)."""
     state = load_checkpoint(path)
+    return build_model(state, str(path)).to(device), state
+
+
+def build_model(state: dict, name: str) -> GPT:
+    """The model of a checkpoint's "model_config" and "model", in eval mode, on the CPU; errors speak of
+    `name`."""
     try:
         model = GPT(GPTConfig(**state["model_config"]))
         model.load_state_dict(state["model"], strict=True)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"checkpoint {path}: its tensors do not fit its own model_config: {error}") from error
-    return model.to(device).eval(), state
+        raise UserError(f"checkpoint {name}: its tensors do not fit its own model_config: {error}") from error
+    return model.eval()
 
 
 def checkpoint_tokenizer(state: dict) -> Tokenizer:

@@ -39,6 +39,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     norm_position: str = "pre"  # pre: x + f(norm(x)), GPT-2; post: norm(x + f(x)), Vaswani et al. 2017
+    heads: tuple[int, ...] | None = None  # heads of each layer, where some are pruned; None = n_head in all
 
     def __post_init__(self):
         for key in ("block_size", "vocab_size", "n_vocab", "n_layer", "n_head", "n_embd"):
@@ -54,6 +55,20 @@ class GPTConfig:
             raise UserError(f"norm_position={self.norm_position!r}: wanted pre or post")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout={self.dropout}: wanted 0 <= dropout < 1")
+        if self.heads is not None:
+            self.heads = tuple(self.heads)
+            if len(self.heads) != self.n_layer or not all(0 <= n <= self.n_head for n in self.heads):
+                raise UserError(f"heads={self.heads}: wanted {self.n_layer} numbers of 0 to {self.n_head}, "
+                                f"one for each layer")
+
+    @property
+    def head_size(self) -> int:
+        """hs, the same in all layers: pruning removes whole heads."""
+        return self.n_embd // self.n_head
+
+    def heads_of(self, layer: int) -> int:
+        """nh of a layer."""
+        return self.n_head if self.heads is None else self.heads[layer]
 
 
 class KVCache:
@@ -61,9 +76,10 @@ class KVCache:
     compute."""
 
     def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        shapes = [(batch_size, config.heads_of(layer), config.block_size, config.head_size)
+                  for layer in range(config.n_layer)]
+        self.k = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
+        self.v = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
         self.length = 0  # tokens held; GPT.forward advances it once all layers have appended
 
     def append(self, layer, k, v):
@@ -77,8 +93,8 @@ class KVCache:
 def plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
     """F.scaled_dot_product_attention written out in float32, for devices on which that one is wrong.
 
-    q (B, nh, T, hs), k and v (B, nh, S, hs), attn_mask (T, S) bool, True where a query sees a key. Slower,
-    and it holds the scores (B, nh, T, S), which SDPA never does.
+    q (B, nh, T, hs), k and v (B, nh, S, hs), attn_mask (T, S) or (B, 1, T, S) bool, True where a query sees a
+    key. Slower, and it holds the scores (B, nh, T, S), which SDPA never does.
     """
     T, S = q.size(2), k.size(2)
     with torch.autocast(q.device.type, enabled=False):  # which would multiply in 16 bits again
@@ -94,14 +110,18 @@ def plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.layer, self.dropout = layer, config.dropout
+        self.n_head, self.head_size = config.heads_of(layer), config.head_size
         self.attention = F.scaled_dot_product_attention  # or plain_attention
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # rows QQQ KKK VVV, heads in order in each
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        width = self.n_head * self.head_size  # C, unless heads are pruned
+        self.c_attn = nn.Linear(config.n_embd, 3 * width)  # rows QQQ KKK VVV, heads in order in each
+        self.c_proj = nn.Linear(width, config.n_embd)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, mask=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        if self.n_head == 0:  # all pruned; what is left is a bias
+            return F.dropout(self.c_proj.bias.expand(B, T, C), self.dropout, self.training)
+        q, k, v = self.c_attn(x).chunk(3, dim=2)  # (B, T, nh * hs) each
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
@@ -110,16 +130,16 @@ class CausalSelfAttention(nn.Module):
         if x.device.type == "mps":  # which gets strided inputs wrong (pytorch #181133)
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         S = k.size(2)
-        mask = None
-        if 1 < T < S:  # a chunk after cached tokens: query t sees the keys up to S - T + t
+        causal = mask is None and T == S
+        if mask is None and 1 < T < S:  # a chunk after cached tokens: query t sees the keys up to S - T + t
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         dropout = self.dropout if self.training else 0.0
         compiled_on_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
-        if compiled_on_cpu and T == S <= 512 and self.attention is not plain_attention:  # T x T is not much
-            y = attention_on_cpu(q, k, v, dropout)  # (B, nh, T, hs)
+        if compiled_on_cpu and causal and T <= 512 and self.attention is not plain_attention:
+            y = attention_on_cpu(q, k, v, dropout)  # (B, nh, T, hs); T x T is not much
         else:
-            y = self.attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S)  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)
+            y = self.attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, -1)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -168,11 +188,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, mask=None):
         if self.pre_norm:
-            x = x + self.attn(self.ln_1(x), cache)
+            x = x + self.attn(self.ln_1(x), cache, mask)
             return x + self.mlp(self.ln_2(x))
-        x = self.ln_1(x + self.attn(x, cache))
+        x = self.ln_1(x + self.attn(x, cache, mask))
         return self.ln_2(x + self.mlp(x))
 
 
@@ -208,29 +228,37 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, idx, targets=None, cache=None, reduction="mean"):
+    def forward(self, idx, targets=None, cache=None, reduction="mean", position=None, mask=None,
+                only_last=False):
         """Logits (B, T, n_vocab) of ids `idx` (B, T), or with `targets` (B, T) the cross-entropy in nats.
 
-        `reduction` is mean (a scalar), sum (a scalar) or none (B, T). With a KVCache, idx continues the
-        tokens in it.
+        `reduction` is mean (a scalar), sum (a scalar) or none (B, T); targets of -100 count nothing. With a
+        KVCache, idx continues the tokens in it. Rows need not be plain sequences: `position` (B, T) are their
+        rows of wpe, by default the columns, and `mask` (B, 1, T, S) bool is True where a query sees a key, by
+        default where the key is not later. `only_last` gives the logits of the last column, (B, 1, n_vocab).
         """
         B, T = idx.shape
-        start = cache.length if cache is not None else 0
-        position = torch.arange(start, start + T, device=idx.device)
+        if position is None:
+            start = cache.length if cache is not None else 0
+            position = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)  # it restores the generator: same dropout masks
+                # it restores the generator: same dropout masks
+                x = checkpoint(block, x, cache, mask, use_reentrant=False)
             else:
-                x = block(x, cache)
+                x = block(x, cache, mask)
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length += T
         if targets is None:
+            x = x[:, -1:] if only_last else x
             return self.lm_head(x)[..., : self.config.n_vocab]  # padding ids do not exist for who samples
-        loss = linear_cross_entropy(x.view(B * T, -1), self.lm_head.weight, targets.reshape(-1),
-                                    self.loss_chunk, reduction)
+        # whoever judges the model judges what it says, and what it is after an export: no padding ids either
+        weight = self.lm_head.weight if self.training else self.lm_head.weight[: self.config.n_vocab]
+        loss = linear_cross_entropy(x.view(B * T, -1), weight, targets.reshape(-1), self.loss_chunk,
+                                    reduction)
         return loss.view(B, T) if reduction == "none" else loss
 
     @torch.no_grad()
@@ -296,13 +324,14 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T: int) -> int:
-        """FLOPs of forward and backward per token at context T: 6 N + 12 n_layer n_embd T.
+        """FLOPs of forward and backward per token at context T: 6 N + 12 n_layer n_embd T (less if pruned).
 
         N counts every parameter but the position table, which is looked up, never multiplied. The attention
         term takes no credit for causal masking (Chowdhery et al. 2022, "PaLM", appendix B).
         """
         N = self.num_params() - self.transformer.wpe.weight.numel()
-        return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
+        heads = sum(self.config.heads_of(layer) for layer in range(self.config.n_layer))
+        return 6 * N + 12 * heads * self.config.head_size * T
 
 
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int,
@@ -312,6 +341,12 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     x (N, C), weight (V, C), targets (N,); chunk 0 is all rows at once. `reduction` is mean or sum (a scalar)
     or none (N,), in nats; rows whose target is -100 count nothing. Can be differentiated once.
     """
+    if reduction == "none" and not torch.is_grad_enabled():  # to judge: there, such rows cost nothing either
+        kept = (targets != -100).nonzero()[:, 0]
+        losses = torch.zeros(len(targets), dtype=torch.float32, device=x.device)
+        parts = zip(x[kept].split(chunk or len(x)), targets[kept].split(chunk or len(x)))
+        losses[kept] = torch.cat([row_losses(x_c, weight, targets_c).float() for x_c, targets_c in parts])
+        return losses
     if chunk == 0:
         return F.cross_entropy(F.linear(x, weight), targets, reduction=reduction)
     dtype = x.dtype

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from configurator import UserError
 from model import GPT, GPTConfig, KVCache, context_start, plain_attention, sample_token
@@ -65,8 +66,13 @@ def test_logits_and_loss_equal_transformers():
     with torch.no_grad():
         expected = theirs(idx, labels=idx)
         torch.testing.assert_close(model(idx), expected.logits[..., :61], atol=1e-5, rtol=1e-5)
-        loss = model(idx[:, :-1], idx[:, 1:])
-    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
+        in_training = model.train()(idx[:, :-1], idx[:, 1:])
+        judged = model.eval()(idx[:, :-1], idx[:, 1:])
+    torch.testing.assert_close(in_training, expected.loss, atol=1e-5, rtol=1e-5)
+    # judged without the padding ids, as it is after an export
+    without = F.cross_entropy(expected.logits[:, :-1, :61].reshape(-1, 61), idx[:, 1:].reshape(-1))
+    torch.testing.assert_close(judged, without, atol=1e-5, rtol=1e-5)
+    assert judged < in_training - 0.01
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
