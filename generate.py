@@ -84,7 +84,7 @@ def main() -> None:
     print(f"--- step {state['step']}, sample 1 of {num_samples}\n{text}", end="", flush=True)
     with dev.autocast():
         batch = dev.to_device(idx).repeat(num_samples, 1)  # (num_samples, T)
-        for tokens in model.generate(batch, max_new_tokens, temperature, top_k, top_p, generator):
+        for tokens, _ in model.generate(batch, max_new_tokens, temperature, top_k, top_p, generator):
             for row, token in zip(rows, tokens.tolist()):
                 if tok.eot not in row:
                     row.append(token)

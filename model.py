@@ -4,7 +4,7 @@ GPT-2: the model, its loss, its KV cache, its optimizer groups, and counts of it
     model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768))     # 124M
     loss = model(idx, targets)                                    # mean cross-entropy, nats per token
     logits = model(idx)                                           # (B, T, n_vocab)
-    for token in model.generate(idx, max_new_tokens=100): ...     # (B,) at a time, with the KV cache
+    for token, logits in model.generate(idx, max_new_tokens=100): ...  # (B,) at a time, with the KV cache
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3; layers and names as
 in OpenAI's release, so that its weights load by name (its matrices are stored transposed). Prints nothing,
@@ -89,6 +89,34 @@ class KVCache:
         self.v[layer][:, :, self.length : S] = v
         return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
 
+    def advance(self, T):
+        self.length += T
+
+
+class StaticKVCache(KVCache):
+    """A KVCache whose shapes never change, for a compiled step: it hands out all of its S = block_size slots,
+    and the caller's mask hides those that are not filled."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
+        super().__init__(config, batch_size, device, dtype)
+        self.end = torch.zeros(1, dtype=torch.long, device=device)  # the length, where the graph can see it
+        for tensor in (*self.k, *self.v, self.end):
+            tensor.zero_()  # what is masked is multiplied by 0, which does not make a number of nan
+            torch._dynamo.mark_static_address(tensor)  # or CUDA graphs would copy the cache at every step
+
+    def append(self, layer, k, v):
+        slots = self.end + torch.arange(k.size(2), device=k.device)  # (T,)
+        self.k[layer].index_copy_(2, slots, k)
+        self.v[layer].index_copy_(2, slots, v)
+        return self.k[layer], self.v[layer]
+
+    def advance(self, T):
+        self.end += T
+
+    def clear(self):
+        self.length = 0
+        self.end.zero_()
+
 
 def plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
     """F.scaled_dot_product_attention written out in float32, for devices on which that one is wrong.
@@ -131,8 +159,6 @@ class CausalSelfAttention(nn.Module):
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         S = k.size(2)
         causal = mask is None and T == S
-        if mask is None and 1 < T < S:  # a chunk after cached tokens: query t sees the keys up to S - T + t
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         dropout = self.dropout if self.training else 0.0
         compiled_on_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
         if compiled_on_cpu and causal and T <= 512 and self.attention is not plain_attention:
@@ -209,6 +235,7 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.loss_chunk = 0  # rows of logits (B*T of them) that the loss holds at a time; 0 = all
+        self._step = None
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -238,8 +265,10 @@ class GPT(nn.Module):
         default where the key is not later. `only_last` gives the logits of the last column, (B, 1, n_vocab).
         """
         B, T = idx.shape
+        start = cache.length if cache is not None else 0
+        if mask is None and start > 0 and T > 1:  # query t sees what is cached and the first t + 1 of idx
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
         if position is None:
-            start = cache.length if cache is not None else 0
             position = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -251,10 +280,11 @@ class GPT(nn.Module):
                 x = block(x, cache, mask)
         x = self.transformer.ln_f(x)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         if targets is None:
             x = x[:, -1:] if only_last else x
-            return self.lm_head(x)[..., : self.config.n_vocab]  # padding ids do not exist for who samples
+            # padding ids do not exist for who samples
+            return tall_linear(x, self.lm_head.weight)[..., : self.config.n_vocab]
         # whoever judges the model judges what it says, and what it is after an export: no padding ids either
         weight = self.lm_head.weight if self.training else self.lm_head.weight[: self.config.n_vocab]
         loss = linear_cross_entropy(x.view(B * T, -1), weight, targets.reshape(-1), self.loss_chunk,
@@ -262,34 +292,68 @@ class GPT(nn.Module):
         return loss.view(B, T) if reduction == "none" else loss
 
     @torch.no_grad()
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0, generator: torch.Generator | None = None,
-                 use_cache: bool = True) -> Iterator[torch.Tensor]:
-        """Yield the next ids (B,) after `idx` (B, T), `max_new_tokens` times.
+    def generate(self, idx: torch.Tensor | list[torch.Tensor], max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
+                 use_cache: bool = True,
+                 compile: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield `max_new_tokens` times the next ids (B,) after `idx`, and the logits (B, n_vocab) they were
+        drawn from.
 
-        temperature 0 is greedy; top_k 0 and top_p 1 keep every id. Learned positions cannot slide, so once n
-        tokens do not fit the context, the model sees the last of them from `context_start(n)` on, and the
-        cache is rebuilt half a context at a time. With and without the cache the ids are the same.
+        `idx` is (B, T), or a list of B prompts (T_b,) of any lengths from 1 on, each continued as it would be
+        alone. temperature 0 is greedy; top_k 0 and top_p 1 keep every id. Learned positions cannot slide, so
+        once n tokens do not fit the context, the model sees the last of them from `context_start(n)` on, and
+        the cache is rebuilt half a context at a time. With and without the cache the ids are the same.
+        `compile` compiles the step of one token, over a cache of block_size tokens from the start.
         """
+        prompts = list(idx)
+        if not prompts or min(map(len, prompts)) == 0:
+            raise UserError(f"prompts of {[len(prompt) for prompt in prompts]} tokens: wanted one or more of "
+                            f"at least 1 token, such as end-of-text, with which documents begin")
+        B, T, device = len(prompts), max(map(len, prompts)), prompts[0].device
+        pad = [T - len(prompt) for prompt in prompts]  # columns on the left, which are never seen
+        idx = torch.stack([F.pad(prompt, (n, 0)) for prompt, n in zip(prompts, pad)])  # (B, T)
+        dtype = self.lm_head.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        cache, starts = None, []
+        if compile:
+            cache = StaticKVCache(self.config, B, device, dtype)
+            step = self._compiled_step(device.type)
         was_training = self.training
         self.eval()
-        dtype = self.lm_head.weight.dtype
-        if torch.is_autocast_enabled(idx.device.type):
-            dtype = torch.get_autocast_dtype(idx.device.type)
         try:
-            start, cache = -1, None
             for _ in range(max_new_tokens):
                 n = idx.size(1)
-                if start != context_start(n, self.config.block_size) or not use_cache:
-                    start = context_start(n, self.config.block_size)
-                    cache = KVCache(self.config, idx.size(0), idx.device, dtype) if use_cache else None
-                seen = start + (cache.length if use_cache else 0)
-                logits = self(idx[:, seen:], cache=cache)[:, -1].float()  # (B, n_vocab)
+                wanted = [p + context_start(n - p, self.config.block_size) for p in pad]
+                if wanted != starts or not use_cache:
+                    # of the columns from `begin` on, which are those that any row sees, `held` are cached
+                    starts, begin, held = wanted, min(wanted), 0
+                    if compile:
+                        cache.clear()
+                    elif use_cache:
+                        cache = KVCache(self.config, B, device, dtype)
+                    first = torch.tensor(starts, device=device) - begin  # (B,)
+                new, rows = idx[:, begin + held:], {}
+                if compile or max(starts) > begin:
+                    query = torch.arange(held, n - begin, device=device)  # (T,)
+                    S = self.config.block_size if compile else n - begin
+                    rows = {"position": (query - first[:, None]).clamp(min=0),
+                            "mask": row_mask(first, query, S)}
+                forward = step if compile and held else self
+                logits = forward(new, cache=cache, only_last=True, **rows)[:, -1].float()  # (B, n_vocab)
                 token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
+                held = n - begin if use_cache else 0
                 idx = torch.cat((idx, token[:, None]), dim=1)  # (B, n + 1)
-                yield token
+                yield token, logits.clone() if compile else logits  # the next step would write over it
         finally:
             self.train(was_training)
+
+    def _compiled_step(self, device_type):
+        """`forward`, compiled for one token at a time; on CUDA as a graph that is launched at once."""
+        if self._step is None:
+            mode = "reduce-overhead" if device_type == "cuda" else None
+            self._step = torch.compile(self.forward, dynamic=False, mode=mode)
+        return self._step
 
     def use_attention(self, attention) -> None:
         """Attend with F.scaled_dot_product_attention (the default) or with plain_attention."""
@@ -444,21 +508,52 @@ def context_start(n: int, block_size: int) -> int:
     return max(0, math.ceil((n - block_size) / stride)) * stride
 
 
+def row_mask(first: torch.Tensor, query: torch.Tensor, S: int) -> torch.Tensor:
+    """Mask (B, 1, T, S) for rows that begin at columns `first` (B,), of the columns `query` (T,) over S.
+
+    A query sees the keys from its row's first to its own; one before the first sees itself: a row of the mask
+    with nothing in it would give nan.
+    """
+    key = torch.arange(S, device=query.device)
+    own = key == query[:, None]  # (T, S)
+    seen = (key <= query[:, None]) & (key >= first[:, None, None])  # (B, T, S)
+    return (seen | own)[:, None]
+
+
+def tall_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """F.linear(x, weight) for x (B, T, C) and a weight (V, C) of many rows.
+
+    Up to about 16 rows MKL multiplies by such a matrix with one thread and little use of its vectors. As
+    weight @ x.T, with two columns or more, it takes a quarter to a half of the time (RESULTS.md).
+    """
+    B, T, C = x.shape
+    if (B * T > 16 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()):
+        return F.linear(x, weight)
+    columns = x.reshape(-1, C).repeat(2 if B * T == 1 else 1, 1).T  # (C, N), N from 2 on
+    return (weight @ columns)[:, : B * T].T.contiguous().view(B, T, -1)
+
+
 def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
                  generator: torch.Generator | None) -> torch.Tensor:
-    """Draw ids (B,) from logits (B, V). top_p: Holtzman et al. 2019, "The Curious Case of Neural Text
-    Degeneration"."""
+    """Draw ids (B,) from logits (B, V): of the top_k likeliest (0: of all), those that together reach top_p
+    (Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration"); temperature 0: the likeliest."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
+    ids = None
+    if 0 < top_k < logits.size(-1) or top_p < 1.0:
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)), dim=-1)  # (B, k), falling
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no overflow
-    if 0 < top_k < logits.size(-1):
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    probs = F.softmax(logits, dim=-1)  # (B, V)
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # which MPS has not
+    probs = F.softmax(logits, dim=-1, dtype=precise)  # (B, k)
     if top_p < 1.0:
-        sorted_probs, order = probs.sort(dim=-1, descending=True)
         # drop an id when the likelier ones before it already reach top_p; the likeliest always stays
-        drop = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p
+        drop = probs.cumsum(dim=-1) - probs >= top_p
         drop[:, 0] = False
-        probs = probs.masked_fill(drop.scatter(1, order, drop), 0.0)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+        probs = probs.masked_fill(drop, 0.0)
+    # by the inverse of the cumulative distribution: one number per row; torch.multinomial draws one per id
+    cumulative = probs.cumsum(dim=-1)
+    u = torch.rand(len(probs), 1, dtype=precise, device=probs.device, generator=generator)  # below 1
+    choice = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)  # (B, 1)
+    choice = choice.clamp(max=probs.size(-1) - 1)  # the product may round up to the sum
+    return (choice if ids is None else ids.gather(1, choice))[:, 0]

@@ -530,8 +530,8 @@ def print_samples(step):
     generator = torch.Generator(dev.device).manual_seed(seed + step)
     idx = dev.to_device(np.concatenate(([tok.eot], tok.encode(prompt))).astype(np.int64))  # (T,)
     with dev.autocast():
-        tokens = raw_model.generate(idx.repeat(num_samples, 1), max_new_tokens, 0.9, 50, generator=generator)
-        rows = torch.stack(list(tokens), dim=1).tolist()  # (num_samples, max_new_tokens)
+        steps = raw_model.generate(idx.repeat(num_samples, 1), max_new_tokens, 0.9, 50, generator=generator)
+        rows = torch.stack([token for token, _ in steps], dim=1).tolist()  # (num_samples, max_new_tokens)
     for row in rows:
         row = row[: row.index(tok.eot)] if tok.eot in row else row
         say(f"> {prompt}{tok.decode(row)}")

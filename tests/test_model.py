@@ -182,7 +182,7 @@ def test_generation_with_and_without_the_cache(prompt_length, block_size):
     for use_cache in (True, False):
         generator = torch.Generator().manual_seed(3)
         tokens = model.generate(idx, 30, 1.0, 50, 0.95, generator, use_cache=use_cache)
-        drawn.append(torch.stack(list(tokens), dim=1))
+        drawn.append(torch.stack([token for token, _ in tokens], dim=1))
     assert drawn[0].shape == (2, 30) and torch.equal(*drawn)
 
 
@@ -201,7 +201,7 @@ def test_padding_ids_are_never_sampled():
         # padding rows that would win
         model.transformer.wte.weight[61:] = 10.0 * model.transformer.wte.weight[:1]
         assert model(random_ids(1, 4)).shape == (1, 4, 61)
-    tokens = torch.cat(list(model.generate(random_ids(16, 2), 100, temperature=5.0)))
+    tokens = torch.cat([token for token, _ in model.generate(random_ids(16, 2), 100, temperature=5.0)])
     assert tokens.numel() == 1600 and tokens.max() < 61
 
 
