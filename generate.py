@@ -1,21 +1,28 @@
 """
-Sample text from a checkpoint.
+Sample text from a checkpoint, or say how likely a text is to it.
 
     python generate.py                                            # the newest checkpoint under log*/
     python generate.py --checkpoint=log --prompt="def main(" --num_samples=3
     python generate.py --prompt=FILE:story.txt --temperature=0    # the prompt is a file's text; greedy
     echo "import os" | python generate.py --prompt=-              # the prompt is standard input
+    python generate.py --prompts=lines.txt                        # a prompt per line, all in one batch
+    python generate.py --text=book.txt                            # perplexity and bits per byte of a text
 
-Reads one checkpoint, which is enough; writes nothing. The first sample appears as it is drawn, always as
-whole characters; the others, drawn in the same batch, follow. A sample ends at <|endoftext|> or after
-max_new_tokens. The same seed gives the same samples on the same device. In a prompt, <|endoftext|> is
-ordinary text.
+Reads one checkpoint, ours or a Hugging Face GPT-2 (--checkpoint=gpt2), which is enough; writes nothing. The
+first sample appears as it is drawn, always as whole characters; the others, drawn in the same batch, follow.
+A sample ends at <|endoftext|> or after max_new_tokens. The same seed gives the same samples on the same
+device. In a prompt or a text, <|endoftext|> is ordinary text.
 
 A prompt longer than the context is legal: the model sees its last part only, between a half and a whole
 block_size of tokens, and a line on stderr says so (model.context_start).
+
+--text scores a file of any length, as one document, in windows of block_size tokens that overlap: each token
+once, with at least block_size - stride tokens before it. --logprobs prints, of each sampled or scored token,
+ln of the model's own probability, before temperature, top_k and top_p.
 """
 
 import codecs
+import math
 import sys
 from pathlib import Path
 
@@ -29,13 +36,18 @@ from model import context_start
 
 checkpoint = ""  # a .pt file, or a folder whose newest is meant; empty = the newest under log*/
 prompt = ""  # text, FILE:path, or - for standard input; empty = the beginning of a document
-num_samples = 2  # samples, drawn as one batch
+prompts = ""  # a text file with a prompt per line, in place of prompt
+num_samples = 2  # samples of each prompt, drawn as one batch
 max_new_tokens = 200  # tokens per sample at most
 temperature = 0.8  # 0 = greedy; 1 = the model's own probabilities
 top_k = 200  # keep the k likeliest tokens; 0 = all
 top_p = 1.0  # keep the likeliest tokens that together reach this probability
+text = ""  # a text file to score, in place of sampling
+stride = 0  # tokens from one window of it to the next; 0 = half a block_size
+logprobs = False  # print ln of the probability of each token
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
 dtype = "float32"  # auto|float32|bfloat16|float16; small models gain nothing from fewer bits here
+compile = False  # compile the step of one token: a minute first, then faster on CUDA
 seed = 1337  # of the samples
 
 
@@ -48,17 +60,123 @@ def newest_checkpoint() -> Path:
     return found[-1].parent
 
 
-def read_prompt(text: str) -> str:
-    """The prompt itself, from a file (FILE:path) or standard input (-) where that is asked for."""
-    if text == "-":
-        return sys.stdin.buffer.read().decode("utf-8", errors="replace")
-    if text.startswith("FILE:"):
+def read_file(flag: str, path: str, errors: str) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8", errors)
+    except OSError as error:
+        raise UserError(f"{flag}{path}: {error.strerror}; give {flag}PATH of a readable file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}{path}: byte {error.start:,} is not UTF-8 ({error.reason}), wanted a text in "
+                        f"UTF-8; convert it, for example with iconv") from error
+
+
+def read_prompts() -> list[str]:
+    """The prompts: of a file (prompts, or FILE:path), of standard input (-), or the setting itself."""
+    if prompts:
+        lines = [line for line in read_file("--prompts=", prompts, "replace").splitlines() if line.strip()]
+        if not lines or prompt:
+            raise UserError(f"prompts={prompts}: got {len(lines)} lines with text and prompt={prompt!r}; "
+                            f"wanted one line or more, and no --prompt beside it")
+        return lines
+    if prompt == "-":
+        return [sys.stdin.buffer.read().decode("utf-8", errors="replace")]
+    if prompt.startswith("FILE:"):
+        return [read_file("--prompt=FILE:", prompt.removeprefix("FILE:"), "replace")]
+    return [prompt]
+
+
+def encode_document(tok, text: str) -> np.ndarray:
+    """int64 ids (1 + tokens,): every document begins with end-of-text."""
+    return np.concatenate(([tok.eot], tok.encode(text))).astype(np.int64)
+
+
+def print_logprobs(tok, tokens, logs) -> None:
+    """A line per token: ln of its probability, the probability, the token."""
+    print(f"{'logprob':>10} {'prob':>7}  token")
+    for token, log in zip(tokens, logs):
+        data = tok.decode_bytes([token])
         try:
-            return Path(text.removeprefix("FILE:")).read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise UserError(f"prompt={text}: {error.strerror}; "
-                            f"give --prompt=FILE:PATH of a readable file") from error
-    return text
+            data = data.decode()
+        except UnicodeDecodeError:
+            pass  # part of a character is shown as bytes
+        print(f"{log:10.4f} {math.exp(log):7.2%}  {data!r}")
+
+
+def sample(model, tok, dev, step: int) -> None:
+    """Print `num_samples` samples of each prompt, the first as it is drawn."""
+    texts = [text for text in read_prompts() for _ in range(num_samples)]
+    batch = [dev.to_device(encode_document(tok, text)) for text in texts]  # a prompt (T_i,) for each row
+    longest = max(map(len, batch))
+    hidden = context_start(longest, model.config.block_size)
+    if hidden:
+        print(f"note: the {'longest ' if prompts else ''}prompt is {longest} tokens, the context "
+              f"{model.config.block_size}: the model does not see the first {hidden}", file=sys.stderr)
+    generator = torch.Generator(dev.device).manual_seed(seed)
+    rows, logs = [[] for _ in texts], [[] for _ in texts]
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
+    print(f"--- step {step}, sample 1 of {len(texts)}\n{texts[0]}", end="", flush=True)
+    with dev.autocast():
+        steps = model.generate(batch, max_new_tokens, temperature, top_k, top_p, generator, compile=compile)
+        for tokens, logits in steps:
+            drawn = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0] if logprobs else tokens
+            for row, log, token, value in zip(rows, logs, tokens.tolist(), drawn.tolist()):
+                if not row or row[-1] != tok.eot:
+                    row.append(token)
+                    log.append(value)
+            if rows[0][-1] != tok.eot:
+                print(decoder.decode(tok.decode_bytes(rows[0][-1:])), end="", flush=True)
+            if all(row[-1] == tok.eot for row in rows):
+                break
+    print(decoder.decode(b"", final=True))
+    for i, (text, row, log) in enumerate(zip(texts, rows, logs), start=1):
+        if i > 1:
+            print(f"--- sample {i} of {len(texts)}\n{text}{tok.decode([t for t in row if t != tok.eot])}")
+        if logprobs:
+            print_logprobs(tok, row, log)
+
+
+@torch.no_grad()
+def token_losses(model, ids: np.ndarray, stride: int, dev) -> np.ndarray:
+    """Nats of ids[1:], float32 (n - 1,), each given the tokens before it: at least block_size - stride of
+    them, where there are so many.
+
+    Windows of block_size tokens begin `stride` apart (Hugging Face's documentation, "Perplexity of
+    fixed-length models"); of each, the tokens count that the one before it did not reach. The last ends with
+    the text.
+    """
+    T, n = model.config.block_size, len(ids) - 1
+    starts = np.array([*range(0, n - T, stride), max(0, n - T)])
+    reached = np.concatenate(([0], starts[:-1] + T))  # by the windows before
+    losses = np.empty(n, np.float32)
+    rows = max(1, 2**14 // T)
+    for i in range(0, len(starts), rows):
+        windows = starts[i:i + rows, None] + np.arange(min(T, n))  # (B, T)
+        new = windows >= reached[i:i + rows, None]
+        targets = np.where(new, ids[windows + 1], -100)
+        with dev.autocast():
+            loss = model(dev.to_device(ids[windows]), dev.to_device(targets), reduction="none")  # (B, T)
+        losses[windows[new]] = loss.float().cpu().numpy()[new]
+    return losses
+
+
+def score(model, tok, dev) -> None:
+    """Print perplexity and bits per byte of the file `text`."""
+    T = model.config.block_size
+    step = stride or max(1, T // 2)
+    if step > T:
+        raise UserError(f"stride={stride} is more than the context of {T}, so tokens would be left out; "
+                        f"give --stride={T} or less")
+    content = read_file("--text=", text, "strict")
+    ids = encode_document(tok, content)
+    if len(ids) < 2:
+        raise UserError(f"text={text}: got an empty file, wanted some text to score")
+    losses = token_losses(model, ids, step, dev)
+    if logprobs:
+        print_logprobs(tok, ids[1:].tolist(), (-losses).tolist())
+    nats, n_bytes = float(losses.sum(dtype=np.float64)), len(content.encode())
+    print(f"{text}: {nats / len(losses):.4f} nats per token, perplexity {math.exp(nats / len(losses)):.2f}, "
+          f"{nats / math.log(2) / n_bytes:.4f} bits per byte; {len(losses):,} tokens, {n_bytes:,} bytes, "
+          f"windows of {min(T, len(losses))} tokens, stride {step}")
 
 
 def main() -> None:
@@ -66,35 +184,18 @@ def main() -> None:
         raise UserError(f"num_samples={num_samples}, max_new_tokens={max_new_tokens}, "
                         f"temperature={temperature}, top_k={top_k}, top_p={top_p}: "
                         f"wanted at least 1, at least 1, at least 0, at least 0, and 0 < top_p <= 1")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed}: wanted 0 to 2**63 - 1")
+    if not 0 <= seed < 2**63 or stride < 0:
+        raise UserError(f"seed={seed}, stride={stride}: wanted 0 to 2**63 - 1, and at least 0")
+    if text and (prompt or prompts):
+        raise UserError(f"text={text} is scored, and nothing is sampled: leave out --prompt and --prompts, "
+                        f"or leave out --text")
     dev = resolve_device(device, dtype)
     model, state = load_model(checkpoint or newest_checkpoint(), dev.device)
     tok = checkpoint_tokenizer(state)
-    text = read_prompt(prompt)
-    # every document begins with EOT
-    idx = np.concatenate(([tok.eot], tok.encode(text))).astype(np.int64)  # (T,)
-    hidden = context_start(idx.size, model.config.block_size)
-    if hidden:
-        print(f"note: the prompt is {idx.size} tokens, the context {model.config.block_size}: "
-              f"the model does not see the first {hidden}", file=sys.stderr)
-    generator = torch.Generator(dev.device).manual_seed(seed)
-    rows = [[] for _ in range(num_samples)]
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
-    print(f"--- step {state['step']}, sample 1 of {num_samples}\n{text}", end="", flush=True)
-    with dev.autocast():
-        batch = dev.to_device(idx).repeat(num_samples, 1)  # (num_samples, T)
-        for tokens, _ in model.generate(batch, max_new_tokens, temperature, top_k, top_p, generator):
-            for row, token in zip(rows, tokens.tolist()):
-                if tok.eot not in row:
-                    row.append(token)
-            if rows[0][-1] != tok.eot:
-                print(decoder.decode(tok.decode_bytes(rows[0][-1:])), end="", flush=True)
-            if all(row[-1] == tok.eot for row in rows):
-                break
-    print(decoder.decode(b"", final=True))
-    for i, row in enumerate(rows[1:], start=2):
-        print(f"--- sample {i} of {num_samples}\n{text}{tok.decode([t for t in row if t != tok.eot])}")
+    if text:
+        score(model, tok, dev)
+    else:
+        sample(model, tok, dev, state["step"])
 
 
 if __name__ == "__main__":

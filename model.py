@@ -333,7 +333,7 @@ class GPT(nn.Module):
                     elif use_cache:
                         cache = KVCache(self.config, B, device, dtype)
                     first = torch.tensor(starts, device=device) - begin  # (B,)
-                new, rows = idx[:, begin + held:], {}
+                new, rows = idx[:, begin + held:].contiguous(), {}
                 if compile or max(starts) > begin:
                     query = torch.arange(held, n - begin, device=device)  # (T,)
                     S = self.config.block_size if compile else n - begin

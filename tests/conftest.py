@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# two test files run at a time: with more threads they would wait for each other's at every small product
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -1,15 +1,24 @@
-"""The sampling script: prompts, seeds, streaming, and what a wrong flag says."""
+"""The sampling script: prompts, seeds, streaming, scoring a text, and what a wrong flag says."""
 
+import contextlib
+import io
+import math
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import generate as script
 from bpe import load_tokenizer
-from checkpoint import describe_model, describe_tokenizer, save_checkpoint
+from checkpoint import describe_model, describe_tokenizer, load_model, save_checkpoint
+from configurator import UserError
+from device import resolve_device
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,18 +42,33 @@ def folder(tmp_path_factory, byte_tokenizer):
 
 
 def generate(folder, *flags, stdin=b""):
+    """The script as its users start it."""
     return subprocess.run([sys.executable, str(ROOT / "generate.py"), "--device=cpu", *flags], cwd=folder,
                           input=stdin, capture_output=True)
 
 
-def samples(folder, *flags, stdin=b""):
-    done = generate(folder, *flags, stdin=stdin)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode("utf-8")  # strict: half a character would raise
+def run(folder, *flags):
+    """(what the script writes to stdout, and to stderr), in this process, which has torch already."""
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True), io.StringIO()
+    here, hook = Path.cwd(), sys.excepthook
+    argv, sys.argv = sys.argv, ["generate.py", "--device=cpu", *flags]
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / "generate.py"), run_name="__main__")
+    finally:
+        os.chdir(here)
+        sys.argv, sys.excepthook = argv, hook
+    return out.buffer.getvalue().decode("utf-8"), err.getvalue()  # strict: half a character would raise
+
+
+def samples(folder, *flags):
+    return run(folder, *flags)[0]
 
 
 def test_the_newest_checkpoint_is_the_default(folder):
-    assert samples(folder, "--max_new_tokens=5").startswith("--- step 1, sample 1 of 2\n")
+    done = generate(folder, "--max_new_tokens=5")
+    assert done.returncode == 0 and done.stdout.startswith(b"--- step 1, sample 1 of 2\n"), done.stderr
     assert samples(folder, "--max_new_tokens=5", "--checkpoint=log_a").startswith("--- step 0,")
 
 
@@ -68,15 +92,27 @@ def test_prompt_from_flag_file_and_standard_input(folder):
     out = samples(folder, f"--prompt={text}")
     assert out.split("\n", 1)[1].startswith(text)
     assert out == samples(folder, "--prompt=FILE:prompt.txt")
-    assert out == samples(folder, "--prompt=-", stdin=text.encode())
+    assert out.encode() == generate(folder, "--prompt=-", stdin=text.encode()).stdout
 
 
 def test_a_prompt_longer_than_the_context_sees_its_end_only(folder):
     """Context 32: of 1 + 60 prompt tokens the model sees those from 32 on; what is before does not matter."""
-    done = generate(folder, "--temperature=0", f"--prompt={'x' * 30}{'y' * 30}", "--num_samples=1")
-    assert done.returncode == 0 and b"the model does not see the first 32" in done.stderr
-    other = generate(folder, "--temperature=0", f"--prompt={'z' * 30}{'y' * 30}", "--num_samples=1")
-    assert done.stdout.split(b"y" * 30)[1] == other.stdout.split(b"y" * 30)[1]
+    out, err = run(folder, "--temperature=0", f"--prompt={'x' * 30}{'y' * 30}", "--num_samples=1")
+    assert "the model does not see the first 32" in err
+    other, _ = run(folder, "--temperature=0", f"--prompt={'z' * 30}{'y' * 30}", "--num_samples=1")
+    assert out.split("y" * 30)[1] == other.split("y" * 30)[1]
+
+
+def test_prompts_of_a_file_are_one_batch(folder):
+    """Greedy, each is continued as it is alone, whatever its length beside the others."""
+    lines = ["a", "abc def ghi", "x" * 45]
+    (folder / "prompts.txt").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    flags = ["--temperature=0", "--num_samples=1", "--max_new_tokens=40"]
+    out = samples(folder, "--prompts=prompts.txt", *flags)
+    parts = re.split("--- (?:step 1, )?sample . of .\n", out)[1:]
+    for line, part in zip(lines, parts, strict=True):
+        alone = samples(folder, f"--prompt={line}", *flags)
+        assert alone.split("\n", 1)[1] == part
 
 
 def test_it_stops_at_the_end_of_the_text(tmp_path, byte_tokenizer):
@@ -96,6 +132,76 @@ def test_it_stops_at_the_end_of_the_text(tmp_path, byte_tokenizer):
         "tokenizer": describe_tokenizer(tok)})
     out = samples(tmp_path, f"--checkpoint={tmp_path}", "--temperature=0", "--max_new_tokens=10")
     assert out == "--- step 0, sample 1 of 2\nab\n--- sample 2 of 2\nab\n"
+    out = samples(tmp_path, f"--checkpoint={tmp_path}", "--temperature=0", "--logprobs", "--num_samples=1")
+    assert [line.split()[-1] for line in out.splitlines()[3:]] == ["'a'", "'b'", "'<|endoftext|>'"]
+
+
+def read_logprobs(out):
+    """[[logprob, ...] per sample] of the printed tables."""
+    tables = out.split("   logprob    prob  token\n")[1:]
+    return [[float(line[:10]) for line in table.splitlines() if re.fullmatch(r" *-?\d+\.\d{4} .*", line)]
+            for table in tables]
+
+
+def test_logprobs_are_the_models_own(folder):
+    """Not those after temperature and top_k: the sum over a sample is what --text and the model say of it."""
+    out = samples(folder, "--prompt=", "--num_samples=2", "--logprobs", "--max_new_tokens=9", "--top_k=5",
+                  "--checkpoint=log_b")
+    model, _ = load_model(folder / "log_b")
+    generator = torch.Generator().manual_seed(1337)
+    steps = model.generate([torch.tensor([256])] * 2, 9, 0.8, 5, generator=generator)
+    rows = torch.stack([token for token, _ in steps], dim=1)  # (2, 9)
+    with torch.no_grad():
+        logits = model(torch.cat((torch.full((2, 1), 256), rows[:, :-1]), dim=1))
+    expected = logits.log_softmax(-1).gather(2, rows[:, :, None])[:, :, 0]
+    for found, row in zip(read_logprobs(out), expected.tolist(), strict=True):
+        assert found == pytest.approx(row[:len(found)], abs=1e-4) and len(found) >= 1
+
+
+def slow_losses(model, ids, stride):
+    """Nats of ids[1:]: each token's window looked for, and its loss computed, one by one."""
+    T, losses = model.config.block_size, []
+    starts = sorted({*range(0, max(1, len(ids) - 1 - T), stride), max(0, len(ids) - 1 - T)})
+    for target in range(1, len(ids)):
+        start = next(start for start in starts if target <= start + T)
+        assert target - start >= min(target, T - stride + 1)
+        logits = model(torch.tensor(ids[None, start:target]))[0, -1]
+        losses.append(-logits.log_softmax(-1)[ids[target]].item())
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("n", [1, 5, 32, 33, 48, 49, 100])
+@pytest.mark.parametrize("stride", [1, 7, 16, 32])
+def test_every_token_of_a_text_is_scored_once(folder, n, stride):
+    model, _ = load_model(folder / "log_a")
+    ids = np.random.default_rng(n).integers(0, 257, n + 1)
+    with torch.no_grad():
+        expected = slow_losses(model, ids, stride)
+    losses = script.token_losses(model, ids, stride, resolve_device("cpu", "float32"))
+    np.testing.assert_allclose(losses, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_text_gets_perplexity_and_bits_per_byte(folder):
+    text = "naïve <|endoftext|> text\n" * 5
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    out = samples(folder, "--text=text.txt", "--stride=8", "--logprobs", "--checkpoint=log_a")
+    tok = load_tokenizer(str(load_rank_file(folder)))
+    ids = np.concatenate(([tok.eot], tok.encode(text))).astype(np.int64)
+    model, _ = load_model(folder / "log_a")
+    losses = script.token_losses(model, ids, 8, resolve_device("cpu", "float32"))
+    assert read_logprobs(out) == [pytest.approx((-losses).tolist(), abs=1e-4)]
+    nats, n_bytes = losses.mean(), len(text.encode())
+    assert out.splitlines()[-1] == (
+        f"text.txt: {nats:.4f} nats per token, perplexity {math.exp(nats):.2f}, "
+        f"{losses.sum() / math.log(2) / n_bytes:.4f} bits per byte; {n_bytes:,} tokens, {n_bytes:,} bytes, "
+        f"windows of 32 tokens, stride 8")
+
+
+def load_rank_file(folder):
+    """The rank file that a checkpoint carries, as a file."""
+    path = folder / "ranks.tiktoken"
+    path.write_bytes(load_model(folder / "log_a")[1]["tokenizer"]["rank_file"].numpy().tobytes())
+    return path
 
 
 def test_special_tokens_in_a_prompt_are_text(folder):
@@ -106,16 +212,33 @@ def test_special_tokens_in_a_prompt_are_text(folder):
 @pytest.mark.parametrize(("flags", "words"), [
     (["--checkpoint=nosuch"], "checkpoint nosuch: not there"),
     (["--prompt=FILE:nosuch.txt"], "No such file"),
+    (["--prompts=nosuch.txt"], "--prompts=nosuch.txt: No such file"),
+    (["--prompts=blank.txt"], "got 0 lines"),
+    (["--text=nosuch.txt"], "--text=nosuch.txt: No such file"),
+    (["--text=empty.txt"], "got an empty file"),
+    (["--text=latin.txt"], "byte 3 is not UTF-8"),
+    (["--text=blank.txt", "--prompt=a"], "leave out --prompt"),
+    (["--text=blank.txt", "--stride=33"], "--stride=32 or less"),
+    (["--stride=-1"], "stride=-1"),
     (["--temperature=-1"], "temperature=-1.0"),
-    (["--top_p=0"], "top_p=0.0"),
+    (["--top_p=0"], "top_p=0.0"), (["--top_p=1.1"], "top_p=1.1"), (["--top_k=-1"], "top_k=-1"),
     (["--num_samples=0"], "num_samples=0"),
     (["--max_tokens=5"], "did you mean max_new_tokens"),
 ])
-def test_mistakes_exit_2(folder, flags, words):
-    done = generate(folder, *flags)
-    assert done.returncode == 2 and words in done.stderr.decode() and done.stdout == b"", done.stderr
+def test_mistakes_are_named(folder, flags, words):
+    for name, content in {"empty": b"", "blank": b"\n \n", "latin": b"caf\xe9 au lait"}.items():
+        (folder / f"{name}.txt").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        run(folder, *flags)
+    assert words in str(caught.value)
+
+
+def test_a_mistake_exits_with_2_and_a_line(folder):
+    done = generate(folder, "--temperature=-1")
+    assert done.returncode == 2 and done.stdout == b"" and done.stderr.startswith(b"error: "), done.stderr
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_no_checkpoint_at_all(tmp_path):
-    done = generate(tmp_path)
-    assert done.returncode == 2 and b"make demo" in done.stderr
+    with pytest.raises(UserError, match="make demo"):
+        run(tmp_path)

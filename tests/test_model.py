@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bpe import load_tokenizer
 from configurator import UserError
-from model import GPT, GPTConfig, KVCache, context_start, plain_attention, sample_token
+from model import GPT, GPTConfig, KVCache, context_start, plain_attention, sample_token, tall_linear
 
 TINY = {"block_size": 16, "vocab_size": 64, "n_vocab": 61, "n_layer": 3, "n_head": 2, "n_embd": 24}
 
@@ -178,12 +179,141 @@ def test_cached_logits_equal_the_full_forward(chunks):
 def test_generation_with_and_without_the_cache(prompt_length, block_size):
     """Also past the context, where the cache is rebuilt."""
     model, idx = make_model(block_size=block_size), random_ids(2, prompt_length)
-    drawn = []
+    found = []
     for use_cache in (True, False):
         generator = torch.Generator().manual_seed(3)
         tokens = model.generate(idx, 30, 1.0, 50, 0.95, generator, use_cache=use_cache)
-        drawn.append(torch.stack([token for token, _ in tokens], dim=1))
-    assert drawn[0].shape == (2, 30) and torch.equal(*drawn)
+        found.append(drawn(tokens))
+    assert found[0].shape == (2, 30) and torch.equal(*found)
+
+
+def drawn(steps):
+    """The ids (B, n) of a generation."""
+    return torch.stack([token for token, _ in steps], dim=1)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_prompts_of_different_lengths_are_continued_as_alone(use_cache, norm_position):
+    """Also where some rows, and not others, go beyond the context; logits too, of every step."""
+    model = make_model(norm_position=norm_position)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    prompts = [random_ids(1, n, seed=n)[0] for n in (3, 1, 9, 16, 30)]
+    together = list(model.generate(prompts, 30, temperature=0.0, use_cache=use_cache))
+    for i, prompt in enumerate(prompts):
+        for (tokens, logits), (token, alone) in zip(
+                together, model.generate(prompt[None], 30, temperature=0.0, use_cache=False), strict=True):
+            assert tokens[i] == token[0]
+            torch.testing.assert_close(logits[i], alone[0], atol=2e-5, rtol=1e-5)
+
+
+def test_the_logits_that_come_with_a_token_are_those_it_was_drawn_from():
+    model, idx = make_model(), random_ids(2, 5)
+    for token, logits in model.generate(idx, 8, temperature=0.0):
+        with torch.no_grad():
+            torch.testing.assert_close(logits, model(idx)[:, -1], atol=1e-5, rtol=1e-5)
+        assert torch.equal(token, logits.argmax(-1))
+        idx = torch.cat((idx, token[:, None]), dim=1)
+
+
+def test_the_compiled_step_draws_the_same():
+    """Over a cache of constant shape, past the context, from prompts of different lengths; compiled once."""
+    model = make_model(n_layer=1)
+    prompts = [random_ids(1, n, seed=n)[0] for n in (2, 11)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = []
+        for on in (False, True, True):
+            generator = torch.Generator().manual_seed(3)
+            found.append(drawn(model.generate(prompts, 30, 1.0, 50, 0.95, generator, compile=on)))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_compiled_step_draws_the_same_on_cuda():
+    model = make_model().cuda()
+    prompts = [random_ids(1, n, seed=n)[0].cuda() for n in (2, 11)]
+    expected, *found = (drawn(model.generate(prompts, 30, temperature=0.0, compile=on))
+                        for on in (False, True, True))
+    assert torch.equal(expected, found[0]) and torch.equal(expected, found[1])
+
+
+def test_ten_thousand_tokens_of_a_random_model_decode():
+    """GPT-2's vocabulary, 47 rows of padding, and a random model that likes all of them."""
+    tok = load_tokenizer()
+    model = make_model(vocab_size=50304, n_vocab=tok.n_vocab, n_layer=1, n_embd=8)
+    tokens = drawn(model.generate(torch.full((100, 1), tok.eot), 100, temperature=3.0, top_k=0))
+    assert tokens.shape == (100, 100) and 0 <= tokens.min() and tokens.max() < tok.n_vocab
+    assert len(tokens.unique()) > 5000
+    for row in tokens:
+        assert tok.decode(row).encode().decode() == tok.decode(row)
+
+
+@pytest.mark.parametrize("prompts", [[], [torch.tensor([], dtype=torch.long)],
+                                     [torch.tensor([1]), torch.tensor([], dtype=torch.long)]])
+def test_generation_needs_a_first_token(prompts):
+    with pytest.raises(UserError, match="at least 1 token, such as end-of-text"):
+        next(make_model().generate(prompts, 5))
+
+
+@pytest.mark.parametrize("B", [1, 2, 5, 16, 17])
+@pytest.mark.parametrize("T", [1, 3])
+def test_few_rows_times_a_tall_matrix(B, T):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(B, T, 24, generator=generator), torch.randn(61, 24, generator=generator)
+    y = tall_linear(x, weight)
+    torch.testing.assert_close(y, F.linear(x, weight), atol=1e-5, rtol=1e-5)
+    assert y.is_contiguous()
+
+
+def test_layers_may_have_fewer_heads():
+    """A head whose columns in c_proj are 0 says nothing: left out, the logits are the same, cached or not."""
+    dense, pruned = make_model(), make_model(heads=(2, 0, 1), seed=1)
+    for parameter in (*dense.parameters(), *pruned.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3)
+    weights = dense.state_dict()
+    for layer, gone in ((1, [0, 1]), (2, [0])):
+        for head in gone:
+            weights[f"transformer.h.{layer}.attn.c_proj.weight"][:, 12 * head:12 * head + 12] = 0.0
+    for name, tensor in pruned.state_dict().items():
+        source = weights[name]
+        layer, part = name.split(".")[2:3], name.split(".")[-2:]
+        if ".attn.c_" in name and layer != ["0"] and tensor.shape != source.shape:
+            kept = slice(0, 0) if layer == ["1"] else slice(12, 24)
+            source = (source[:, kept] if part[0] == "c_proj"
+                      else source.unflatten(0, (3, 24))[:, kept].flatten(0, 1))
+        tensor.copy_(source)
+    idx = random_ids(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(idx), dense(idx), atol=2e-5, rtol=1e-5)
+    assert torch.equal(*(drawn(pruned.generate(idx[:, :4], 20, 0.0, use_cache=on)) for on in (True, False)))
+    assert dense.num_params() - pruned.num_params() == 3 * (3 * 12 * 24 + 3 * 12 + 12 * 24)
+    assert dense.flops_per_token(16) - pruned.flops_per_token(16) == (
+        6 * (dense.num_params() - pruned.num_params()) + 12 * 3 * 12 * 16)
+    with pytest.raises(UserError, match="3 numbers of 0 to 2"):
+        make_model(heads=(2, 3, 1))
+
+
+def test_rows_may_share_a_prefix():
+    """A mask and positions of the caller's: two continuations behind one context, in one row."""
+    model, idx = make_model(), random_ids(1, 13)
+    context, one, two = idx[:, :5], idx[:, 5:8], idx[:, 8:]
+    segment = torch.tensor([0] * 5 + [1] * 3 + [2] * 5)
+    position = torch.tensor([[*range(5), *range(5, 8), *range(5, 10)]])
+    mask = ((segment == segment[:, None]) | (segment == 0)) & torch.ones(13, 13, dtype=torch.bool).tril()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        logits = model(idx, position=position, mask=mask[None, None])
+        torch.testing.assert_close(logits[:, 5:8], model(torch.cat((context, one), 1))[:, 5:])
+        torch.testing.assert_close(logits[:, 8:], model(torch.cat((context, two), 1))[:, 5:])
+        targets = torch.full_like(idx, -100)
+        targets[:, 9:12] = idx[:, 10:]
+        losses = model(idx, targets, reduction="none", position=position, mask=mask[None, None])
+    assert torch.equal(losses == 0, targets == -100)
+    expected = F.cross_entropy(logits[0, 9:12], idx[0, 10:], reduction="none")
+    torch.testing.assert_close(losses[0, 9:12], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_context_start_is_a_window_that_always_fits():
