@@ -20,7 +20,10 @@ train      an optimizer step of config A (16M parameters), compiled, in auto dty
            with torch's attention and loss; and what share of the measured matmul peak that is
 scale      tok_s of train_gpt2.py with two processes and half the cores each, against one with all; on the CPU
 startup    seconds from the start of train_gpt2.py to the end of its first step, not compiled; on the CPU
-generate   new tokens with the KV cache against a full forward pass per token
+generate   new tokens with the KV cache, greedy, against a full forward pass per token, and, of 1 and 8 texts
+           at a time, against transformers' generate with its cache on the same weights
+hellaswag  hellaswag.py's evaluate, in float32 and in auto dtype, against a loop of one example per forward
+           pass in eager float32, as build-nanogpt has it; the scores are compared first
 """
 
 import contextlib
@@ -56,20 +59,22 @@ from bpe import (
 from configurator import UserError, configure
 from shards import ShardWriter, TokenStream, WindowLoader, read_manifest
 
-only = "encode,shards,bpe_train,loader,open,train,scale,startup,generate"  # which to run
+only = "encode,shards,bpe_train,loader,open,train,scale,startup,generate,hellaswag"  # which to run
 turns = 5  # times each side is measured, after one warm-up turn
 input = ""  # encode, shards, bpe_train: a .txt or .parquet file (column text); empty = the standard library
 max_bytes = 8_000_000  # of it that are used
 build_bytes = 600_000_000  # shards: bytes of the text to build from, made of the text by perturbing it
 vocab_size = 32_768  # bpe_train: ids
-n_layer = 4  # train, scale, startup and generate: the model of config A
+n_layer = 4  # train, scale, startup, generate and hellaswag: the model of config A
 n_head = 4  # heads
 n_embd = 256  # width
 block_size = 256  # T
 batch_size = 16  # train, scale and startup: sequences per step
 max_new_tokens = 512  # generate: tokens drawn
+hellaswag_data = ""  # hellaswag: a file in the format of the public one; empty = that, downloaded if need be
+hellaswag_examples = 100  # hellaswag: how many of it, evenly spaced
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
-dtype = "auto"  # train: auto|float32|bfloat16|float16, of ours and the compiled baseline
+dtype = "auto"  # train, hellaswag: auto|float32|bfloat16|float16, of ours (and train's compiled baseline)
 
 
 def time_turns(runs: list, n: int) -> list[list[float]]:
@@ -469,7 +474,7 @@ def train_command(folder: str, log_dir: Path, processes: int, max_steps: int, co
              "n_head": n_head, "n_embd": n_embd, "block_size": block_size, "max_steps": max_steps,
              "batch_size": batch_size // processes, "batch_tokens": batch_size * block_size,
              "warmup_steps": 0, "val_interval": 0, "val_tokens": block_size, "checkpoint_interval": 0,
-             "sample_interval": 0}
+             "sample_interval": 0, "hellaswag_interval": 0}
     script = Path(__file__).with_name("train_gpt2.py")
     return [*launch, str(script), *(f"--{key}={value}" for key, value in flags.items())]
 
@@ -516,39 +521,138 @@ def bench_startup() -> None:
 
 def bench_generate() -> None:
     import torch
+    import transformers
 
+    from checkpoint import describe_model, describe_tokenizer
+    from convert_hf import export_hf
     from device import resolve_device
     from model import GPT, GPTConfig
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     dev = resolve_device(device, "float32")
+    tok = load_tokenizer()
     config = GPTConfig(block_size=max_new_tokens + 1, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     torch.manual_seed(0)
     model = GPT(config).to(dev.device).eval()
-    idx = torch.zeros(1, 1, dtype=torch.long, device=dev.device)
+    with tempfile.TemporaryDirectory() as folder:
+        export_hf({"model": model.state_dict(), "model_config": describe_model(model),
+                   "tokenizer": describe_tokenizer(tok)}, Path(folder, "hf"))
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(Path(folder, "hf")).to(dev.device).eval()
+    texts = torch.full((8, 1), tok.eot, dtype=torch.long, device=dev.device)
 
-    def generate(use_cache):
-        generator = torch.Generator(dev.device).manual_seed(0)
-        tokens = model.generate(idx, max_new_tokens, generator=generator, use_cache=use_cache)
-        tokens = torch.cat(list(tokens))
+    def ours(B):
+        tokens = torch.stack([token for token, _ in model.generate(texts[:B], max_new_tokens, 0.0)], dim=1)
         dev.synchronize()
-        return tokens
+        return tokens  # (B, max_new_tokens)
 
-    if dev.type == "cpu" and not torch.equal(generate(True), generate(False)):
-        raise RuntimeError("the cache changes the samples: a bug in model.py")
+    def transformer(B):
+        idx = theirs.generate(texts[:B], max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens,
+                              do_sample=False, attention_mask=torch.ones_like(texts[:B]))
+        dev.synchronize()
+        return idx[:, 1:]
 
-    def cached():
-        generate(True)
+    @torch.no_grad()
+    def full():  # logits of all columns, of which the last is used: how build-nanogpt samples
+        idx = texts[:1]
+        for _ in range(max_new_tokens):
+            idx = torch.cat((idx, model(idx)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+        dev.synchronize()
+        return idx[:, 1:]
 
-    def full():
-        generate(False)
-
-    timed = take_turns(cached, full, max(1, turns // 2))  # the baseline takes a minute or more per turn
+    first = [run[:, :32] for run in (ours(1), ours(8)[:1], transformer(1), full())]
+    if not all(torch.equal(first[0], other) for other in first):
+        raise RuntimeError("the sides continue a text differently: a bug in model.py")
+    n = max(1, turns // 2)  # the full forward takes a minute or more per turn
+    timed = take_turns(lambda: ours(1), full, n)
     report("generate", "tok/s", max_new_tokens, *timed, "a full forward per token")
+    for B in (1, 8):
+        timed = take_turns(lambda B=B: ours(B), lambda B=B: transformer(B), n)
+        report("generate", "tok/s", B * max_new_tokens, *timed, f"transformers, batch {B}")
+
+
+def sampled_examples(path: str, n: int):
+    """n examples of the file, evenly spaced, in the protocol completion."""
+    from hellaswag import read_examples
+    examples = read_examples(path, load_tokenizer(), "completion")
+    count = len(examples.items)
+    return examples._replace(items=[examples.items[i * count // n] for i in range(min(n, count))])
+
+
+def model_of_sharp_opinions(config, device):
+    """The same random model for all sides, its embeddings large enough for scores to differ."""
+    import torch
+
+    from model import GPT
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    torch.nn.init.normal_(model.transformer.wte.weight, std=0.1)
+    return model.to(device)
+
+
+def our_hellaswag(config, path: str, n: int, device: str, dtype: str):
+    from device import resolve_device
+    from hellaswag import evaluate
+    dev, examples = resolve_device(device, dtype), sampled_examples(path, n)
+    model = model_of_sharp_opinions(config, dev.device)
+
+    def run():
+        # some eight batches at least: all 10,042 sorted by length are hardly padded, and so is a sample then
+        return evaluate(model, examples, dev, min(16_384, 20 * n)).log_likelihoods
+    return run
+
+
+def one_by_one(config, path: str, n: int, device: str):
+    """The four endings of an example as four rows padded to the longest, all logits, and then the mask."""
+    import torch
+    import torch.nn.functional as F
+    items, model = sampled_examples(path, n).items, model_of_sharp_opinions(config, device)
+
+    @torch.no_grad()
+    def run():
+        sums = []
+        for example in items:
+            rows = [np.concatenate((example.context, ending)) for ending in example.endings]
+            tokens = np.zeros((2, len(rows), max(map(len, rows))), np.int64)
+            for row, row_tokens, row_mask in zip(rows, *tokens):
+                row_tokens[:len(row)], row_mask[len(example.context):len(row)] = row, 1
+            tokens, mask = torch.from_numpy(tokens).to(device)
+            logits = model(tokens)[:, :-1].contiguous()  # (4, T - 1, V)
+            losses = F.cross_entropy(logits.view(-1, logits.size(-1)), tokens[:, 1:].reshape(-1),
+                                     reduction="none").view(len(rows), -1)  # (4, T - 1)
+            sums.append((losses * mask[:, 1:]).sum(dim=1).tolist())
+        return -np.array(sums)
+    return run
+
+
+def bench_hellaswag() -> None:
+    from device import resolve_device
+    from hellaswag import find_data
+    from model import GPTConfig
+    try:
+        path = str(find_data(hellaswag_data))
+    except UserError as error:
+        print(f"hellaswag | left out: {error}")
+        return
+    dev = resolve_device(device, dtype)
+    dtype_name = str(dev.dtype).removeprefix("torch.")
+    config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    settings = config, path, hellaswag_examples, str(dev.device)
+    with (in_a_process(our_hellaswag, *settings, "float32") as ours,
+          in_a_process(our_hellaswag, *settings, dtype_name) as in_dtype,
+          in_a_process(one_by_one, *settings) as baseline):
+        exact, coarse, wanted = (run() for run in (ours, in_dtype, baseline))
+        if not np.allclose(exact, wanted, rtol=1e-4) or not np.allclose(coarse, wanted, rtol=1e-2):
+            raise RuntimeError("the scores differ from those of one example at a time: a bug in hellaswag.py")
+        seconds = time_turns([ours, in_dtype, baseline], turns)
+    for of_ours, ours_dtype in ((seconds[0], "float32"), (seconds[1], dtype_name)):
+        report("hellaswag", "examples/s", len(wanted), *compare(of_ours, seconds[2]),
+               f"one per forward, ours in {ours_dtype}")
 
 
 BENCHES = {
     "encode": bench_encode, "shards": bench_shards, "bpe_train": bench_bpe_train, "loader": bench_loader,
     "open": bench_open, "train": bench_train, "scale": bench_scale, "startup": bench_startup,
-    "generate": bench_generate,
+    "generate": bench_generate, "hellaswag": bench_hellaswag,
 }
 
 

@@ -251,11 +251,11 @@ class CheckpointWriter:
                     sums.update(part)
                 record = {"format": FORMAT, "files": sums}
                 write_atomically(temporary / CHECKSUMS, json.dumps(record, indent=1).encode())
-                _sync_folder(temporary)
+                sync_folder(temporary)
                 if folder.exists():  # a folder cannot be renamed over another
                     _remove(folder)
                 os.replace(temporary, folder)
-                _sync_folder(self.log_dir)
+                sync_folder(self.log_dir)
                 prune_checkpoints(self.log_dir, self.keep, best_step)
 
         try:
@@ -280,7 +280,7 @@ def save_checkpoint(log_dir: str | Path, step: int, state: dict) -> Path:
     try:
         _save_and_sync({"format": FORMAT, **state}, temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if not _is_of_the_disk(error):
@@ -329,7 +329,8 @@ def _save_and_sync(state, path):
         os.fsync(file.fileno())
 
 
-def _sync_folder(path):
+def sync_folder(path: str | Path) -> None:
+    """Make what was renamed into a folder last a power cut."""
     if os.name == "nt":  # where a folder cannot be opened
         return
     folder = os.open(path, os.O_RDONLY)
@@ -427,6 +428,9 @@ def load_into(path: str | Path, model: GPT, optimizers: list[torch.optim.Optimiz
             raise UserError(f"checkpoint {candidate}: wanted format {FORMAT!r}, got {state['format']!r}, an "
                             f"older one; it can generate but not be resumed; "
                             f"begin a new run with --log_dir=ANOTHER")
+        if "optimizers" not in state:
+            raise UserError(f"checkpoint {candidate}: no run to resume, it is a model that convert_hf.py has "
+                            f"imported; train it further with --init_from={path} --log_dir=ANOTHER")
         values = {key: value for key, value in state.items() if key not in ("model", "optimizers")}
         _together(group, check, values)
         if metadata is None:
@@ -446,6 +450,15 @@ def load_checkpoint(path: str | Path) -> dict:
     """
     _, state, _ = _newest_whole(Path(path), None)
     return state
+
+
+def newest_checkpoint() -> Path:
+    """The folder under log*/ in which a checkpoint was written last: what a script takes if none is named."""
+    found = [path for folder in Path().glob("log*/") for path in list_checkpoints(folder)[-1:]]
+    if not found:
+        raise UserError("no checkpoint under log*/; name one with --checkpoint=FILE_OR_FOLDER, "
+                        "or train one with make demo")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
@@ -506,6 +519,11 @@ def _newest_whole(path, group):
     found = f"{len(candidates)} damaged ones" if candidates else "none"
     raise UserError(f"checkpoint {path}: wanted a folder with a whole ckpt_*.pt or ckpt_*/, got {found}; "
                     f"name another, or train one with make demo")
+
+
+def holds_checkpoint(path: str | Path) -> bool:
+    """Whether a path is a file or a folder that `load_checkpoint` would look into, whole or damaged."""
+    return bool(_candidates(Path(path)))
 
 
 def _candidates(path):

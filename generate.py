@@ -29,12 +29,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import checkpoint_tokenizer, load_model
+from checkpoint import build_model, checkpoint_tokenizer, newest_checkpoint
 from configurator import UserError, configure
+from convert_hf import load_any
 from device import resolve_device
 from model import context_start
 
-checkpoint = ""  # a .pt file, or a folder whose newest is meant; empty = the newest under log*/
+checkpoint = ""  # a .pt file, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/
 prompt = ""  # text, FILE:path, or - for standard input; empty = the beginning of a document
 prompts = ""  # a text file with a prompt per line, in place of prompt
 num_samples = 2  # samples of each prompt, drawn as one batch
@@ -49,15 +50,6 @@ device = "auto"  # auto|cpu|cuda|cuda:1|mps
 dtype = "float32"  # auto|float32|bfloat16|float16; small models gain nothing from fewer bits here
 compile = False  # compile the step of one token: a minute first, then faster on CUDA
 seed = 1337  # of the samples
-
-
-def newest_checkpoint() -> Path:
-    """The folder under log*/ in which a checkpoint was written last."""
-    found = sorted(Path().glob("log*/ckpt_*.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError("no checkpoint under log*/; name one with --checkpoint=FILE_OR_FOLDER, "
-                        "or train one with make demo")
-    return found[-1].parent
 
 
 def read_file(flag: str, path: str, errors: str) -> str:
@@ -190,7 +182,9 @@ def main() -> None:
         raise UserError(f"text={text} is scored, and nothing is sampled: leave out --prompt and --prompts, "
                         f"or leave out --text")
     dev = resolve_device(device, dtype)
-    model, state = load_model(checkpoint or newest_checkpoint(), dev.device)
+    source = checkpoint or newest_checkpoint()
+    state = load_any(source)
+    model = build_model(state, str(source)).to(dev.device)
     tok = checkpoint_tokenizer(state)
     if text:
         score(model, tok, dev)

@@ -10,7 +10,7 @@ HF_HUB_DOWNLOAD_TIMEOUT and the proxy variables mean what they mean there, and i
 bytes are fetched here, because hf_hub_download (2.4) starts a file anew when its process was killed or its
 connection reset, and HfFileSystem takes the answer of a server that ignores ranges for the range.
 
-Imported by fineweb.py; nothing to run.
+Imported by fineweb.py and convert_hf.py; nothing to run.
 """
 import contextlib
 import email.utils

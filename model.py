@@ -16,6 +16,7 @@ vocab_size.
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -142,8 +143,10 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.head_size = config.heads_of(layer), config.head_size
         self.attention = F.scaled_dot_product_attention  # or plain_attention
         width = self.n_head * self.head_size  # C, unless heads are pruned
-        self.c_attn = nn.Linear(config.n_embd, 3 * width)  # rows QQQ KKK VVV, heads in order in each
-        self.c_proj = nn.Linear(width, config.n_embd)
+        with warnings.catch_warnings():  # of a layer whose heads are all pruned
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            self.c_attn = nn.Linear(config.n_embd, 3 * width)  # rows QQQ KKK VVV, heads in order in each
+            self.c_proj = nn.Linear(width, config.n_embd)
 
     def forward(self, x, cache=None, mask=None):
         B, T, C = x.shape

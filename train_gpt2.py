@@ -6,6 +6,8 @@ Train GPT-2 from scratch. Everything that happens is in this file, in the order 
     python train_gpt2.py config/rtx4050_15m.py --batch_size=16 --log_dir=log_b # files and flags, later wins
     python train_gpt2.py config/demo_cpu.py --resume                           # continue after any stop
     python train_gpt2.py config/gpu_8gb.py --dry_run                           # does it fit, how long
+    python train_gpt2.py config/finetune_gpt2.py --init_from=gpt2              # from OpenAI's weights
+    python train_gpt2.py --eval_only --log_dir=log --data_dir=other_shards     # judge a checkpoint, no more
 
 Reads token shards from data_dir (make prepare, make demo, or fineweb.py). Writes into log_dir: log.txt, one
 `step stream value` per line; runs.jsonl, the resolved settings and versions of every start; ckpt_*; and
@@ -41,8 +43,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import hellaswag
 from bpe import load_tokenizer
 from configurator import UserError, configure
+from convert_hf import load_any
 from device import check_first_loss, resolve_device, self_test
 from model import GPT, GPTConfig, plain_attention
 from shards import TokenStream, WindowLoader, write_atomically
@@ -52,6 +56,8 @@ data_dir = "edu_fineweb10B"  # folder of token shards, *_train_*.npy|bin and *_v
 tokenizer = "gpt2"  # gpt2 or a rank file: the one the shards were made with
 log_dir = "log"  # log.txt, runs.jsonl and checkpoints go here
 resume = False  # continue the run in log_dir from its newest whole checkpoint
+init_from = ""  # begin with these weights, and their shape: a checkpoint, gpt2, a folder of Hugging Face's
+eval_only = False  # judge init_from, or log_dir's newest, on data_dir and HellaSwag; writes nothing
 dry_run = False  # two steps: memory, speed, time for the whole run; writes nothing
 tensorboard = False  # log into log_dir/tensorboard as well
 wandb = False  # log to Weights & Biases as well; a resumed run goes on there
@@ -87,6 +93,8 @@ max_bad_steps = 10  # so many skipped steps in a row, not finite or spiking, sto
 # ---- judging and saving
 val_interval = 250  # steps between validations; 0 = only at the end
 val_tokens = 10_485_760  # the first so many tokens of the val split; less where it is shorter
+hellaswag_interval = 250  # steps between HellaSwag scores, and at the end; 0 = never
+hellaswag_data = ""  # its validation set (.jsonl); empty = the public file, downloaded once into hellaswag/
 checkpoint_interval = 1000  # steps between checkpoints; 0 = only at the end
 keep_checkpoints = 2  # the newest so many, and the best by val loss
 sample_interval = 1000  # steps between printed samples; 0 = never
@@ -108,7 +116,8 @@ LEGAL = {  # lowest and highest value of the settings that nothing else checks
     (1, math.inf): "batch_size block_size max_steps keep_checkpoints val_tokens num_samples max_new_tokens "
                    "max_bad_steps",
     (0, math.inf): "vocab_size num_epochs target_loss warmup_steps min_lr weight_decay grad_clip peak_tflops "
-                   "val_interval checkpoint_interval sample_interval max_hours max_z_score loss_chunk",
+                   "val_interval hellaswag_interval checkpoint_interval sample_interval max_hours "
+                   "max_z_score loss_chunk",
     (min_lr, math.inf): "max_lr",
     (0, 1 - 1e-9): "beta1 beta2",
     (0, 1): "decay_fraction",
@@ -194,13 +203,14 @@ starts = runs_path.read_text(encoding="utf-8").rstrip() if runs_path.exists() el
 restarted = job is not None and starts.endswith(json.dumps(this_start)[1:])
 # one answer for all processes, and all have looked before one writes
 restarted, exists = sum_over_ranks(restarted, exists)
-if exists and not (resume or restarted or dry_run):
+writes = not (dry_run or eval_only)
+if exists and writes and not (resume or restarted):
     leave_together()
     raise UserError(f"log_dir={log_dir} already holds a run; continue it with --resume, "
                     f"or choose --log_dir=ANOTHER")
 if resume and not exists:
     say(f"resume: there is no run in {log_dir} yet, starting at step 0")
-resume = bool(resume or restarted) and not dry_run
+resume = bool(resume or restarted) and writes
 
 
 @contextlib.contextmanager
@@ -220,16 +230,40 @@ def advice_when_memory_runs_out():
                         f"--dry_run tells what a setting needs") from error
 
 
+# ---- the weights to begin with, if not random ones: shape and tokenizer are theirs
+start, heads = None, None
+if init_from or eval_only:
+    # a run that goes on has them in its own checkpoints
+    own = (eval_only and not init_from) or (resume and checkpoint.list_checkpoints(log_dir))
+    start = load_any(log_dir if own else init_from)
+    theirs = start["model_config"]
+    if not eval_only and block_size < theirs["block_size"]:  # positions may be left out, not made up
+        theirs = {**theirs, "block_size": block_size}
+    shape = {key: theirs[key] for key in config if key in theirs and key != "dropout"}
+    say("init: " + ", ".join(f"{key}={value}" for key, value in shape.items())
+        + f" as in {log_dir if own else init_from}, step {start['step']}")
+    config.update(shape)
+    globals().update(shape)
+    heads = theirs.get("heads")
+
+
 # ---- data
 B, T = batch_size, block_size
-train_stream, val_stream = TokenStream(data_dir, "train"), TokenStream(data_dir, "val")
-tok = load_tokenizer(tokenizer)
-if train_stream.manifest and train_stream.manifest["tokenizer"]["sha256"] != tok.sha256:
-    built_with = train_stream.manifest["tokenizer"]["name"]
-    raise UserError(f"data_dir={data_dir} was tokenized with {built_with!r}, got --tokenizer={tokenizer}, "
-                    f"which is another vocabulary; give --tokenizer=FILE of {built_with!r}, "
-                    f"or rebuild the data with fineweb.py")
+val_stream = TokenStream(data_dir, "val")
+train_stream = val_stream if eval_only else TokenStream(data_dir, "train")
+tok = checkpoint.checkpoint_tokenizer(start) if start else load_tokenizer(tokenizer)
+if start and tokenizer != "gpt2" and load_tokenizer(tokenizer).sha256 != tok.sha256:
+    raise UserError(f"tokenizer={tokenizer}: the weights to begin with know {tok.name!r}, which is another "
+                    f"vocabulary, and comes with them; leave --tokenizer out")
+if val_stream.manifest and val_stream.manifest["tokenizer"]["sha256"] != tok.sha256:
+    built_with = val_stream.manifest["tokenizer"]["name"]
+    cure = ("rebuild the data with that of the weights" if start else
+            f"give --tokenizer=FILE of {built_with!r}, or rebuild the data with fineweb.py")
+    raise UserError(f"data_dir={data_dir} was tokenized with {built_with!r}, got {tok.name!r}, which is "
+                    f"another vocabulary; {cure}")
 micro_tokens = B * T * world_size
+if eval_only:  # a run that has its steps behind it
+    batch_tokens, max_steps, num_epochs, warmup_steps = micro_tokens, start["step"], 0.0, 0
 if batch_tokens < micro_tokens or batch_tokens % micro_tokens:
     below = max(micro_tokens, batch_tokens // micro_tokens * micro_tokens)
     raise UserError(f"batch_tokens={batch_tokens} is not a multiple of batch_size * block_size * processes "
@@ -241,7 +275,7 @@ val_loader = WindowLoader(val_stream, T, B * T, seed, tok.n_vocab, shuffle=False
 n_val_windows = min(val_loader.n_windows, max(1, val_tokens // T))
 if num_epochs > 0:
     max_steps = config["max_steps"] = math.floor(num_epochs * train_loader.steps_per_epoch)
-if not 0 <= warmup_steps <= max_steps or max_steps < 1:
+if not eval_only and (not 0 <= warmup_steps <= max_steps or max_steps < 1):
     raise UserError(f"warmup_steps={warmup_steps}, max_steps={max_steps}: "
                     f"wanted 0 <= warmup_steps <= max_steps, and 1 step or more; "
                     f"an epoch of this data is {train_loader.steps_per_epoch:.2f} steps")
@@ -274,7 +308,7 @@ if vocab_size == 0:
     vocab_size = config["vocab_size"] = math.ceil(tok.n_vocab / 128) * 128
 torch.manual_seed(seed)  # the same initial weights on every process and device
 raw_model = GPT(GPTConfig(block_size, vocab_size, tok.n_vocab, n_layer, n_head, n_embd, dropout,
-                          norm_position))
+                          norm_position, heads))
 raw_model.activation_checkpointing = activation_checkpointing
 raw_model.loss_chunk = loss_chunk or dev.loss_chunk
 if fsdp:  # each process keeps its part of every matrix and gathers a block when it needs it
@@ -299,6 +333,11 @@ if sum_over_ranks(len(failures))[0]:
                         f"computes wrong numbers: try --dtype=float32, another torch, or --device=cpu")
 if fsdp:  # a forward without a backward leaves the embeddings gathered
     raw_model.reshard()
+if start:
+    weights = {**start["model"]}
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
+    checkpoint.restore(raw_model, [], {"model": weights, "optimizers": []})
+    del weights, start["model"]
 optimizers = raw_model.configure_optimizers(optimizer, weight_decay, max_lr, (beta1, beta2), dev.fused)
 scaler = dev.grad_scaler()
 # steps left out, so far and in a row; [loss, gradient norm] of the last SPIKE_WINDOW good ones
@@ -328,7 +367,7 @@ def check_saved(saved):
             say(f"resume: {key} was {was[key]}, is now {config[key]}")
 
 
-start_step, best, reached = 0, None, False
+start_step, best, reached = max_steps if eval_only else 0, None, False
 if resume and checkpoint.list_checkpoints(log_dir):
     saved = checkpoint.load_into(log_dir, raw_model, optimizers, check_saved)
     if saved["scaler"] and scaler.is_enabled():  # empty unless the run that saved it was in float16
@@ -357,7 +396,23 @@ replica = model  # the one that averages gradients over the processes
 if dev.compile and not fsdp:  # around DDP, so that it cuts the graph where gradients can be sent early
     model = torch.compile(model, dynamic=False)
 x, y = fetch_batch(start_step, 0)
-unigram = unigram_loss() if master_process else None
+unigram = unigram_loss() if master_process and not eval_only else None
+
+
+def read_hellaswag():
+    """The examples, or None where there are none to be had: a run of days does not depend on a download."""
+    if hellaswag_interval == 0 or dry_run:
+        return None
+    try:
+        return hellaswag.read_examples(hellaswag.find_data(hellaswag_data), tok, "completion")
+    except UserError as error:
+        if hellaswag_data:
+            raise
+        say(f"warning: this run has no HellaSwag scores: {error}; or type --hellaswag_interval=0")
+        return None
+
+
+examples = read_hellaswag()
 
 
 # ---- the record of the run
@@ -394,7 +449,7 @@ def open_wandb():
 
 provenance = {"git": git_revision(), "torch": str(torch.__version__), "device": dev.name,
               "world_size": world_size}
-if master_process and not dry_run:
+if master_process and writes:
     Path(log_dir).mkdir(parents=True, exist_ok=True)
     for path in checkpoint.list_checkpoints(log_dir):
         if checkpoint.step_of(path) > start_step:  # newer than the newest whole one: damaged
@@ -416,15 +471,15 @@ if master_process and not dry_run:
         record = {"start_step": start_step, "config": config, "data": train_stream.fingerprint, **provenance,
                   **this_start}
         file.write(json.dumps(record) + "\n")
-board = open_board() if tensorboard and master_process and not dry_run else None
-wandb_run = open_wandb() if wandb and master_process and not dry_run else None
+board = open_board() if tensorboard and master_process and writes else None
+wandb_run = open_wandb() if wandb and master_process and writes else None
 writer = None
-if (master_process or fsdp) and not dry_run:
+if (master_process or fsdp) and writes:
     writer = checkpoint.CheckpointWriter(log_dir, keep_checkpoints, sharded=fsdp)
 
 
 def log(step, **streams):
-    if master_process and not dry_run:
+    if master_process and writes:
         with open(log_path, "a", encoding="utf-8") as file:
             file.write("".join(f"{step} {stream} {value:.8g}\n" for stream, value in streams.items()))
         for stream, value in streams.items() if board else ():
@@ -437,16 +492,18 @@ say(f"device: {dev.name} ({dev.device}), {str(dev.dtype).removeprefix('torch.')}
     f"compile {'on' if dev.compile else 'off'}, {world_size} process(es)")
 say(f"model: {n_layer} layers, {n_head} heads, {n_embd} wide: {raw_model.num_params():,} parameters, "
     f"{raw_model.flops_per_token(T):,} FLOPs per token")
-say(f"data: {data_dir}: {len(train_stream):,} train tokens, "
-    f"an epoch is {train_loader.steps_per_epoch:,.1f} steps; "
-    f"val loss on the first {n_val_windows * T:,} of {len(val_stream):,} val tokens")
-say(f"step: {batch_tokens:,} tokens = {grad_accum_steps} micro-steps of {B} x {T} "
-    f"on {world_size} process(es); {max_steps:,} steps, starting at {start_step}")
-if master_process:
-    if start_step == 0:
+if not eval_only:
+    say(f"data: {data_dir}: {len(train_stream):,} train tokens, "
+        f"an epoch is {train_loader.steps_per_epoch:,.1f} steps; "
+        f"val loss on the first {n_val_windows * T:,} of {len(val_stream):,} val tokens")
+    say(f"step: {batch_tokens:,} tokens = {grad_accum_steps} micro-steps of {B} x {T} "
+        f"on {world_size} process(es); {max_steps:,} steps, starting at {start_step}")
+    if start_step == 0 and master_process:
         log(0, unigram=unigram)
-    say(f"to beat: {math.log(tok.n_vocab):.4f} for guessing, "
-        f"{unigram:.4f} for a unigram model on the same val tokens")
+    say(f"to beat: {math.log(tok.n_vocab):.4f} for guessing"
+        + (f", {unigram:.4f} for a unigram model on the same val tokens" if master_process else ""))
+for note in examples.notes if examples else ():
+    say(f"HellaSwag: {note}")
 
 
 # ---- schedule and judges
@@ -485,6 +542,13 @@ def evaluate_loss(n_windows):
     raw_model.train()
     loss_sum, n_tokens, n_bytes = sum_over_ranks(loss_sum, n_tokens, int(n_bytes))
     return loss_sum / n_tokens, loss_sum / math.log(2) / n_bytes
+
+
+@torch.compiler.set_stance("force_eager")
+def score_hellaswag():
+    """The score on all examples, the same for every batch size and number of processes."""
+    with advice_when_memory_runs_out():
+        return hellaswag.evaluate(raw_model, examples, dev, B * T)
 
 
 def give_up(reason):
@@ -572,6 +636,11 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
             give_up(f"val loss is {val_loss} at step {step}")
         if checkpoint_due and (best is None or val_loss < best["val_loss"]):
             best = {"step": step, "val_loss": val_loss}
+    hella_due = last_step or (step > 0 and step % max(1, hellaswag_interval) == 0)
+    if examples and hella_due and not (stopping or dry_run):
+        hella = score_hellaswag()
+        log(step, hella=hella.acc_norm, hella_acc=hella.acc)
+        say(f"step {step} | {hellaswag.format_result(examples.protocol, hella)}")
     sample_due = sample_interval > 0 and step > 0 and step % sample_interval == 0
     if sample_due and (master_process or fsdp) and not (last_step or stopping or dry_run):
         print_samples(step)
@@ -634,7 +703,8 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     dt = time.perf_counter() - t0  # seconds
 
     # before the log has a step, so that the mended model may start in this log_dir
-    if step == 0 and not bad and norm_position == "pre" and check_first_loss(loss, vocab_size, n_embd):
+    first = step == 0 and not start  # of a model that knows nothing yet
+    if first and not bad and norm_position == "pre" and check_first_loss(loss, vocab_size, n_embd):
         leave_together()
         raise UserError(f"{check_first_loss(loss, vocab_size, n_embd)[0]}: the model does not start as GPT-2 "
                         f"does; undo what was changed in model.py, or see whether --dtype=float32 is better")
@@ -702,15 +772,16 @@ else:
         raise error or UserError("another process could not write its part of the checkpoint")
     why = (signals or ["a signal to another process"])[0] if stopping and n_signals else "--max_hours"
     say(f"\n{f'stopped by {why}' if stopping else 'done'}: step {step}, "
-        f"{step * batch_tokens:,} tokens"
+        + ("judged, not trained" if eval_only else f"{step * batch_tokens:,} tokens")
         + (f", {batch_tokens / np.median(step_times):,.0f} tok/s (median step)" if step_times else "")
         + (f", skipped: {guard['skipped']}" if guard["skipped"] else ""))
     if not stopping:
         say(f"val loss {val_loss:.4f} nats per token ({val_bpb:.4f} bits per byte) "
             f"on {n_val_windows * T:,} tokens of {data_dir}"
-            + (f"; a unigram model has {unigram:.4f}" if master_process else ""))
-    say(f"checkpoint: {checkpoint.list_checkpoints(log_dir)[-1] if master_process else ''}"
-        + ("; continue with --resume" if stopping else ""))
+            + (f"; a unigram model has {unigram:.4f}" if unigram else ""))
+    if not eval_only:
+        say(f"checkpoint: {checkpoint.list_checkpoints(log_dir)[-1] if master_process else ''}"
+            + ("; continue with --resume" if stopping else ""))
 if board:
     board.close()
 if wandb_run:

@@ -16,6 +16,7 @@ max_lr = 2e-3
 min_lr = 1e-4
 val_interval = 400
 val_tokens = 65_536
+hellaswag_interval = 0
 checkpoint_interval = 200
 sample_interval = 400
 prompt = "def"

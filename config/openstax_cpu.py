@@ -18,6 +18,7 @@ max_lr = 4e-3
 min_lr = 4e-4
 val_interval = 80
 val_tokens = 65_536
+hellaswag_interval = 0
 checkpoint_interval = 0
 sample_interval = 0
 prompt = "The cell"

@@ -25,5 +25,6 @@ beta2 = 0.95
 grad_clip = 1.0
 val_interval = 200
 val_tokens = 262_144
+hellaswag_interval = 0
 checkpoint_interval = 500
 sample_interval = 500

@@ -15,6 +15,7 @@ max_lr = 6e-4
 min_lr = 6e-5
 val_interval = 500
 val_tokens = 4096
+hellaswag_interval = 0
 checkpoint_interval = 1000
 sample_interval = 500
 prompt = "ROMEO:"

@@ -64,7 +64,7 @@ def base_flags(tiny_data, byte_tokenizer):
             "batch_size": 2, "batch_tokens": 512,
             "max_steps": 12, "warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3,
             "val_interval": 4, "val_tokens": 2048, "checkpoint_interval": 4, "sample_interval": 0,
-            "device": "cpu", "dtype": "float32", "compile": "false"}
+            "device": "cpu", "dtype": "float32", "compile": "false", "hellaswag_interval": 0}
 
 
 @pytest.fixture

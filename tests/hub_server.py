@@ -50,11 +50,14 @@ class Request(NamedTuple):
 class HubServer:
     """Serves {path: bytes} as a dataset; files are "large" (ETag: a sha256) unless they end in .md.
 
+    prefix: what the URLs of files have before the repository's name; "" makes a model of it.
     cdn: contents come from another host, after a redirect. token: what HF_TOKEN has to be, if anything.
     """
 
     def __init__(self, files: dict[str, bytes], repo: str = "HuggingFaceFW/fineweb-edu",
-                 commit: str = "c" * 40, cdn: bool = False, token: str | None = None):
+                 commit: str = "c" * 40, cdn: bool = False, token: str | None = None,
+                 prefix: str = "datasets/"):
+        self.prefix = prefix
         self.files, self.repo, self.commit, self.cdn, self.token = files, repo, commit, cdn, token
         self.pause = 0.0  # seconds after each 64 KB
         self.older: list[str] = []  # commits that the branch has left behind, with the same files
@@ -131,11 +134,12 @@ class Handler(BaseHTTPRequestHandler):
                 return self.send(method, path, 404, {"X-Error-Code": "RevisionNotFound"}, b"")
             body = hub.listing(match[1])
             return self.send(method, path, 200, {"Content-Type": "application/json"}, body, fault)
-        match = re.fullmatch(rf"(?:/cdn)?/datasets/{hub.repo}/resolve/([0-9a-f]+)/(.+)", path)
-        if not match or match[1] not in (hub.commit, *hub.older) or match[2] not in hub.files:
+        match = re.fullmatch(rf"(?:/cdn)?/{hub.prefix}{hub.repo}/resolve/([0-9a-f]+|main)/(.+)", path)
+        commit = match and (hub.commit if match[1] == "main" else match[1])
+        if commit not in (hub.commit, *hub.older) or match[2] not in hub.files:
             return self.send(method, path, 404, {"X-Error-Code": "EntryNotFound"}, b"")
         data, etag = hub.files[match[2]], hub.etag(match[2])
-        headers = {"X-Repo-Commit": match[1], "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if hub.cdn and not from_cdn:
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data)),
                         "ETag": '"of-the-redirect"',

@@ -210,7 +210,7 @@ def test_special_tokens_in_a_prompt_are_text(folder):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--checkpoint=nosuch"], "checkpoint nosuch: not there"),
+    (["--checkpoint=nosuch"], "nosuch: not there; give one of gpt2,"),
     (["--prompt=FILE:nosuch.txt"], "No such file"),
     (["--prompts=nosuch.txt"], "--prompts=nosuch.txt: No such file"),
     (["--prompts=blank.txt"], "got 0 lines"),

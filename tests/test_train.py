@@ -155,15 +155,6 @@ def test_micro_batch_size_does_not_matter(flags, tmp_path):
             assert got == pytest.approx(expected, rel=1e-5), stream
 
 
-def test_judging_does_not_touch_the_training(flags, tmp_path):
-    train(flags, log_dir=tmp_path / "often", val_interval=1, sample_interval=1, checkpoint_interval=1)
-    train(flags, log_dir=tmp_path / "never", val_interval=0, sample_interval=0, checkpoint_interval=0)
-    often, never = (read_log(tmp_path / name, "train", "norm") for name in ("often", "never"))
-    assert often == never
-    assert list(read_log(tmp_path / "never", "val")["val"]) == [12]
-    assert [path.name for path in list_checkpoints(tmp_path / "never")] == ["ckpt_0000012.pt"]
-
-
 def test_best_and_newest_checkpoints_are_kept(flags, tmp_path):
     """A learning rate that ruins the model after a while: the best is an old one."""
     train(flags, log_dir=tmp_path, max_steps=12, val_interval=2, checkpoint_interval=2, keep_checkpoints=1,

@@ -1,0 +1,578 @@
+"""
+GPT-2 to and from Hugging Face's format: OpenAI's weights in, your own models out.
+
+    python convert_hf.py --source=gpt2 --out_dir=log_gpt2           # theirs to ours: log_gpt2/ckpt_0000000.pt
+    python convert_hf.py --source=folder/ --out_dir=log_mine        # from a folder on this disk
+    python convert_hf.py --checkpoint=log_demo --out_dir=demo_hf    # ours to theirs
+
+--source is gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded into the hub's cache: about 0.5, 1.5,
+3.2, 6.4 GB), or a folder with config.json and model.safetensors. A folder that holds these, or checkpoints of
+ours, comes before a name: with such a folder gpt2/ here, openai-community/gpt2 still names the hub's.
+--out_dir is a new folder; it appears whole or not at all. Neither way needs the package transformers.
+
+What comes out is what `GPT2LMHeadModel` and `GPT2TokenizerFast` load:
+    config.json, generation_config.json
+    model.safetensors       float32; wte without padding rows, lm_head is wte; matrices transposed (Conv1D)
+    vocab.json, merges.txt, tokenizer.json, tokenizer_config.json
+It tokenises like ours, except that <|endoftext|> in a text is the special id there, and ordinary text here.
+generate.py puts it before a prompt, as training does before a document; transformers does not: type it there.
+The same model comes in again bit by bit. The format has no Post-LN, which is refused, and no pruned heads,
+which come out as heads of zeros: the same logits.
+
+What comes in needs GPT-2's architecture and a byte-level vocabulary whose last id is <|endoftext|>; whatever
+differs is refused by name. Without tokenizer files, 50,257 ids are GPT-2's.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from bpe import EOT_TEXT, GPT2_SHA256, byte_order, load_tokenizer, rank_file, tokenizer_from_ranks
+from checkpoint import (
+    FORMAT,
+    build_model,
+    checkpoint_tokenizer,
+    describe_model,
+    describe_tokenizer,
+    holds_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    sync_folder,
+)
+from configurator import UserError, configure
+from model import GPT, GPTConfig
+from shards import write_atomically
+
+source = ""  # to import: gpt2|gpt2-medium|gpt2-large|gpt2-xl, or a folder with config.json, model.safetensors
+checkpoint = ""  # to export: a .pt file, or a folder whose newest is meant
+out_dir = ""  # a new folder: a log_dir with one checkpoint (import), or a model folder (export)
+
+HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+ORGANIZATION = "openai-community"  # of them on the hub
+GPT2_VOCAB = 50_257  # ids of its tokenizer
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# stored as (in, out) there, as (out, in) by nn.Linear
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# what a config.json may say, if anything, for the model to be ours; the first is what its absence means
+WANTED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+# ---- where a model is ----------------------------------------------------------
+
+
+def load_any(source: str | Path) -> dict:
+    """The state of a checkpoint, on the CPU, from a model of any kind; `checkpoint.build_model` builds it.
+
+    `source`: a checkpoint of ours (a file, or a folder whose newest is meant), a folder with config.json and
+    model.safetensors, or one of gpt2, gpt2-medium, gpt2-large and gpt2-xl. A path that holds a model comes
+    before a name, and a line on stderr says so. An imported state has format, step (0), model, model_config,
+    tokenizer and provenance, and no optimizers. Raises UserError with what is wrong and what to type.
+    """
+    if _holds_hf(Path(source)) or (_hub_repo(source) and not _holds_ours(Path(source))):
+        return import_hf(source)
+    if not Path(source).exists():
+        raise UserError(f"{source}: not there; give one of {', '.join(HUB_NAMES)}, a folder with config.json "
+                        f"and {WEIGHTS}, or a checkpoint of ours: a .pt file or a log_dir (another model of "
+                        f"the hub: download it, then name its folder)")
+    if not _holds_ours(Path(source)):
+        raise UserError(f"{source}: wanted a folder with config.json and {WEIGHTS}, or with ckpt_*.pt, got "
+                        f"{_listing(Path(source))}; name another folder, or one of {', '.join(HUB_NAMES)}")
+    if _hub_repo(source):
+        _say_which(source)
+    return load_checkpoint(source)
+
+
+def import_hf(source: str | Path) -> dict:
+    """The state of `load_any`, of a folder of Hugging Face's or a name on the hub, without transformers.
+
+    The model is in float32, its vocab_size the rows of wte, its n_vocab the tokenizer's ids (the same, but
+    for a padded wte), its dropout 0.
+    """
+    folder, origin, repo = Path(source), str(Path(source).absolute()), _hub_repo(source)
+    if repo and not _holds_hf(folder):
+        if folder.exists():
+            print(f"note: the folder {source} here holds no model; taking {repo} from the hub",
+                  file=sys.stderr)
+        folder, origin = _download(repo), f"hub: {repo}"
+    elif repo:
+        _say_which(source)
+    config = _read_config(folder)
+    rows = config["vocab_size"]
+    tokenizer = _read_tokenizer(folder, rows)
+    if rows < tokenizer.n_vocab:
+        raise UserError(f"{folder}: vocab_size={rows} in config.json, wanted {tokenizer.n_vocab} at least, "
+                        f"one for each id of its tokenizer; mend the folder, or take another")
+    tensors = _read_tensors(folder)
+    # No rows beyond those there: GPT-2's logits are about -30 to -100, and rows of zeros, whose logits
+    # are 0, would take all the probability of the softmax that training differentiates.
+    wanted = GPTConfig(config["n_positions"], rows, tokenizer.n_vocab, config["n_layer"], config["n_head"],
+                       config["n_embd"])
+    with torch.device("meta"):
+        model = GPT(wanted)
+    weights = {name: tensors[name.removeprefix("transformer.")]
+               for name in _checked_names(folder, model, tensors)}
+    weights = {name: tensor.T.contiguous() if name.endswith(CONV1D) else tensor
+               for name, tensor in weights.items()}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return {"format": FORMAT, "step": 0, "model": weights, "model_config": describe_model(model),
+            "tokenizer": describe_tokenizer(tokenizer), "provenance": {"imported_from": origin}}
+
+
+def _holds_hf(folder):
+    return (folder / "config.json").is_file()
+
+
+def _holds_ours(path):
+    theirs = path.is_file() and path.suffix in (".safetensors", ".json", ".bin")  # whose folder is meant
+    return holds_checkpoint(path) and not theirs
+
+
+def _hub_repo(source):
+    """Full name on the hub of one of HUB_NAMES, with or without it given, else None."""
+    name = str(source).removeprefix(f"{ORGANIZATION}/")
+    return f"{ORGANIZATION}/{name}" if name in HUB_NAMES else None
+
+
+def _say_which(source):
+    print(f"note: {source} is the folder {Path(source).absolute()}, not the hub's model; "
+          f"for that one type {_hub_repo(source)}, or move the folder", file=sys.stderr)
+
+
+def _listing(folder):
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["a file"]
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5) or "an empty one"
+
+
+def _download(repo):
+    """The folder in the hub's cache that has config.json and model.safetensors of `repo`."""
+    # here, so that who only reads folders needs no client of the hub
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    import hub
+
+    def attempt(name):
+        try:
+            return Path(hf_hub_download(repo, name))
+        except HfHubHTTPError as error:
+            if getattr(getattr(error, "response", None), "status_code", None) != 404:
+                raise
+            raise UserError(f"{repo}/{name}: {constants.ENDPOINT} does not have it (HTTP 404)") from error
+
+    try:
+        # two attempts for the first: without a network the client tries for 25 s of its own
+        config = hub.retry(f"{repo}/config.json", lambda: attempt("config.json"), attempts=2)
+        hub.retry(f"{repo}/{WEIGHTS}", lambda: attempt(WEIGHTS))
+    except UserError as error:
+        raise UserError(
+            f"cannot fetch {repo} from {constants.ENDPOINT}: {error}.\n"
+            f"Other ways: a mirror, with HF_ENDPOINT=https://...; or put config.json and {WEIGHTS} of "
+            f"https://huggingface.co/{repo} into a folder and give that folder's path instead") from error
+    return config.parent
+
+
+# ---- in ------------------------------------------------------------------------
+
+
+def _read_json(path):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: got {type(value).__name__}, wanted a JSON object; fetch it again")
+    return value
+
+
+def _read_config(folder):
+    """config.json as a dict, once every setting in it that bears on the logits is one that our model has."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: wanted a folder with config.json and {WEIGHTS}, got {_listing(folder)}; "
+                        f"name another, or one of {', '.join(HUB_NAMES)}")
+    config = _read_json(path)
+    if config.get("model_type") != "gpt2":
+        raise UserError(f"{path}: model_type={config.get('model_type')!r}, wanted 'gpt2'; "
+                        f"this is another architecture, which model.py does not have")
+    wrong = [f"{key}={config.get(key)!r}, wanted a whole number of at least 1"
+             for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+             if type(config.get(key)) is not int or config[key] < 1]
+    wrong += [f"{key}={config[key]!r}, wanted {' or '.join(map(repr, values))}"
+              for key, values in WANTED.items() if config.get(key, values[0]) not in values]
+    if not wrong and config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        wrong.append(f"n_inner={config['n_inner']!r}, wanted null or {4 * config['n_embd']} (4 n_embd)")
+    if wrong:
+        raise UserError(f"{path}: {'; '.join(wrong)}; model.py is GPT-2 as OpenAI released it, no other")
+    return config
+
+
+def _read_tensors(folder):
+    """{name without "transformer.": float32 tensor} of all files, without the buffers of old versions."""
+    files = [WEIGHTS]
+    if not (folder / WEIGHTS).is_file():
+        if not (folder / INDEX).is_file():
+            others = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights"
+            raise UserError(f"{folder}: wanted {WEIGHTS} or {INDEX}, got {others}; of a .bin, which can run "
+                            f"code when it is read, make one with transformers: "
+                            f"GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained('new_folder')")
+        index = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(Path(str(name)).name == name for name in index.values()):
+            raise UserError(f"{folder / INDEX}: wanted a weight_map of tensors' names to files beside it; "
+                            f"fetch it again")
+        files = sorted(set(index.values()))
+    tensors, wrong = {}, []
+    for file in files:
+        try:
+            loaded = load_file(folder / file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder / file}: missing or damaged ({error}); fetch it again") from error
+        for stored, tensor in loaded.items():
+            name = stored.removeprefix("transformer.")
+            if re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name):
+                continue  # the causal mask and its -1e4, which some versions of transformers keep as buffers
+            if name in tensors:
+                wrong.append(f"{stored} occurs twice, wanted it once")
+            elif tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                wrong.append(f"{stored} is {tensor.dtype}, wanted float32, float16 or bfloat16")
+            tensors[name] = tensor.float()
+    if wrong:
+        raise UserError(f"{folder}: {'; '.join(wrong)}")
+    return tensors
+
+
+def _checked_names(folder, model, tensors):
+    """The names of the model's tensors, the tied lm_head left out, once `tensors` are those and fit."""
+    shapes = {name: tuple(tensor.shape[::-1] if name.endswith(CONV1D) else tensor.shape)
+              for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    wanted = {name.removeprefix("transformer."): shape for name, shape in shapes.items()}
+    wrong = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in tensors]
+    wrong += [f"not wanted {name} {tuple(tensors[name].shape)}"
+              for name in sorted(tensors.keys() - wanted.keys() - {"lm_head.weight"})]
+    wrong += [f"{name} is {tuple(tensors[name].shape)}, wanted {shape}" for name, shape in wanted.items()
+              if name in tensors and tuple(tensors[name].shape) != shape]
+    if wrong:
+        raise UserError(f"{folder}: its tensors are not those of its config.json:\n    "
+                        + "\n    ".join(wrong) + "\nfetch it again, or mend config.json")
+    head = tensors.get("lm_head.weight")
+    if head is not None and not torch.equal(head, tensors["wte.weight"]):
+        raise UserError(f"{folder}: lm_head.weight is not wte.weight; in GPT-2 they are one matrix (tied), "
+                        f"and model.py has no other")
+    return list(shapes)
+
+
+# ---- vocabularies --------------------------------------------------------------
+
+
+def byte_characters() -> list[str]:
+    """The character that stands for each byte in GPT-2's vocab.json: itself, if Latin-1 prints it, else the
+    next one from U+0100 on, so that no token has spaces or control characters in it."""
+    order, characters = byte_order(), [""] * 256
+    printed = order.index(0)  # 0 is the first byte that has no character of its own
+    for place, byte in enumerate(order):
+        characters[byte] = chr(byte if place < printed else 256 + place - printed)
+    return characters
+
+
+def derive_merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """The pair that merging makes each token of, in the order of ranks; none for those that it never makes.
+
+    Ours (and tiktoken's) rule joins two neighbours if they make a token, whatever they are; Hugging Face's,
+    if they are in a list. But no others come up than these: as long as nothing is merged across the ends of
+    a token-to-be, its bytes are merged as they would be alone, which is one way for each token.
+    """
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    merges = []
+    for token in tokens:
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            rank, i = min((ranks.get(left + right, len(tokens)), i)
+                          for i, (left, right) in enumerate(itertools.pairwise(parts)))
+            if rank == len(tokens):
+                break
+            parts[i : i + 2] = [tokens[rank]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _read_tokenizer(folder, rows):
+    """The Tokenizer of a folder's files; GPT-2's where there are none and wte has GPT-2's rows."""
+    try:
+        found = _read_vocabulary(folder)
+    except (AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder}: its tokenizer files are not such as transformers writes ({error!r}); "
+                        f"fetch them again") from error
+    if found is None:
+        if rows != GPT2_VOCAB:
+            raise UserError(f"{folder}: no tokenizer.json, no vocab.json, and vocab_size={rows}, not "
+                            f"GPT-2's {GPT2_VOCAB}; put the tokenizer's files there")
+        return load_tokenizer("gpt2")
+    path, tokens, got, looks_up_first = found
+    characters = byte_characters()
+    wanted = [(_text(left, characters), _text(right, characters)) for left, right in derive_merges(tokens)]
+    if got != wanted:
+        place = next((i for i, pair in enumerate(zip(got, wanted)) if pair[0] != pair[1]),
+                     min(len(got), len(wanted)))
+        one, other = (" ".join(some[place]) if place < len(some) else "none" for some in (got, wanted))
+        raise UserError(f"{path}: of {len(got)} merges number {place + 1} is {one!r}, wanted {other!r} by "
+                        f"the order of the ids, which is what bpe.py goes by: it would cut texts otherwise")
+    if len(wanted) < len(tokens) - 256 and not looks_up_first:
+        raise UserError(f"{path}: {len(tokens) - 256 - len(wanted)} tokens that no merge makes, and no "
+                        f"ignore_merges=true; bpe.py, which looks up whole words, would cut texts otherwise")
+    ranks = rank_file(tokens)
+    is_gpt2 = hashlib.sha256(ranks).hexdigest() == GPT2_SHA256
+    return tokenizer_from_ranks(ranks, "gpt2" if is_gpt2 else folder.absolute().name)
+
+
+def _read_vocabulary(folder):
+    """(file, tokens by id, merges, whether whole words are looked up first), or None without such files."""
+    settings = {}
+    if (folder / "tokenizer_config.json").is_file():
+        settings = _read_json(folder / "tokenizer_config.json")
+    added = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    looks_up_first, wrong = False, []
+    if (path := folder / "tokenizer.json").is_file():
+        saved = _read_json(path)
+        model, before = saved["model"], saved.get("pre_tokenizer") or {}
+        wrong = [f"{what}={got!r}, wanted {wanted!r}" for what, got, wanted in (
+            ("model.type", model.get("type"), "BPE"),
+            ("normalizer", saved.get("normalizer"), None),
+            ("pre_tokenizer.type", before.get("type"), "ByteLevel"),
+            ("pre_tokenizer.add_prefix_space", before.get("add_prefix_space"), False),
+            ("pre_tokenizer.use_regex", before.get("use_regex", True), True)) if got != wanted]
+        added |= {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
+        vocab, merges = model.get("vocab", {}), model.get("merges", [])
+        looks_up_first = model.get("ignore_merges", False)
+    elif (path := folder / "vocab.json").is_file():
+        if not (folder / "merges.txt").is_file():
+            raise UserError(f"{folder}: vocab.json without merges.txt; put that there too")
+        if (folder / "added_tokens.json").is_file():
+            added |= _read_json(folder / "added_tokens.json")
+        vocab = _read_json(path)
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+    else:
+        return None
+    if settings.get("add_prefix_space"):
+        wrong.append("tokenizer_config.json has add_prefix_space=true, wanted false")
+    if wrong:
+        raise UserError(f"{path}: {'; '.join(wrong)}; bpe.py has GPT-2's kind of tokenizer only")
+    tokens = _tokens_of(path, {**vocab, **added}, [text for text in added if text != EOT_TEXT])
+    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    return path, tokens, pairs, looks_up_first
+
+
+def _tokens_of(path, vocab, others):
+    """The tokens by id, without EOT, of {token in byte_characters: id}."""
+    texts = {i: text for text, i in vocab.items()}
+    last = len(vocab) - 1
+    if others:
+        raise UserError(f"{path}: added tokens {', '.join(map(repr, others))}; wanted {EOT_TEXT} alone, as "
+                        f"bpe.py has no other special token")
+    if sorted(texts) != list(range(last + 1)) or texts[last] != EOT_TEXT:
+        raise UserError(f"{path}: {EOT_TEXT} has id {vocab.get(EOT_TEXT)} and the {last + 1} ids are "
+                        f"{min(texts, default=None)} to {max(texts, default=None)}; wanted 0 to {last}, "
+                        f"{EOT_TEXT} the last, as bpe.py numbers them")
+    bytes_of = {character: byte for byte, character in enumerate(byte_characters())}
+    odd = [texts[i] for i in range(last) if not bytes_of.keys() >= set(texts[i])]
+    if odd:
+        raise UserError(f"{path}: {len(odd)} tokens are not byte-level, first {odd[0]!r}; wanted GPT-2's "
+                        f"characters for bytes, as bpe.py has that kind of vocabulary only")
+    return [bytes(bytes_of[character] for character in texts[i]) for i in range(last)]
+
+
+def _text(token, characters):
+    return "".join(characters[byte] for byte in token)
+
+
+# ---- out -----------------------------------------------------------------------
+
+
+def export_hf(state: dict, out_dir: str | Path) -> list[str]:
+    """Write a checkpoint's model and tokenizer as the new folder `out_dir`; returns what a user should know.
+
+    The folder appears by a rename, so that it is whole if it is there. Raises UserError if it exists and is
+    not empty, if the model is Post-LN, and where the disk does not do.
+    """
+    out = check_out_dir(out_dir)
+    config, tokenizer = build_model(state, "to export").config, checkpoint_tokenizer(state)
+    notes = []
+    if config.norm_position != "pre":
+        raise UserError("this model is Post-LN (norm_position=post), which Hugging Face's GPT-2 cannot be: "
+                        "it normalises before each block, and after the last; only Pre-LN can be exported")
+    if config.n_vocab != tokenizer.n_vocab:
+        raise UserError(f"this model predicts {config.n_vocab} ids, and its tokenizer has "
+                        f"{tokenizer.n_vocab}; wanted a checkpoint as train_gpt2.py writes it")
+    gone = sum(config.n_head - config.heads_of(layer) for layer in range(config.n_layer))
+    if gone:
+        notes.append(f"{gone} of {config.n_layer * config.n_head} heads are pruned, which the format cannot "
+                     f"hold: they are zeros in it; the logits are the same, the size is the dense model's")
+    files, reachable = _tokenizer_files(tokenizer, config.block_size)
+    if not reachable:
+        notes.append("some tokens are made by no merge, only looked up whole: load this tokenizer with "
+                     "AutoTokenizer, as vocab.json and merges.txt alone cannot say so")
+    ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    files |= {
+        "config.json": {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.n_vocab,
+            "n_positions": config.block_size, "n_embd": config.n_embd, "n_layer": config.n_layer,
+            "n_head": config.n_head, "n_inner": None, "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5, "resid_pdrop": config.dropout, "embd_pdrop": config.dropout,
+            "attn_pdrop": config.dropout, "initializer_range": 0.02, "tie_word_embeddings": True,
+            "use_cache": True, "torch_dtype": "float32", **ids},
+        # without a pad_token_id transformers says at each call that it takes EOT
+        "generation_config.json": {"pad_token_id": tokenizer.eot, **ids},
+    }
+    temporary = out.with_name(f"{out.name}.convert_hf.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+    try:
+        temporary.mkdir(parents=True)
+        save_file(_tensors_out(config, state["model"]), temporary / WEIGHTS, metadata={"format": "pt"})
+        with open(temporary / WEIGHTS, "rb+") as file:
+            os.fsync(file.fileno())
+        for name, value in files.items():
+            text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            write_atomically(temporary / name, text.encode())
+        shutil.copymode(temporary / "config.json", temporary / WEIGHTS)  # else its owner alone may read it
+        sync_folder(temporary)
+        if out.exists():  # and is empty; not every system renames over that
+            out.rmdir()
+        os.replace(temporary, out)
+        sync_folder(out.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out} could not be written ({error}); make room, or name another --out_dir=...") \
+            from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return notes
+
+
+def check_out_dir(out_dir: str | Path) -> Path:
+    """Raises UserError unless the folder is new or empty."""
+    out = Path(out_dir)
+    killed = {"ckpt_0000000.tmp"}  # all that an import leaves that was stopped
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - killed):
+        raise UserError(f"out_dir={out_dir} is there already and not empty; give the name of a new folder "
+                        f"with --out_dir=ANOTHER, or remove this one")
+    return out
+
+
+def _tensors_out(config, weights):
+    """{name: tensor} as transformers stores them. wte without its padding rows, and for lm_head too."""
+    tensors = {}
+    for name, tensor in weights.items():
+        if name == "lm_head.weight":
+            continue
+        if name == "transformer.wte.weight":
+            tensor = tensor[: config.n_vocab]
+        if ".attn.c_attn." in name:
+            # (3, nh * hs) rows, and behind those of Q, of K and of V zeros for the heads that are gone
+            parts = tensor.unflatten(0, (3, -1))
+            missing = config.n_embd - parts.size(1)
+            tensor = torch.cat((parts, parts.new_zeros(3, missing, *parts.shape[2:])), dim=1).flatten(0, 1)
+        if name.endswith("attn.c_proj.weight"):
+            missing = config.n_embd - tensor.size(1)
+            tensor = torch.cat((tensor, tensor.new_zeros(config.n_embd, missing)), dim=1)
+        if name.endswith(CONV1D):
+            tensor = tensor.T
+        tensors[name] = tensor.float().contiguous()
+    return tensors
+
+
+def _tokenizer_files(tokenizer, block_size):
+    """({file name: its JSON value or text}, whether merging makes every token)."""
+    tokens, characters = tokenizer.tokens[:-1], byte_characters()
+    if EOT_TEXT.encode() in tokens:
+        raise UserError(f"vocabulary {tokenizer.name} has a rank for the text {EOT_TEXT}, which in "
+                        f"vocab.json is the special id {tokenizer.eot}; the format cannot hold both")
+    vocab = {_text(token, characters): i for i, token in enumerate(tokens)} | {EOT_TEXT: tokenizer.eot}
+    merges = [f"{_text(left, characters)} {_text(right, characters)}"
+              for left, right in derive_merges(tokens)]
+    reachable = len(merges) == len(tokens) - 256
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    special = {"id": tokenizer.eot, "content": EOT_TEXT, "single_word": False, "lstrip": False,
+               "rstrip": False, "normalized": False, "special": True}
+    settings = {
+        # GPT2Tokenizer builds its own model from the vocabulary and the merges, and would lose ignore_merges
+        "tokenizer_class": "GPT2Tokenizer" if reachable else "PreTrainedTokenizerFast",
+        "model_max_length": block_size, "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT,
+        "add_prefix_space": False, "clean_up_tokenization_spaces": False}
+    return {
+        "vocab.json": vocab,
+        "merges.txt": "".join(f"{line}\n" for line in ["#version: 0.2", *merges]),
+        "tokenizer.json": {
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [special],
+            "normalizer": None, "pre_tokenizer": PRE_TOKENIZER, "post_processor": byte_level,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+                      "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
+                      "ignore_merges": not reachable, "vocab": vocab, "merges": merges}},
+        "tokenizer_config.json": settings,
+    }, reachable
+
+
+# ---- the script ----------------------------------------------------------------
+
+
+def main() -> None:
+    if bool(source) == bool(checkpoint) or not out_dir:
+        raise UserError(
+            f"got --source={source} --checkpoint={checkpoint} --out_dir={out_dir}; wanted one of the first "
+            f"two and the last:\n"
+            f"    python convert_hf.py --source=gpt2 --out_dir=log_gpt2       # Hugging Face's to ours\n"
+            f"    python convert_hf.py --checkpoint=log --out_dir=gpt2_hf     # ours to Hugging Face's")
+    given, name = Path(source or checkpoint), shlex.quote(out_dir)
+    out = check_out_dir(out_dir)
+    if source and not _holds_hf(given) and _holds_ours(given):
+        raise UserError(f"source={source} is a checkpoint of ours already; to export it, type "
+                        f"--checkpoint={source} in place of --source={source}")
+    if checkpoint and _holds_hf(given):
+        raise UserError(f"checkpoint={checkpoint} is a folder of Hugging Face's; to import it, type "
+                        f"--source={checkpoint} in place of --checkpoint={checkpoint}")
+    state = load_any(source) if source else load_checkpoint(checkpoint)
+    tokenizer = checkpoint_tokenizer(state)
+    if source:
+        out.mkdir(parents=True, exist_ok=True)
+        written = save_checkpoint(out, 0, state)
+        notes = []
+        following = [f"python generate.py --checkpoint={name} --prompt=Hello",
+                     f"python train_gpt2.py --init_from={name} --data_dir=DATA   # train it further"]
+    else:
+        notes, written = export_hf(state, out), out
+        code = (f"from transformers import pipeline; "
+                f"print(pipeline('text-generation', {str(out)!r})('Hello')[0]['generated_text'])")
+        plain = re.fullmatch(r"[\w./: -]+", str(out))  # nothing in it that a shell would take for more
+        following = [f'python -c "{code}"' if plain else f"python -c {shlex.quote(code)}"]
+    config = GPTConfig(**state["model_config"])
+    with torch.device("meta"):
+        model = GPT(config)
+    padding = (config.vocab_size - config.n_vocab) * config.n_embd
+    print(f"model       {config.n_layer} layers, {config.n_head} heads, n_embd {config.n_embd}, context "
+          f"{config.block_size}: {model.num_params() - padding:,} parameters")
+    print(f"tokenizer   {tokenizer.name}, {tokenizer.n_vocab:,} ids, {EOT_TEXT} = {tokenizer.eot}")
+    for note in notes:
+        print(f"note        {note}")
+    print(f"wrote       {written}")
+    print("next: " + "\n      ".join(following))
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()

@@ -1,0 +1,708 @@
+"""To Hugging Face and back: transformers is the oracle for logits and ids, the way back is bit for bit."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hub_server import Fault, HubServer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import convert_hf
+from bpe import count_pieces, load_tokenizer, rank_file, tokenizer_from_ranks, train_ranks
+from checkpoint import (
+    FORMAT,
+    build_model,
+    checkpoint_tokenizer,
+    describe_model,
+    describe_tokenizer,
+    load_checkpoint,
+    load_into,
+    load_model,
+    save_checkpoint,
+)
+from configurator import UserError
+from convert_hf import derive_merges, export_hf, import_hf, load_any
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = ["", " ", "Hello, world! It's 2024: they'll've naïve café, 東京.\n\n    return x\t\t= 1e-3  \n",
+         "   \n \t\n\n  a \r\n", "🎉👩‍👩‍👧‍👦 ok🎉", "def f(self, *args):\n        yield [i for i in args]\n",
+         "\x00\x7f\u00a0\u3000é",
+         "a" * 70 + " " * 70 + "!" * 70]
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+@pytest.fixture(scope="module")
+def tokenizers(byte_tokenizer, tmp_path_factory):
+    """GPT-2's, the bytes in another order than GPT-2's, and one of 600 ids trained on Python's source."""
+    text = np.frombuffer((Path(sysconfig.get_path("stdlib")) / "heapq.py").read_bytes(), np.uint8)
+    pieces, _ = count_pieces([lambda: [(text, np.array([0, len(text)]))]], 1)
+    return {"gpt2": load_tokenizer("gpt2"), "bytes": load_tokenizer(str(byte_tokenizer)),
+            "own": tokenizer_from_ranks(rank_file(train_ranks(pieces, 600)), "own")}
+
+
+def random_state(tokenizer, vocab_size=None, **config):
+    """A checkpoint's state of a random model, 2 layers of 2 heads unless `config` says other."""
+    torch.manual_seed(0)
+    config = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16} | config
+    model = GPT(GPTConfig(vocab_size=vocab_size or tokenizer.n_vocab, n_vocab=tokenizer.n_vocab, **config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)  # biases and norms too, so that none can be mixed up
+    return {"format": FORMAT, "step": 7, "model": model.state_dict(), "model_config": describe_model(model),
+            "tokenizer": describe_tokenizer(tokenizer)}
+
+
+def logits(model, idx):
+    """(B, T, n_vocab), of one of ours or of transformers'."""
+    with torch.no_grad():
+        found = model(idx)
+    return getattr(found, "logits", found)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tokenizers):
+    """{kind: (state, folder)} of one export with each tokenizer."""
+    base = tmp_path_factory.mktemp("exported")
+    cases = {"gpt2": random_state(tokenizers["gpt2"], 50304),
+             "own": random_state(tokenizers["own"], dropout=0.1),
+             "bytes": random_state(tokenizers["bytes"], 384, n_layer=3, n_head=4)}
+    for kind, state in cases.items():
+        assert export_hf(state, base / kind) == []
+    return {kind: (state, base / kind) for kind, state in cases.items()}
+
+
+# ---- out -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "own", "bytes"])
+def test_transformers_computes_the_same_logits(exported, transformers, kind):
+    state, folder = exported[kind]
+    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    config, n_vocab = theirs.config, state["model_config"]["n_vocab"]
+    idx = torch.randint(0, n_vocab, (2, 32), generator=torch.Generator().manual_seed(1))
+    got, wanted = logits(theirs.eval(), idx), logits(build_model(state, "x"), idx)
+    assert got.shape == wanted.shape == (2, 32, n_vocab)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    assert theirs.dtype == torch.float32 and theirs.lm_head.weight is theirs.transformer.wte.weight
+    assert config.resid_pdrop == config.attn_pdrop == config.embd_pdrop == state["model_config"]["dropout"]
+    assert config.bos_token_id == config.eos_token_id == n_vocab - 1
+    assert theirs.generation_config.eos_token_id == n_vocab - 1
+
+
+def test_what_is_written(exported):
+    _, folder = exported["gpt2"]
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors["transformer.wte.weight"].shape == (50257, 16)
+    assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (16, 48)
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    assert "lm_head.weight" not in tensors and len(tensors) == 2 + 2 * 12 + 2
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["GPT2LMHeadModel"] and config["tie_word_embeddings"] is True
+    assert config["activation_function"] == "gelu_new" and config["torch_dtype"] == "float32"
+    assert sorted(files_of(folder)) == sorted([
+        "config.json", "generation_config.json", "model.safetensors", "vocab.json", "merges.txt",
+        "tokenizer.json", "tokenizer_config.json"])
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    # as OpenAI's file begins and ends
+    assert merges[:4] == ["#version: 0.2", "Ġ t", "Ġ a", "h e"] and merges[-1] == "Ġg azed"
+    assert len(merges) == 50001
+
+
+def test_the_pipeline_generates(exported, transformers, tokenizers):
+    state, folder = exported["own"]
+    pipeline = transformers.pipeline("text-generation", str(folder))
+    found, = pipeline("import heapq", max_new_tokens=8, do_sample=False, return_full_text=False)
+    tok = tokenizers["own"]
+    idx = torch.tensor(tok.encode("import heapq").astype(np.int64))[None]
+    steps = build_model(state, "x").generate(idx, 8, temperature=0.0)
+    ids = torch.cat([token for token, _ in steps]).tolist()
+    ids = ids[:ids.index(tok.eot)] if tok.eot in ids else ids
+    assert found["generated_text"] == tok.decode(ids)
+
+
+@pytest.mark.parametrize("heads", [(2, 0, 4), (0, 0, 0)])
+def test_pruned_heads_become_zeros(tmp_path, transformers, tokenizers, heads):
+    state = random_state(tokenizers["bytes"], n_layer=3, n_head=4, heads=heads)
+    note, = export_hf(state, tmp_path / "out")
+    assert f"{12 - sum(heads)} of 12 heads are pruned" in note
+    idx = torch.randint(0, 257, (2, 32))
+    wanted = logits(build_model(state, "x"), idx)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(theirs, idx), wanted, rtol=0, atol=1e-5)
+    again = import_hf(tmp_path / "out")
+    assert again["model_config"]["heads"] is None
+    torch.testing.assert_close(logits(build_model(again, "x"), idx), wanted, rtol=0, atol=1e-5)
+
+
+def test_post_ln_is_refused(tmp_path, tokenizers):
+    with pytest.raises(UserError, match=r"Post-LN.*normalises before each block"):
+        export_hf(random_state(tokenizers["bytes"], norm_position="post"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_refused(tmp_path, tokenizers):
+    state = random_state(tokenizers["bytes"])
+    (tmp_path / "mine").mkdir()
+    export_hf(state, tmp_path / "mine")  # empty: as good as new
+    before = files_of(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"not empty.*--out_dir=ANOTHER"):
+        export_hf(state, tmp_path / "mine")
+    assert files_of(tmp_path / "mine") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+KILLED = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from convert_hf import export_hf
+from checkpoint import load_checkpoint
+state, out, fsync, at = load_checkpoint(sys.argv[1]), Path(sys.argv[2]), os.fsync, 0
+while True:
+    def killed(file, left=[at]):
+        fsync(file)
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if os.fork() == 0:
+        os.fsync = killed
+        export_hf(state, out)
+        os._exit(0)
+    code = os.wait()[1]
+    print(code, out.exists(), flush=True)
+    if out.exists():
+        break
+    at += 1
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_it_leaves_nothing_that_looks_whole(tmp_path, exported):
+    """Killed after each file in turn: no folder, until it is whole; the next export clears up."""
+    state, folder = exported["bytes"]
+    path = save_checkpoint(tmp_path, 7, state)
+    done = subprocess.run([sys.executable, "-c", KILLED, path, tmp_path / "out"], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert lines[:-1] == ["9 False"] * 8 and lines[-1].endswith("True"), done
+    assert files_of(tmp_path / "out") == files_of(folder)
+    shutil.rmtree(tmp_path / "out")
+    export_hf(state, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt_0000007.pt", "out"]
+
+
+# ---- tokenizers ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def their_tokenizers(exported, transformers, tmp_path_factory):
+    """{kind: [from tokenizer.json, from vocab.json and merges.txt alone]}"""
+    found = {}
+    for kind, (_, folder) in exported.items():
+        bare = tmp_path_factory.mktemp(kind)
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(folder / name, bare)
+        found[kind] = [transformers.GPT2TokenizerFast.from_pretrained(path) for path in (folder, bare)]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "own", "bytes"])
+def test_their_tokenizer_gives_our_ids(their_tokenizers, tokenizers, kind, exported):
+    tok = tokenizers[kind]
+    source = (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text(encoding="utf-8")
+    for theirs in their_tokenizers[kind]:
+        assert theirs.is_fast
+        for text in [*TEXTS, source]:
+            assert theirs(text)["input_ids"] == tok.encode(text).tolist()
+            assert theirs.decode(theirs(text)["input_ids"]) == text
+        assert theirs("a<|endoftext|>b")["input_ids"] == [*tok.encode("a"), tok.eot, *tok.encode("b")]
+        assert theirs.eos_token_id == theirs.bos_token_id == tok.eot and len(theirs) == tok.n_vocab
+        assert theirs.decode([tok.eot], skip_special_tokens=True) == ""
+    assert their_tokenizers[kind][0].model_max_length == 32
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_file(str(exported[kind][1] / "tokenizer.json"))  # without tokenizer_config.json
+    ids = plain.encode("a<|endoftext|>b").ids
+    assert tok.eot in ids and plain.decode(ids) == "ab"
+
+
+@settings(max_examples=80, deadline=None)
+@given(text=st.text() | st.text("ab \n\t'slEé1.#東🎉_", max_size=60))
+def test_their_tokenizer_gives_our_ids_for_any_text(their_tokenizers, tokenizers, text):
+    for kind, tok in tokenizers.items():
+        for theirs in their_tokenizers[kind]:
+            if "<|endoftext|>" not in text:
+                assert theirs(text)["input_ids"] == tok.encode(text).tolist()
+
+
+SINGLE = [bytes([byte]) for byte in range(256)]
+ODD = [*SINGLE, b"abcd", b"abc", b"ab", b"wxyz", b"bc", b"aa", b"aaa"]
+
+
+def test_tokens_that_no_merge_makes(tmp_path, tokenizers, transformers):
+    """A part may have a higher rank than the whole; wxyz is made by no merge and only looked up whole."""
+    assert derive_merges(ODD) == [(b"abc", b"d"), (b"ab", b"c"), (b"a", b"b"), (b"b", b"c"), (b"a", b"a"),
+                                  (b"aa", b"a")]
+    tok = tokenizer_from_ranks(rank_file(ODD), "odd")
+    note, = export_hf(random_state(tok), tmp_path / "out")
+    assert "AutoTokenizer" in note
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("wxyz", " wxyz", "wxyzz", "abcd", "xabcd abcd", "aaaa", "aaaaaaa", "abcbcabcdab"):
+        assert theirs(text)["input_ids"] == tok.encode(text).tolist(), text
+    assert checkpoint_tokenizer(import_hf(tmp_path / "out")).tokens == tok.tokens
+
+
+@settings(max_examples=40, deadline=None)
+@given(more=st.lists(st.text("ab", min_size=2, max_size=5), unique=True, max_size=12),
+       texts=st.lists(st.text("abc", max_size=24), max_size=8))
+def test_merges_of_any_vocabulary(more, texts):
+    """Against `tokenizers` with the derived merges: any tokens in any order."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    tokens = [*SINGLE, *(text.encode() for text in more)]
+    tok = tokenizer_from_ranks(rank_file(tokens), "any")
+    vocab = {token.decode("latin-1"): i for i, token in enumerate(tokens)}
+    merges = [(left.decode("latin-1"), right.decode("latin-1")) for left, right in derive_merges(tokens)]
+    theirs = Tokenizer(BPE(vocab, merges, ignore_merges=True))
+    for text in texts:
+        assert theirs.encode(text).ids == tok.encode(text).tolist()
+
+
+def test_the_text_of_the_special_token_as_a_rank_is_refused(tmp_path):
+    tok = tokenizer_from_ranks(rank_file([*SINGLE, b"<|endoftext|>"]), "odd")
+    with pytest.raises(UserError, match="the format cannot hold both"):
+        export_hf(random_state(tok), tmp_path / "out")
+
+
+# ---- in ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "own", "bytes"])
+def test_back_in_bit_by_bit(exported, tmp_path, kind, tokenizers):
+    state, folder = exported[kind]
+    again = load_any(folder)
+    n_vocab = state["model_config"]["n_vocab"]
+    assert again["model_config"] == state["model_config"] | {"vocab_size": n_vocab, "dropout": 0.0}
+    assert again["model"].keys() == state["model"].keys()
+    for name, tensor in state["model"].items():
+        tensor = tensor[:n_vocab] if name in ("transformer.wte.weight", "lm_head.weight") else tensor
+        assert torch.equal(again["model"][name], tensor) and again["model"][name].is_contiguous(), name
+    assert again["model"]["lm_head.weight"] is again["model"]["transformer.wte.weight"]
+    assert checkpoint_tokenizer(again).tokens == tokenizers[kind].tokens
+    assert again["tokenizer"]["sha256"] == state["tokenizer"]["sha256"]
+    assert (again["tokenizer"]["rank_file"] is None) == (kind == "gpt2")
+    export_hf(again, tmp_path / "again")
+    before, after = files_of(folder), files_of(tmp_path / "again")
+    if state["model_config"]["dropout"]:  # of training: not a property of the weights that come in
+        before["config.json"] = before["config.json"].replace(b"0.1", b"0.0")
+    assert after == before
+
+
+@pytest.fixture(scope="module")
+def theirs(transformers, tmp_path_factory, exported):
+    """(folder that transformers wrote, its logits for idx, idx), with the tokenizer `own`."""
+    torch.manual_seed(3)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=600, n_positions=24, n_embd=24, n_layer=2, n_head=3, initializer_range=0.3)).eval()
+    folder = tmp_path_factory.mktemp("theirs")
+    model.save_pretrained(folder)
+    transformers.GPT2TokenizerFast.from_pretrained(exported["own"][1]).save_pretrained(folder)
+    idx = torch.randint(0, 600, (2, 24))
+    return folder, logits(model, idx), idx
+
+
+@pytest.fixture
+def folder(theirs, tmp_path):
+    """A copy of their folder, to be damaged."""
+    return Path(shutil.copytree(theirs[0], tmp_path / "folder"))
+
+
+def rewrite(folder, change):
+    """Change the tensors of a folder: `change` takes {name: tensor}, and returns others or nothing."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors) or tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+def close_to(folder, theirs, atol=1e-5):
+    torch.testing.assert_close(logits(build_model(import_hf(folder), "x"), theirs[2]), theirs[1], rtol=0,
+                               atol=atol)
+
+
+def test_what_transformers_saves_comes_in(folder, theirs, tokenizers):
+    close_to(folder, theirs)
+    assert import_hf(folder)["tokenizer"]["sha256"] == tokenizers["own"].sha256
+
+
+def test_a_bare_model_has_no_prefix(folder, theirs, transformers):
+    transformers.GPT2LMHeadModel.from_pretrained(folder).transformer.save_pretrained(folder)
+    assert "wte.weight" in load_file(folder / "model.safetensors")
+    close_to(folder, theirs)
+
+
+def test_buffers_of_old_versions_are_ignored(folder, theirs):
+    def add(tensors):
+        for i in range(2):
+            tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 24, 24, dtype=torch.uint8)
+            tensors[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    rewrite(folder, add)
+    close_to(folder, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_float32(folder, theirs, dtype):
+    rewrite(folder, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    state = import_hf(folder)
+    assert {tensor.dtype for tensor in state["model"].values()} == {torch.float32}
+    wanted = load_file(folder / "model.safetensors")["transformer.wte.weight"].float()
+    assert torch.equal(state["model"]["lm_head.weight"], wanted)
+
+
+def test_sharded_safetensors(folder, theirs, transformers):
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    close_to(folder, theirs)
+    lost = sorted(folder.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(UserError, match=f"{lost.name}: missing or damaged"):
+        import_hf(folder)
+
+
+def test_a_padded_wte_keeps_its_rows(folder, theirs):
+    """The ids beyond the tokenizer's are padding, as in our own models."""
+    rewrite(folder, lambda tensors: tensors | {
+        "transformer.wte.weight": torch.cat((tensors["transformer.wte.weight"], torch.randn(8, 24)))})
+    set_json(folder / "config.json", vocab_size=608)
+    config = import_hf(folder)["model_config"]
+    assert (config["vocab_size"], config["n_vocab"]) == (608, 600)
+    close_to(folder, theirs)
+
+
+@pytest.mark.parametrize(("setting", "words"), [
+    ({"model_type": "gpt_neo"}, "model_type='gpt_neo', wanted 'gpt2'"),
+    ({"activation_function": "relu"}, "activation_function='relu', wanted 'gelu_new' or 'gelu_pytorch_tanh'"),
+    ({"activation_function": "gelu"}, "activation_function='gelu'"),
+    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06, wanted 1e-05"),
+    ({"n_inner": 48}, r"n_inner=48, wanted null or 96"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True, wanted False"),
+    ({"scale_attn_weights": False}, "scale_attn_weights=False, wanted True"),
+    ({"add_cross_attention": True}, "add_cross_attention=True, wanted False"),
+    ({"n_layer": "two"}, "n_layer='two', wanted a whole number"),
+    ({"n_positions": None, "n_head": 0}, "n_positions=None.*n_head=0"),
+    ({"n_head": 5}, "n_head=5"),
+    ({"vocab_size": 599}, "vocab_size=599 in config.json, wanted 600 at least"),
+    ({"vocab_size": 601}, r"wte.weight is \(600, 24\), wanted \(601, 24\)"),
+    ({"n_positions": 25}, r"wpe.weight is \(24, 24\), wanted \(25, 24\)"),
+    ({"n_layer": 1}, r"not wanted h\.1\.attn\.c_attn\.bias \(72,\)"),
+    ({"n_layer": 3}, r"missing h\.2\.ln_1\.weight \(24,\)"),
+    ({"n_embd": 12}, r"h\.1\.mlp\.c_fc\.weight is \(24, 96\), wanted \(12, 48\)"),
+])
+def test_another_model_is_refused(folder, setting, words):
+    set_json(folder / "config.json", **setting)
+    with pytest.raises(UserError, match=r"(?s)" + words):
+        import_hf(folder)
+
+
+def test_the_other_name_of_the_activation_and_its_width_are_fine(folder, theirs):
+    set_json(folder / "config.json", activation_function="gelu_pytorch_tanh", n_inner=96)
+    close_to(folder, theirs)
+
+
+def test_tensors_are_named(folder):
+    def spoil(tensors):
+        for name in ("transformer.ln_f.bias", "transformer.h.1.mlp.c_proj.weight"):
+            del tensors[name]
+        tensors["transformer.h.0.adapter.weight"] = torch.zeros(3)
+        tensors["score.weight"] = torch.zeros(2, 24)
+        tensors["transformer.h.0.attn.c_attn.weight"] = torch.zeros(72, 24)
+    rewrite(folder, spoil)
+    with pytest.raises(UserError) as error:
+        import_hf(folder)
+    for words in ("missing ln_f.bias (24,)", "missing h.1.mlp.c_proj.weight (96, 24)",
+                  "not wanted h.0.adapter.weight (3,)", "not wanted score.weight (2, 24)",
+                  "h.0.attn.c_attn.weight is (72, 24), wanted (24, 72)"):
+        assert words in str(error.value)
+
+
+def test_wrong_tensors_are_refused(folder, theirs):
+    for change, words in [
+        (lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1}, r"lm_head.weight is not wte"),
+        (lambda t: t | {"ln_f.bias": torch.zeros(24)}, "ln_f.bias occurs twice"),
+        (lambda t: t | {"transformer.ln_f.bias": torch.zeros(24, dtype=torch.float64)}, "is torch.float64"),
+        (lambda t: t | {"transformer.wte.weight": torch.zeros(599, 24)},
+         r"wte.weight is \(599, 24\), wanted \(600, 24\)"),
+    ]:
+        shutil.copy(theirs[0] / "model.safetensors", folder)
+        rewrite(folder, change)
+        with pytest.raises(UserError, match=words):
+            import_hf(folder)
+
+
+def test_damaged_and_missing_files(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model.safetensors: missing or damaged"):
+        import_hf(folder)
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"got pytorch_model.bin; .*save_pretrained"):
+        import_hf(folder)
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"config.json: not readable as JSON"):
+        import_hf(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}', encoding="utf-8")
+    (folder / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    with pytest.raises(UserError, match="vocab_size=None"):
+        import_hf(folder)
+
+
+def test_an_index_names_files_beside_it_only(folder):
+    (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}',
+                                                         encoding="utf-8")
+    with pytest.raises(UserError, match="wanted a weight_map"):
+        import_hf(folder)
+
+
+# ---- vocabularies that come in -------------------------------------------------
+
+
+def change_tokenizer(folder, change):
+    path = folder / "tokenizer.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    change(saved)
+    path.write_text(json.dumps(saved), encoding="utf-8")
+
+
+def swap_merges(saved):
+    merges = saved["model"]["merges"]
+    merges[100], merges[101] = merges[101], merges[100]
+
+
+def eot_first(saved):
+    vocab = saved["model"]["vocab"]
+    del vocab["<|endoftext|>"]
+    saved["model"]["vocab"] = {"<|endoftext|>": 0} | {token: i + 1 for token, i in vocab.items()}
+    saved["added_tokens"][0]["id"] = 0
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda saved: saved["model"].update(type="Unigram"), "model.type='Unigram', wanted 'BPE'"),
+    (lambda saved: saved.update(normalizer={"type": "NFC"}), "normalizer=.*wanted None"),
+    (lambda saved: saved.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer.type='Whitespace'"),
+    (lambda saved: saved["pre_tokenizer"].update(add_prefix_space=True), "prefix_space=True, wanted False"),
+    (lambda saved: saved["added_tokens"].append({"id": 600, "content": "<pad>"}), "added tokens '<pad>'"),
+    (eot_first, "<|endoftext|> has id 0 and the 600 ids are 0 to 599; wanted 0 to 599, .* the last"),
+    (swap_merges, "of 343 merges number 101 is"),
+    (lambda saved: saved["model"]["merges"].pop(), "of 342 merges number 343 is 'none'"),
+    (lambda saved: saved["model"].update(vocab=["a"]), "not such as transformers writes"),
+    (lambda saved: saved.pop("model"), "not such as transformers writes"),
+    (lambda saved: saved["model"]["vocab"].update({"▁the": saved["model"]["vocab"].pop("Ġ")}),
+     "1 tokens are not byte-level, first '▁the'"),
+])
+def test_another_kind_of_vocabulary_is_refused(folder, change, words):
+    change_tokenizer(folder, change)
+    with pytest.raises(UserError, match=words.replace("|", r"\|")):
+        import_hf(folder)
+
+
+def test_vocab_and_merges_alone(folder, exported, tokenizers):
+    (folder / "tokenizer.json").unlink()
+    shutil.copy(exported["own"][1] / "vocab.json", folder)
+    with pytest.raises(UserError, match=r"vocab.json without merges.txt"):
+        import_hf(folder)
+    shutil.copy(exported["own"][1] / "merges.txt", folder)
+    assert import_hf(folder)["tokenizer"]["sha256"] == tokenizers["own"].sha256
+    (folder / "added_tokens.json").write_text('{"<pad>": 600}', encoding="utf-8")
+    with pytest.raises(UserError, match="added tokens '<pad>'"):
+        import_hf(folder)
+    (folder / "added_tokens.json").unlink()
+    set_json(folder / "tokenizer_config.json", add_prefix_space=True)
+    with pytest.raises(UserError, match=r"add_prefix_space=true, wanted false"):
+        import_hf(folder)
+
+
+def test_without_tokenizer_files_it_is_gpt2s(exported, tmp_path, folder):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(exported["gpt2"][1] / name, bare)
+    assert import_hf(bare)["tokenizer"] == describe_tokenizer(load_tokenizer("gpt2"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer.json, no vocab.json, and vocab_size=600, not"):
+        import_hf(folder)
+
+
+# ---- which model is meant ------------------------------------------------------
+
+
+def test_load_any_of_our_own(tmp_path, tokenizers):
+    state = random_state(tokenizers["bytes"])
+    path = save_checkpoint(tmp_path, 7, state)
+    assert load_any(path)["step"] == load_any(str(tmp_path))["step"] == 7
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (None, "not there; give one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder"),
+    ([], "got an empty one"),
+    ("model.safetensors", "got a file; name another folder"),
+    (["model.safetensors", "log.txt"], r"wanted a folder with config.json .* got log.txt, model.safetensors"),
+])
+def test_load_any_of_nothing(tmp_path, make, words):
+    path = tmp_path / "x"
+    if isinstance(make, str):
+        path = tmp_path / make
+        path.touch()
+    elif make is not None:
+        path.mkdir()
+        for name in make:
+            (path / name).touch()
+    with pytest.raises(UserError, match=words):
+        load_any(path)
+
+
+def test_a_folder_called_gpt2(tmp_path, exported, monkeypatch, capsys):
+    """A folder of that name that holds a model is meant, which a line says; one that holds none is not."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo, name):
+        asked.append((repo, name))
+        return exported["gpt2"][1] / name
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    assert load_any("gpt2")["provenance"] == {"imported_from": "hub: openai-community/gpt2"}
+    assert asked == [("openai-community/gpt2", "config.json"), ("openai-community/gpt2", "model.safetensors")]
+    assert "the folder gpt2 here holds no model" in capsys.readouterr().err
+    shutil.copytree(exported["own"][1], tmp_path / "gpt2", dirs_exist_ok=True)
+    assert load_any("gpt2")["model_config"]["n_vocab"] == 600 and len(asked) == 2
+    assert "not the hub's model; for that one type openai-community/gpt2" in capsys.readouterr().err
+    assert load_any("openai-community/gpt2")["model_config"]["n_vocab"] == 50257
+    shutil.rmtree(tmp_path / "gpt2")
+    (tmp_path / "gpt2").mkdir()
+    save_checkpoint(tmp_path / "gpt2", 0, load_any("openai-community/gpt2"))
+    assert load_any("gpt2")["provenance"] and len(asked) == 6  # it came from the file
+    assert "not the hub's model" in capsys.readouterr().err
+
+
+def test_offline_says_what_to_type(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    def download(repo, name):
+        raise OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"(?s)cannot fetch openai-community/gpt2-xl.*HF_HUB_OFFLINE.*"
+                                        r"HF_ENDPOINT.*put config.json and model.safetensors"):
+        load_any("gpt2-xl")
+
+
+# ---- the script ----------------------------------------------------------------
+
+WITHOUT = ("import runpy, sys; sys.modules['transformers'] = sys.modules['tokenizers'] = None; "
+           "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+
+
+def test_by_name_from_the_hub_without_transformers(tmp_path, exported):
+    """A loopback hub that fails once; the checkpoint that comes of it generates, and is no run to resume."""
+    state, folder = exported["gpt2"]
+    files = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    with HubServer(files, repo="openai-community/gpt2-medium", prefix="") as server:
+        server.faults.append(Fault("status", method="HEAD"))
+        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"),
+                       "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT, ROOT / "convert_hf.py", "--source=gpt2-medium",
+             "--out_dir=log_medium"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    log_dir = tmp_path / "log_medium"
+    assert "2 layers, 2 heads, n_embd 16, context 32: 811," in done.stdout
+    assert "next: python generate.py --checkpoint=log_medium" in done.stdout
+    model, again = load_model(log_dir)
+    assert again["provenance"] == {"imported_from": "hub: openai-community/gpt2-medium"}
+    idx = torch.randint(0, 50257, (1, 16))
+    assert torch.equal(logits(model, idx), logits(build_model(state, "x"), idx))
+    done = subprocess.run(
+        [sys.executable, ROOT / "generate.py", "--checkpoint=log_medium", "--prompt=Hello",
+         "--max_new_tokens=4", "--device=cpu"],
+        cwd=tmp_path, capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith(b"--- step 0, sample 1 of 2\nHello"), done.stderr
+    with pytest.raises(UserError, match=r"no run to resume.*--init_from="):
+        load_into(log_dir, model, [], lambda values: None)
+
+
+def run_main(monkeypatch, **flags):
+    for key in ("source", "checkpoint", "out_dir"):
+        monkeypatch.setattr(convert_hf, key, str(flags.get(key, "")))
+    convert_hf.main()
+
+
+def test_the_script_both_ways(tmp_path, monkeypatch, capsys, tokenizers):
+    state = random_state(tokenizers["bytes"], 384, heads=(2, 1))
+    save_checkpoint(tmp_path, 7, state)
+    run_main(monkeypatch, checkpoint=tmp_path, out_dir=tmp_path / "out dir")
+    out = capsys.readouterr().out
+    assert "1 of 4 heads are pruned" in out and "bytes, 257 ids, <|endoftext|> = 256" in out
+    words = shlex.split(out.partition("next: ")[2])
+    assert words[:2] == ["python", "-c"]
+    assert f"pipeline('text-generation', '{tmp_path / 'out dir'}')" in words[2]
+    run_main(monkeypatch, source=tmp_path / "out dir", out_dir=tmp_path / "log")
+    dense = load_checkpoint(tmp_path / "log")
+    count = sum(tensor.numel() for tensor in load_file(tmp_path / "out dir" / "model.safetensors").values())
+    assert f": {count:,} parameters" in capsys.readouterr().out and dense["model_config"]["heads"] is None
+
+
+def test_wrong_flags(tmp_path, monkeypatch, exported, tokenizers):
+    save_checkpoint(tmp_path, 7, random_state(tokenizers["bytes"]))
+    hf, new = exported["bytes"][1], tmp_path / "new"
+    for flags, words in [
+        ({}, "wanted one of the first two and the last"),
+        ({"source": hf}, r"--out_dir=; wanted"),
+        ({"out_dir": new}, "wanted one of the first two"),
+        ({"source": hf, "checkpoint": tmp_path, "out_dir": new}, "wanted one of the first two"),
+        ({"source": tmp_path, "out_dir": new}, "of ours already; to export it, type --checkpoint="),
+        ({"checkpoint": hf, "out_dir": new}, "folder of Hugging Face's; to import it, type --source="),
+        ({"checkpoint": tmp_path, "out_dir": hf}, r"not empty; .*--out_dir=ANOTHER"),
+        ({"source": hf, "out_dir": tmp_path}, r"not empty; .*--out_dir=ANOTHER"),
+        ({"source": "gpt3", "out_dir": new}, "gpt3: not there"),
+        ({"checkpoint": "nosuch", "out_dir": new}, "nosuch: not there"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            run_main(monkeypatch, **flags)
+        assert not new.exists()

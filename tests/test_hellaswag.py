@@ -1,0 +1,463 @@
+"""HellaSwag: the score against one example at a time, both protocols' texts, and what a bad file says."""
+
+import hashlib
+import http.server
+import json
+import math
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+import torch
+from training import ENVIRONMENT, ROOT, command
+
+import hellaswag
+import hub
+from bpe import load_tokenizer
+from checkpoint import describe_model, describe_tokenizer, save_checkpoint
+from configurator import UserError
+from device import resolve_device
+from hellaswag import (
+    Example,
+    Examples,
+    clean_wikihow,
+    evaluate,
+    find_data,
+    make_batches,
+    make_rows,
+    read_examples,
+)
+from model import GPT, GPTConfig, plain_attention
+
+VOCAB = 257
+
+
+def record(**changes):
+    return {"ind": 4, "activity_label": "High jump", "ctx_a": "A boy runs.", "ctx_b": "the Boy",
+            "ctx": "A boy runs. the Boy", "label": 2,
+            "endings": ["sits.", "jumps over a bar.", "flies away.", "is a bar."], **changes}
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def sharp_model(**config):
+    """A random model whose scores differ clearly from ending to ending."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{"block_size": 64, "vocab_size": 384, "n_vocab": VOCAB, "n_layer": 2, "n_head": 4,
+                             "n_embd": 32, **config}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def random_examples(n, longest, protocol="completion"):
+    """Contexts and endings of up to `longest` tokens; in every fourth example two endings are equal."""
+    rng = np.random.default_rng(0)
+
+    def text():
+        return rng.integers(0, VOCAB, rng.integers(1, longest + 1))
+
+    items = []
+    for i in range(n):
+        endings = [text() for _ in range(4)]
+        if i % 4 == 0:
+            endings[3] = endings[1].copy()
+        items.append(Example(text(), endings, rng.integers(1, 40, 4).tolist(), int(rng.integers(4))))
+    same = [np.full(length, 5) for length in (100, 3, 6, 9, 70)]  # cut, they differ by their starts
+    items[-1] = Example(same[0], same[1:], [1, 2, 3, 4], 1)
+    return Examples(protocol, items, [])
+
+
+@torch.no_grad()
+def one_by_one(model, examples):
+    """Sums (n, 4), and the numbers of tokens scored (n, 4): one ending at a time, from the definition."""
+    model.eval()
+    T = model.config.block_size
+    sums, counts = [], []
+    for example in examples.items:
+        for ending in example.endings:
+            tokens = torch.from_numpy(np.concatenate((example.context, ending)))
+            tokens = tokens[-(T + 1):]
+            logits, targets = model(tokens[None, :-1])[0, -len(ending):], tokens[1:][-len(ending):]
+            scores = logits.double().log_softmax(dim=-1).gather(1, targets[:, None])
+            sums.append(scores.sum().item())
+            counts.append(len(scores))
+    return np.reshape(sums, (-1, 4)), np.reshape(counts, (-1, 4))
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return resolve_device("cpu", "float32")
+
+
+CONFIGS = {"pre": {}, "post": {"norm_position": "post"}, "pruned": {"heads": (0, 3)},
+           "dropout": {"dropout": 0.5}}
+
+
+@pytest.mark.parametrize("longest", (20, 90))
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_scores_are_those_of_one_example_at_a_time(cpu, config, longest):
+    """With 90, most contexts and some endings alone are longer than the block of 64."""
+    model, examples = sharp_model(**config), random_examples(24, longest)
+    sums, counts = one_by_one(model, examples)
+    labels = [example.label for example in examples.items]
+    model.train()
+    for batch_tokens in (1, 300, 100_000):
+        result = evaluate(model, examples, cpu, batch_tokens)
+        np.testing.assert_allclose(result.log_likelihoods, sums, rtol=1e-5)
+        assert result.acc == np.mean(sums.argmax(1) == labels)
+        assert result.acc_norm == np.mean((sums / counts).argmax(1) == labels)
+    assert model.training and model.loss_chunk == 0
+
+
+def test_padding_does_no_harm_where_attention_is_plain(cpu):
+    """A query that sees nothing is zero to torch's attention, and nan to the written one."""
+    model, examples = sharp_model(), random_examples(24, 20)
+    one = evaluate(model, examples, cpu).log_likelihoods
+    model.use_attention(plain_attention)
+    np.testing.assert_allclose(evaluate(model, examples, cpu).log_likelihoods, one, rtol=1e-5)
+
+
+def test_scores_do_not_depend_on_the_order(cpu):
+    model, examples = sharp_model(), random_examples(24, 90)
+    order = np.random.default_rng(1).permutation(24)
+    shuffled = examples._replace(items=[examples.items[i] for i in order])
+    one, other = (evaluate(model, e, cpu, 300).log_likelihoods for e in (examples, shuffled))
+    np.testing.assert_allclose(other, one[order], rtol=1e-5)
+
+
+def test_equal_endings_have_the_same_score_and_the_first_wins(cpu):
+    examples = random_examples(24, 20)
+    sums = evaluate(sharp_model(), examples, cpu, 300).log_likelihoods
+    assert (sums[::4, 1] == sums[::4, 3]).all()
+    same = [Example(e.context, [e.endings[0]] * 4, [5] * 4, i % 4) for i, e in enumerate(examples.items)]
+    result = evaluate(sharp_model(), Examples("harness", same, []), cpu)
+    assert result.acc == result.acc_norm == 0.25
+
+
+def test_every_process_makes_the_same_number_of_forwards(cpu, monkeypatch):
+    """Each of three processes takes a part of the batches, whose number is no multiple of three."""
+    model, examples = sharp_model(), random_examples(24, 20)
+    batches = make_batches(make_rows(examples.items, 64)[0], 400)
+    assert len(batches) > 3 and len(batches) % 3
+    alone = evaluate(model, examples, cpu, 400).log_likelihoods
+    forwards, parts = [], []
+    model.register_forward_hook(lambda *_: forwards.append(rank))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    for rank in range(3):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        parts.append(evaluate(model, examples, cpu, 400).log_likelihoods)
+    assert (sum(parts) == alone).all()  # bit for bit: the batches are the same
+    assert len({forwards.count(rank) for rank in range(3)}) == 1 and len(forwards) < len(batches) + 3
+
+
+def test_harness_divides_by_characters(cpu):
+    model, examples = sharp_model(), random_examples(40, 20, "harness")
+    sums, _ = one_by_one(model, examples)
+    characters = np.array([example.characters for example in examples.items])
+    labels = [example.label for example in examples.items]
+    result = evaluate(model, examples, cpu)
+    assert result.acc_norm == np.mean((sums / characters).argmax(1) == labels)
+    assert result.acc_norm != evaluate(model, examples._replace(protocol="completion"), cpu).acc_norm
+
+
+def test_standard_errors_are_those_of_the_sample(cpu):
+    examples = random_examples(40, 20)
+    result = evaluate(sharp_model(), examples, cpu)
+    right = result.log_likelihoods.argmax(1) == [example.label for example in examples.items]
+    assert 0 < result.acc < 1 and result.n == 40
+    assert result.acc_stderr == pytest.approx(np.std(right, ddof=1) / math.sqrt(40))
+    assert result.acc_norm_stderr == pytest.approx(
+        math.sqrt(result.acc_norm * (1 - result.acc_norm) / 39))
+
+
+def test_rows_share_the_context_and_batches_hold_what_they_may():
+    examples = random_examples(100, 30)
+    rows, slots, lengths = make_rows(examples.items, block_size=200)
+    assert len(rows) == 100  # all fit
+    assert sorted(slot for row in rows for slot in row.slots) == sorted(set(slots.tolist()))
+    for row, example in zip(rows, examples.items):
+        distinct = {ending.tobytes(): len(ending) for ending in example.endings}
+        assert row.length == len(example.context) - 1 + sum(distinct.values())
+    assert lengths.tolist() == [len(ending) for example in examples.items for ending in example.endings]
+    batches = make_batches(rows, 500)
+    lengths = [row.length for batch in batches for row in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert all(len(batch) * batch[0].length <= 500 for batch in batches)
+    assert len(batches) < sum(lengths) / 500 * 1.3
+
+
+# ---- texts and tokens ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, wanted", [
+    (" plain text ", "plain text"),
+    ("How to swim [title] Go in. [step] Breathe", "How to swim. Go in. Breathe"),  # ".  Go" loses one space
+    ("[header] How to swim [title] Go in. [step]", " How to swim. Go in. "),
+    ("a   b", "a  b"),  # one pass
+    ("[a [b] c]", " c]"),
+    ("two [substeps] tags[x]", "two tags"),
+    ("[not\nclosed]", "[not\nclosed]"),
+])
+def test_wikihow_tags_are_removed_as_the_harness_does(text, wanted):
+    assert clean_wikihow(text) == wanted
+
+
+def decoded(path, protocol, tok):
+    item, = read_examples(path, tok, protocol).items
+    return tok.decode(item.context), [tok.decode(ending) for ending in item.endings], item
+
+
+def test_texts_of_both_protocols(tmp_path):
+    tok = load_tokenizer()
+    path = write(tmp_path / "a.jsonl", record(
+        activity_label="Swimming", ctx_a="[header] How to swim [title] Go in.", ctx_b="BREATHE [step]",
+        ctx="How to swim", endings=["[step] now.", "in  out", "never [title] stop", "é"]))
+    context, endings, item = decoded(path, "completion", tok)
+    assert (context, item.label) == ("How to swim", 2)
+    assert endings == [" [step] now.", " in  out", " never [title] stop", " é"]
+    context, endings, item = decoded(path, "harness", tok)
+    # the space before the removed [step] goes from the context to the endings
+    assert context == "Swimming: How to swim. Go in. Breathe"
+    assert endings == ["  " + " now.", "  in out", "  never. stop", "  é"]
+    assert item.characters == [5, 6, 11, 1]
+
+
+def test_protocols_tokenise_as_tiktoken(tmp_path, encoding):
+    path = write(tmp_path / "a.jsonl", record(), record(ctx_b="[step]"))  # which leaves a space at the end
+    encode = encoding.encode_ordinary
+    for item in read_examples(path, load_tokenizer(), "completion").items:
+        assert item.context.tolist() == encode("A boy runs. the Boy")
+        assert [ending.tolist() for ending in item.endings] == [encode(f" {e}") for e in record()["endings"]]
+    contexts = ("High jump: A boy runs. The boy", " "), ("High jump: A boy runs.", "  ")
+    for item, (context, space) in zip(read_examples(path, load_tokenizer(), "harness").items, contexts):
+        assert item.context.tolist() == encode(context)
+        for ending, text in zip(item.endings, record()["endings"]):
+            assert item.context.tolist() + ending.tolist() == encode(context + space + text)
+
+
+def test_notes(tmp_path, byte_tokenizer, monkeypatch):
+    path = write(tmp_path / "a.jsonl", record(), record())
+    tok = load_tokenizer()
+    assert ["not the public file" in note for note in read_examples(path, tok, "harness").notes] == [True]
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert read_examples(path, tok, "harness").notes == []
+    note, = read_examples(path, tok, "harness", limit=1).notes
+    assert "first 1 of 2" in note
+    note, = read_examples(path, load_tokenizer(str(byte_tokenizer)), "harness").notes
+    assert "bytes" in note and "not GPT-2's" in note
+    plain = record()
+    del plain["ctx_a"], plain["ctx_b"]
+    write(path, plain)
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert read_examples(path, tok, "completion").notes == []
+    note, = read_examples(path, tok, "harness").notes
+    assert "ctx_a" in note and "not comparable" in note
+    assert decoded(path, "harness", tok)[0] == "High jump: A boy runs. the Boy"
+
+
+def without(*keys):
+    return {key: value for key, value in record().items() if key not in keys}
+
+
+BAD = {
+    "not JSON": ("{", "not JSON"),
+    "not UTF-8": (b'{"ctx": "\xff"}', "not JSON"),
+    "no object": ("[1]", "got list"),
+    "no ctx": (without("ctx"), "no ctx;"),
+    "no endings, no label": (without("endings", "label"), "no endings, no label"),
+    "no activity_label": (without("activity_label"), "no activity_label"),
+    "ctx_a alone": (without("ctx_b"), "no ctx_b"),
+    "ctx_b alone": (without("ctx_a"), "no ctx_a"),
+    "label too high": (record(label=4), "label is 4"),
+    "label below 0": (record(label=-1), "label is -1"),
+    "label of text": (record(label="2"), "label is '2'"),
+    "label true": (record(label=True), "label is True"),
+    "three endings": (record(endings=["a", "b", "c"]), "3 endings"),
+    "endings of text": (record(endings="abcd"), "endings is str"),
+    "a number for an ending": (record(endings=["a", "b", 3, "d"]), "ending 2 is int"),
+    "an empty ending": (record(endings=["a", " ", "c", "d"]), "ending 1 is empty"),
+    "an empty context": (record(ctx=" ", ctx_a="", ctx_b="", activity_label="[:"), "context is empty"),
+    "half a character": (record(ctx="a\ud83d"), "half a surrogate"),
+}
+
+
+@pytest.mark.parametrize("line, reason", BAD.values(), ids=BAD)
+def test_a_bad_line_is_named(tmp_path, line, reason):
+    line = json.dumps(line) if isinstance(line, dict) else line
+    line = line if isinstance(line, bytes) else line.encode()
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(json.dumps(record()).encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(UserError) as error:
+        read_examples(path, load_tokenizer(), "completion")
+    assert f"{path}, line 3: " in str(error.value) and reason in str(error.value)
+    assert len(read_examples(path, load_tokenizer(), "completion", limit=1).items) == 1
+
+
+def test_an_ending_of_tags_alone_is_empty_in_harness(tmp_path):
+    path = write(tmp_path / "a.jsonl", record(endings=["[step]", "b", "c", "d"]))
+    assert read_examples(path, load_tokenizer(), "completion").items
+    with pytest.raises(UserError, match=r"line 1: ending 0 is empty in the protocol harness"):
+        read_examples(path, load_tokenizer(), "harness")
+
+
+def test_a_file_without_examples(tmp_path):
+    with pytest.raises(UserError, match="no examples"):
+        read_examples(write(tmp_path / "a.jsonl"), load_tokenizer(), "harness")
+
+
+# ---- the public file -----------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves server.answer (status, body, length it claims) where the public file should be; the working
+    directory is empty."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, body, length = server.answer
+            server.requests += 1
+            self.send_response(status)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = 0
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    body = json.dumps(record()).encode() + b"\n"
+    server.body, server.answer = body, (200, body, len(body))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/val.jsonl")
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(body).hexdigest())
+    monkeypatch.setattr(hub, "FIRST_WAIT", 0.0)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_the_public_file_is_downloaded_once(server, tmp_path):
+    path = find_data()
+    assert path.as_posix() == "hellaswag/hellaswag_val.jsonl" and path.read_bytes() == server.body
+    assert find_data() == path and server.requests == 1
+    assert [p.name for p in (tmp_path / "hellaswag").iterdir()] == ["hellaswag_val.jsonl"]
+    assert read_examples(path, load_tokenizer(), "harness").notes == []
+
+
+@pytest.mark.parametrize("answer, reason", [
+    ((200, b"another file", 12), hashlib.sha256(b"another file").hexdigest()),
+    ((404, b"", 0), "404"),
+    ((200, b"cut", 100), "IncompleteRead"),
+])
+def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(server, tmp_path, answer, reason):
+    server.answer = answer
+    with pytest.raises(UserError) as error:
+        find_data()
+    for text in (reason, hellaswag.URL, "put it at hellaswag/hellaswag_val.jsonl", "--data=FILE"):
+        assert text in str(error.value)
+    assert not (tmp_path / "hellaswag").exists()
+
+
+def test_half_a_file_never_has_its_name(server, tmp_path, monkeypatch):
+    def no_rename(*paths):
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr("os.replace", no_rename)
+    with pytest.raises(UserError, match="cannot write"):
+        find_data()
+    assert list((tmp_path / "hellaswag").iterdir()) == []
+
+
+def test_offline(server):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match=r"could not be downloaded.*put it at .*--data=FILE"):
+        find_data()
+
+
+def test_processes_find_the_file_together(server):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match=r"data=none.jsonl: not a file"):
+            find_data("none.jsonl")
+        assert find_data().read_bytes() == server.body and server.requests == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_wrong_file_in_the_place_of_the_public_one(server, tmp_path):
+    (tmp_path / "hellaswag").mkdir()
+    (tmp_path / "hellaswag" / "hellaswag_val.jsonl").write_bytes(b"mine")
+    got, wanted = hashlib.sha256(b"mine").hexdigest(), hellaswag.SHA256
+    with pytest.raises(UserError, match=rf"_val.jsonl: got sha256 {got}, wanted {wanted}; remove it"):
+        find_data()
+    assert server.requests == 0
+
+
+def test_a_file_of_ones_own(server, tmp_path):
+    path = write(tmp_path / "own.jsonl", record())
+    assert find_data(str(path)) == path
+    with pytest.raises(UserError, match=r"data=none.jsonl: not a file"):
+        find_data("none.jsonl")
+    assert server.requests == 0
+
+
+# ---- the script ----------------------------------------------------------------
+
+
+def test_script_alone_and_under_torchrun(tmp_path, byte_tokenizer):
+    model = sharp_model()
+    save_checkpoint(tmp_path, 7, {
+        "step": 7, "model": model.state_dict(), "model_config": describe_model(model),
+        "tokenizer": describe_tokenizer(load_tokenizer(str(byte_tokenizer)))})
+    rng = np.random.default_rng(0)
+    endings = [["".join(map(chr, rng.integers(97, 123, rng.integers(1, 30)))) for _ in range(4)]
+               for _ in range(21)]
+    path = write(tmp_path / "a.jsonl", *(record(endings=e, label=i % 4) for i, e in enumerate(endings)))
+    flags = {"checkpoint": tmp_path, "data": path, "device": "cpu", "dtype": "float32", "batch_tokens": 400}
+    outputs = []
+    for processes in (1, 2):
+        done = subprocess.run(command(flags, processes, ROOT / "hellaswag.py"), capture_output=True,
+                              text=True, timeout=240, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs.append([line for line in done.stdout.splitlines() if line])
+    lines = [[" | ".join(line.split(" | ")[:4]) for line in output[1:]] for output in outputs]
+    assert lines[0] == lines[1] and len(lines[0]) == 4  # two scores, two notes, each once
+    dev, tok = resolve_device("cpu", "float32"), load_tokenizer(str(byte_tokenizer))
+    for line, protocol in zip(lines[0], hellaswag.PROTOCOLS):
+        result = evaluate(model, read_examples(path, tok, protocol), dev)
+        assert line == hellaswag.format_result(protocol, result)
+    assert lines[0][2].startswith("note: ") and lines[0][3].startswith("note: ")
+
+
+# ---- real data -----------------------------------------------------------------
+
+
+def test_real_examples(shared_data, cpu, encoding):
+    path, tok = shared_data / "hellaswag" / "hellaswag_val.jsonl", load_tokenizer()
+    model = sharp_model(block_size=128, vocab_size=50304, n_vocab=50257)
+    for protocol in hellaswag.PROTOCOLS:
+        examples = read_examples(path, tok, protocol)
+        assert len(examples.items) == 10_042
+        first = examples.items[0]
+        context = "A man is sitting on a roof. he"
+        context = "Roof shingle removal: " + context if protocol == "harness" else context
+        assert first.context.tolist() == encoding.encode_ordinary(context) and first.label == 3
+        assert first.endings[3].tolist() == encoding.encode_ordinary(" starts pulling up roofing on a roof.")
+        assert first.characters[3] == len("starts pulling up roofing on a roof.")
+        some = examples._replace(items=examples.items[::400])
+        result = evaluate(model, some, cpu, 4096)
+        np.testing.assert_allclose(result.log_likelihoods, one_by_one(model, some)[0], rtol=1e-5)

@@ -1,0 +1,164 @@
+"""Runs that judge, score, sample and save every few steps, that begin with given weights, that only judge."""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+from training import attempt, losses, read_log, snapshot, train
+
+import hellaswag
+from bpe import load_tokenizer
+from checkpoint import list_checkpoints, load_checkpoint, load_model
+from device import resolve_device
+from model import GPT, GPTConfig
+from shards import TokenStream, WindowLoader
+
+WORDS = "the a cat dog sat ran on under mat tree and then it was red".split()
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """Thirty questions in HellaSwag's format."""
+    draw, path = random.Random(0), tmp_path_factory.mktemp("hellaswag") / "questions.jsonl"
+
+    def some(low, high):
+        return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
+
+    records = [{"ind": i, "activity_label": "Cats", "ctx": some(2, 12), "label": draw.randrange(4),
+                "endings": [some(1, 5) for _ in range(4)]} for i in range(30)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory, base_flags, questions):
+    """(log_dir, what was said) of a compiled run that does everything every other step, and ends at an odd
+    one."""
+    log_dir = tmp_path_factory.mktemp("judged") / "log"
+    flags = {**base_flags, "compile": "true", "max_steps": 7, "val_interval": 2, "hellaswag_interval": 2,
+             "hellaswag_data": questions, "sample_interval": 2, "checkpoint_interval": 2,
+             "keep_checkpoints": 9, "num_samples": 1, "prompt": "x",
+             "max_new_tokens": 90}  # past the context of 64
+    return log_dir, train(flags, log_dir=log_dir)
+
+
+def test_a_compiled_run_validates_scores_samples_and_saves(judged):
+    log_dir, out = judged
+    found = read_log(log_dir, "train", "val", "hella", "hella_acc")
+    assert list(found["train"]) == list(range(7))
+    assert list(found["val"]) == [0, 2, 4, 6, 7]
+    assert list(found["hella"]) == list(found["hella_acc"]) == [2, 4, 6, 7]
+    assert out.count("\n> x") == 3
+    assert sorted(path.name for path in log_dir.glob("ckpt_*")) == [f"ckpt_{s:07d}.pt" for s in (2, 4, 6, 7)]
+    keys = load_checkpoint(log_dir)["model"].keys()
+    assert keys == GPT(GPTConfig(64, 384, 257, 2, 2, 32)).state_dict().keys()
+    assert "compile on" in out and "recompiled" not in out
+
+
+def test_the_scores_in_the_log_are_those_of_the_checkpoints(judged, questions):
+    log_dir, out = judged
+    found = read_log(log_dir, "hella", "hella_acc")
+    for step in (2, 7):
+        model, state = load_model(log_dir / f"ckpt_{step:07d}.pt")
+        tok = load_tokenizer(state["config"]["tokenizer"])
+        examples = hellaswag.read_examples(questions, tok, "completion")
+        result = hellaswag.evaluate(model, examples, resolve_device("cpu", "float32"))
+        assert float(found["hella"][step]) == pytest.approx(result.acc_norm, abs=1e-6)
+        assert float(found["hella_acc"][step]) == pytest.approx(result.acc, abs=1e-6)
+    assert "is not the public file" in out and "not GPT-2's" in out
+
+
+def test_judging_never_touches_the_training(judged, base_flags, tmp_path):
+    """The same run without it has the same losses, to the last digit."""
+    train({**base_flags, "compile": "true", "max_steps": 7, "val_interval": 0, "hellaswag_interval": 0,
+           "checkpoint_interval": 0}, log_dir=tmp_path)
+    assert read_log(tmp_path, "train", "norm") == read_log(judged[0], "train", "norm")
+    assert list(read_log(tmp_path, "val")["val"]) == [7]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_0000007.pt"]
+
+
+def test_without_the_data_there_is_a_warning_and_no_score(flags, tmp_path, monkeypatch):
+    """No network: what is asked for by name must be there, what is wanted by default need not."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    out = train({**flags, "max_steps": 3, "hellaswag_interval": 1}, log_dir="log")
+    assert out.count("warning: this run has no HellaSwag scores") == 1 and "--hellaswag_interval=0" in out
+    assert not read_log("log", "hella")["hella"] and len(losses("log")) == 3
+    done = attempt({**flags, "hellaswag_data": "nosuch.jsonl", "hellaswag_interval": 1}, log_dir="other")
+    assert done.returncode == 2 and "data=nosuch.jsonl: not a file" in done.stderr
+
+
+def test_eval_only_says_what_the_run_said_and_writes_nothing(judged, base_flags, questions, tmp_path):
+    """Whatever the batch size and the number of processes; the shape is the checkpoint's."""
+    log_dir, out = judged
+    before = snapshot(log_dir)
+    where = {key: base_flags[key] for key in ("data_dir", "val_tokens", "device", "dtype")}
+    flags = {**where, "hellaswag_data": questions, "eval_only": "true", "compile": "false"}
+    wanted = [line.removeprefix("step ") for line in out.splitlines()
+              if re.match(r"step [67] \| (val|completion)", line)]
+    six, seven = ([line for line in wanted if line.startswith(step)] for step in "67")
+    assert len(six) == len(seven) == 2
+    alone = train(flags, log_dir=log_dir)
+    two = train({**flags, "batch_size": 3, "init_from": log_dir / "ckpt_0000006.pt"}, 2,
+                log_dir=tmp_path / "none")
+    assert [line in alone for line in seven] == [line in two for line in six] == [True, True]
+    assert snapshot(log_dir) == before and not (tmp_path / "none").exists()
+    assert "judged, not trained" in alone and "checkpoint:" not in alone
+
+
+@pytest.fixture(scope="module")
+def tuned(judged, base_flags, tmp_path_factory):
+    """(flags, log_dir, what was said) of a run of 6 steps from the judged run's weights, in another shape."""
+    log_dir = tmp_path_factory.mktemp("tuned") / "log"
+    flags = {**base_flags, "init_from": judged[0] / "ckpt_0000006.pt", "n_layer": 5, "n_head": 1,
+             "n_embd": 64, "block_size": 32, "max_steps": 6, "val_interval": 3, "checkpoint_interval": 3,
+             "warmup_steps": 0}
+    flags.pop("tokenizer")  # comes with the weights
+    return flags, log_dir, train(flags, log_dir=log_dir)
+
+
+def test_fine_tuning_begins_with_the_weights(tuned, judged):
+    """Their shape and tokenizer too; fewer positions are a shorter table, and dropout is the run's own."""
+    _, log_dir, out = tuned
+    assert "init: n_layer=2, n_head=2, n_embd=32, block_size=32" in out and "step 6" in out
+    first, source = (load_checkpoint(path) for path in (log_dir / "ckpt_0000003.pt",
+                                                        judged[0] / "ckpt_0000006.pt"))
+    assert first["model"]["transformer.wpe.weight"].shape == (32, 32)
+    assert first["model_config"] == {**source["model_config"], "block_size": 32}
+    assert first["tokenizer"]["sha256"] == source["tokenizer"]["sha256"]
+    val = read_log(log_dir, "val")["val"]
+    model, _ = load_model(judged[0] / "ckpt_0000006.pt")
+    stream = TokenStream(tuned[0]["data_dir"], "val")
+    loader = WindowLoader(stream, 32, 64, 0, 257, shuffle=False)
+    x, y = (torch.from_numpy(part.astype("int64")) for part in loader.read_windows(range(64)))
+    with torch.no_grad():
+        assert float(val[0]) == pytest.approx(model(x, y).item(), abs=1e-5)
+    assert losses(log_dir)[0] < 5  # where random weights have ln 384 = 5.95
+
+
+def test_a_fine_tuned_run_resumes_without_its_source(tuned, tmp_path):
+    flags, log_dir, _ = tuned
+    short = {**flags, "max_steps": 6, "log_dir": tmp_path / "log"}
+    done = attempt({**short, "target_loss": 99})  # one step, and a checkpoint
+    assert done.returncode == 0, done.stderr
+    train({**short, "init_from": "gone", "resume": "true"})
+    for stream in ("train", "val"):
+        ours, theirs = (read_log(folder, stream)[stream] for folder in (tmp_path / "log", log_dir))
+        assert ours.items() <= theirs.items() | {(1, ours.get(1))}
+    one, other = (load_checkpoint(folder)["model"] for folder in (tmp_path / "log", log_dir))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    ({"eval_only": "true"}, "not there"),
+    ({"init_from": "RUN", "tokenizer": "OTHER"}, "leave --tokenizer out"),
+])
+def test_weights_that_do_not_fit(flags, judged, tmp_path, overrides, words):
+    (tmp_path / "other.tiktoken").write_bytes(flags["tokenizer"].read_bytes() + b"YWI= 256\n")
+    values = {"RUN": judged[0], "OTHER": tmp_path / "other.tiktoken"}
+    overrides = {key: values.get(value, value) for key, value in overrides.items()}
+    done = attempt({**flags, **overrides}, log_dir=tmp_path / "log")
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert not (tmp_path / "log").exists()
