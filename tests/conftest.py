@@ -2,7 +2,9 @@
 fails."""
 
 import base64
+import json
 import os
+import random
 import sys
 import sysconfig
 from pathlib import Path
@@ -71,6 +73,21 @@ def base_flags(tiny_data, byte_tokenizer):
 def flags(base_flags):
     """A copy, for a test to change."""
     return {**base_flags}
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    """Thirty questions in HellaSwag's format."""
+    words = "the a cat dog sat ran on under mat tree and then it was red".split()
+    draw, path = random.Random(0), tmp_path_factory.mktemp("hellaswag") / "questions.jsonl"
+
+    def some(low, high):
+        return " ".join(draw.choices(words, k=draw.randint(low, high)))
+
+    records = [{"ind": i, "activity_label": "Cats", "ctx": some(2, 12), "label": draw.randrange(4),
+                "endings": [some(1, 5) for _ in range(4)]} for i in range(30)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")

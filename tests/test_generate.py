@@ -242,3 +242,16 @@ def test_a_mistake_exits_with_2_and_a_line(folder):
 def test_no_checkpoint_at_all(tmp_path):
     with pytest.raises(UserError, match="make demo"):
         run(tmp_path)
+
+
+def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    model, tok = GPT(GPTConfig(64, 50304, 50257, 1, 1, 8)), load_tokenizer()
+    (tmp_path / "log_demo").mkdir()
+    save_checkpoint(tmp_path / "log_demo", 0, {
+        "step": 0, "model": model.state_dict(), "model_config": describe_model(model),
+        "tokenizer": describe_tokenizer(tok)})
+    monkeypatch.chdir(tmp_path)
+    block, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out.count("torch.Size([2, 50257])") == 50

@@ -1,7 +1,5 @@
 """Runs that judge, score, sample and save every few steps, that begin with given weights, that only judge."""
 
-import json
-import random
 import re
 
 import pytest
@@ -14,22 +12,6 @@ from checkpoint import list_checkpoints, load_checkpoint, load_model
 from device import resolve_device
 from model import GPT, GPTConfig
 from shards import TokenStream, WindowLoader
-
-WORDS = "the a cat dog sat ran on under mat tree and then it was red".split()
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory):
-    """Thirty questions in HellaSwag's format."""
-    draw, path = random.Random(0), tmp_path_factory.mktemp("hellaswag") / "questions.jsonl"
-
-    def some(low, high):
-        return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
-
-    records = [{"ind": i, "activity_label": "Cats", "ctx": some(2, 12), "label": draw.randrange(4),
-                "endings": [some(1, 5) for _ in range(4)]} for i in range(30)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

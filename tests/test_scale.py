@@ -10,7 +10,7 @@ from training import ENVIRONMENT, ROOT, attempt, fault, losses, read_log, signal
 import checkpoint
 from checkpoint import list_checkpoints, load_checkpoint
 
-STREAMS = ("train", "val", "val_bpb", "lr", "norm")
+STREAMS = ("train", "val", "val_bpb", "lr", "norm", "hella", "hella_acc")
 
 
 def values(log_dir, stream):
@@ -22,13 +22,14 @@ def assert_same_run(one, other, rel=1e-5):
         assert values(one, stream) == pytest.approx(values(other, stream), rel=rel), stream
 
 
-def test_fsdp_equals_ddp(flags, tmp_path):
-    """With dropout and accumulation, and one process with a window less to judge; also with activations
-    computed twice, which keeps the masks."""
-    flags |= {"val_tokens": 33 * 64}
+def test_fsdp_equals_ddp(flags, tmp_path, questions):
+    """With dropout and accumulation, and one process with a window less to judge, or a batch of HellaSwag;
+    also with activations computed twice, which keeps the masks."""
+    flags |= {"val_tokens": 33 * 64, "hellaswag_interval": 5, "hellaswag_data": questions}
     train(flags, log_dir=tmp_path / "one")
     train(flags, 2, log_dir=tmp_path / "ddp")
     assert_same_run(tmp_path / "ddp", tmp_path / "one")
+    assert len(values(tmp_path / "one", "hella")) == 3
     out = train(flags, 2, log_dir=tmp_path / "fsdp", parallel="fsdp", sample_interval=5, max_new_tokens=4)
     assert_same_run(tmp_path / "fsdp", tmp_path / "ddp")
     assert out.count("\n> Hello") == 4  # two samples at steps 5 and 10, drawn by all, printed once
@@ -82,8 +83,9 @@ def test_muon_with_processes_and_resume(flags, tmp_path):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_compiled_on_two_processes(flags, tmp_path, parallel):
-    flags |= {"dropout": 0, "max_steps": 6, "sample_interval": 2, "max_new_tokens": 4}
+def test_compiled_on_two_processes(flags, tmp_path, questions, parallel):
+    flags |= {"dropout": 0, "max_steps": 6, "sample_interval": 2, "max_new_tokens": 4,
+              "hellaswag_interval": 2, "hellaswag_data": questions}
     train(flags, log_dir=tmp_path / "one")
     out = train(flags, 2, log_dir=tmp_path / "two", compile="true", parallel=parallel)
     assert "compile on" in out and "recompiled" not in out
