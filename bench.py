@@ -540,8 +540,9 @@ def bench_generate() -> None:
         theirs = transformers.GPT2LMHeadModel.from_pretrained(Path(folder, "hf")).to(dev.device).eval()
     texts = torch.full((8, 1), tok.eot, dtype=torch.long, device=dev.device)
 
-    def ours(B):
-        tokens = torch.stack([token for token, _ in model.generate(texts[:B], max_new_tokens, 0.0)], dim=1)
+    def ours(B, compile=False):
+        steps = model.generate(texts[:B], max_new_tokens, temperature=0.0, compile=compile)
+        tokens = torch.stack([token for token, _ in steps], dim=1)
         dev.synchronize()
         return tokens  # (B, max_new_tokens)
 
@@ -568,6 +569,9 @@ def bench_generate() -> None:
     for B in (1, 8):
         timed = take_turns(lambda B=B: ours(B), lambda B=B: transformer(B), n)
         report("generate", "tok/s", B * max_new_tokens, *timed, f"transformers, batch {B}")
+        if dev.type == "cuda":
+            timed = take_turns(lambda B=B: ours(B, compile=True), lambda B=B: ours(B), n)
+            report("generate", "tok/s", B * max_new_tokens, *timed, f"no --compile, batch {B}")
 
 
 def sampled_examples(path: str, n: int):

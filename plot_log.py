@@ -105,7 +105,8 @@ def draw(logs: dict[str, dict], out_path: Path) -> None:
                                label=f"OpenAI GPT-2 {model_size}")
             axes[0, 1].axhline(HELLASWAG_GPT3[model_size], color="green", linestyle=":",
                                label=f"OpenAI GPT-3 {model_size}")
-        axes[0, 1].set(xlabel="optimizer step", ylabel="acc_norm, completion (chance is 0.25)", title="HellaSwag")
+        axes[0, 1].set(xlabel="optimizer step", ylabel="acc_norm, completion (chance is 0.25)",
+                       title="HellaSwag")
     for axis in axes[0]:
         axis.grid(alpha=0.3)
         axis.legend()

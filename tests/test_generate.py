@@ -116,7 +116,7 @@ def test_prompts_of_a_file_are_one_batch(folder):
 
 
 def test_it_stops_at_the_end_of_the_text(tmp_path, byte_tokenizer):
-    """A model that says a, b, EOT and then c: nothing after EOT is printed."""
+    """A model that says a, the two bytes of é, EOT and then c: whole characters, and nothing after EOT."""
     tok = load_tokenizer(str(byte_tokenizer))
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 257, 257, 1, 1, 64))
@@ -125,15 +125,16 @@ def test_it_stops_at_the_end_of_the_text(tmp_path, byte_tokenizer):
             parameter.zero_()
         model.transformer.wte.weight.normal_()
         model.transformer.ln_f.weight.fill_(20.0)  # an id's logit is its similarity to the position's vector
-        for position, token in enumerate([ord("a"), ord("b"), tok.eot, ord("c")]):
+        for position, token in enumerate([ord("a"), *"é".encode(), tok.eot, ord("c")]):
             model.transformer.wpe.weight[position] = 100 * model.transformer.wte.weight[token]
     save_checkpoint(tmp_path, 0, {
         "step": 0, "model": model.state_dict(), "model_config": describe_model(model),
         "tokenizer": describe_tokenizer(tok)})
     out = samples(tmp_path, f"--checkpoint={tmp_path}", "--temperature=0", "--max_new_tokens=10")
-    assert out == "--- step 0, sample 1 of 2\nab\n--- sample 2 of 2\nab\n"
+    assert out == "--- step 0, sample 1 of 2\naé\n--- sample 2 of 2\naé\n"
     out = samples(tmp_path, f"--checkpoint={tmp_path}", "--temperature=0", "--logprobs", "--num_samples=1")
-    assert [line.split()[-1] for line in out.splitlines()[3:]] == ["'a'", "'b'", "'<|endoftext|>'"]
+    shown = [line.split()[-1] for line in out.splitlines()[3:]]
+    assert shown == ["'a'", "b'\\xc3'", "b'\\xa9'", "'<|endoftext|>'"]
 
 
 def read_logprobs(out):
