@@ -230,7 +230,9 @@ def advice_when_memory_runs_out():
                         f"--dry_run tells what a setting needs") from error
 
 
-# ---- the weights to begin with, if not random ones: shape and tokenizer are theirs
+# ---- data, and the weights to begin with, if not random ones: shape and tokenizer are theirs
+val_stream = TokenStream(data_dir, "val")
+train_stream = val_stream if eval_only else TokenStream(data_dir, "train")
 start, heads = None, None
 if init_from or eval_only:
     # a run that goes on has them in its own checkpoints
@@ -245,12 +247,7 @@ if init_from or eval_only:
     config.update(shape)
     globals().update(shape)
     heads = theirs.get("heads")
-
-
-# ---- data
 B, T = batch_size, block_size
-val_stream = TokenStream(data_dir, "val")
-train_stream = val_stream if eval_only else TokenStream(data_dir, "train")
 tok = checkpoint.checkpoint_tokenizer(start) if start else load_tokenizer(tokenizer)
 if start and tokenizer != "gpt2" and load_tokenizer(tokenizer).sha256 != tok.sha256:
     raise UserError(f"tokenizer={tokenizer}: the weights to begin with know {tok.name!r}, which is another "

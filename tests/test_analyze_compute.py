@@ -197,7 +197,7 @@ def measured_peak(config, B, dtype, chunk, checkpointing, monkeypatch):
     if checkpointing:
         forward = Block.forward
         monkeypatch.setattr(Block, "forward",
-                            lambda block, x, cache=None: checkpoint(forward, block, x, use_reentrant=False))
+                            lambda block, *args: checkpoint(forward, block, *args, use_reentrant=False))
     model = GPT(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     x, y = ids(config, B), ids(config, B, 1)
@@ -348,7 +348,7 @@ def test_every_config_is_analyzed(path, monkeypatch):
         study.main(chosen)  # which compares the counts with the model's
     assert max(map(len, out.getvalue().splitlines())) <= 110
     assert ("MFU of run A" in out.getvalue()) == (path.name == "rtx4050_15m.py")
-    assert ("the data decide" in out.getvalue()) == (path.name == "fineweb_edu_5_epochs.py")
+    assert ("the data decide" in out.getvalue()) == (chosen["num_epochs"] > 0)
 
 
 def test_time_and_cost(monkeypatch):
