@@ -438,7 +438,8 @@ def export_hf(state: dict, out_dir: str | Path) -> list[str]:
             "attn_pdrop": config.dropout, "initializer_range": 0.02, "tie_word_embeddings": True,
             "use_cache": True, "torch_dtype": "float32", **ids},
         # without a pad_token_id transformers says at each call that it takes EOT
-        "generation_config.json": {"pad_token_id": tokenizer.eot, **ids},
+        # and without a max_length it runs beyond the last position
+        "generation_config.json": {"pad_token_id": tokenizer.eot, "max_length": config.block_size, **ids},
     }
     temporary = out.with_name(f"{out.name}.convert_hf.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
@@ -457,7 +458,7 @@ def export_hf(state: dict, out_dir: str | Path) -> list[str]:
         os.replace(temporary, out)
         sync_folder(out.parent)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} could not be written ({error}); make room, or name another --out_dir=...") \
+        raise UserError(f"{out} could not be written ({error}); name another --out_dir, or free disk space") \
             from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -542,10 +543,10 @@ def main() -> None:
     out = check_out_dir(out_dir)
     if source and not _holds_hf(given) and _holds_ours(given):
         raise UserError(f"source={source} is a checkpoint of ours already; to export it, type "
-                        f"--checkpoint={source} in place of --source={source}")
+                        f"--checkpoint={shlex.quote(source)} in place of --source")
     if checkpoint and _holds_hf(given):
         raise UserError(f"checkpoint={checkpoint} is a folder of Hugging Face's; to import it, type "
-                        f"--source={checkpoint} in place of --checkpoint={checkpoint}")
+                        f"--source={shlex.quote(checkpoint)} in place of --checkpoint")
     state = load_any(source) if source else load_checkpoint(checkpoint)
     tokenizer = checkpoint_tokenizer(state)
     if source:
@@ -553,7 +554,7 @@ def main() -> None:
         written = save_checkpoint(out, 0, state)
         notes = []
         following = [f"python generate.py --checkpoint={name} --prompt=Hello",
-                     f"python train_gpt2.py --init_from={name} --data_dir=DATA   # train it further"]
+                     f"python train_gpt2.py config/finetune_gpt2.py --init_from={name} --data_dir=DATA"]
     else:
         notes, written = export_hf(state, out), out
         code = (f"from transformers import pipeline; "

@@ -33,7 +33,7 @@ from checkpoint import build_model, checkpoint_tokenizer, newest_checkpoint
 from configurator import UserError, configure
 from convert_hf import load_any
 from device import resolve_device
-from model import context_start
+from model import check_sampling, context_start
 
 checkpoint = ""  # a .pt file, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/
 prompt = ""  # text, FILE:path, or - for standard input; empty = the beginning of a document
@@ -54,7 +54,7 @@ seed = 1337  # of the samples
 
 def read_file(flag: str, path: str, errors: str) -> str:
     try:
-        return Path(path).read_bytes().decode("utf-8", errors)
+        return Path(path).read_bytes().decode("utf-8-sig", errors)  # some editors put a mark in front
     except OSError as error:
         raise UserError(f"{flag}{path}: {error.strerror}; give {flag}PATH of a readable file") from error
     except UnicodeDecodeError as error:
@@ -65,7 +65,8 @@ def read_file(flag: str, path: str, errors: str) -> str:
 def read_prompts() -> list[str]:
     """The prompts: of a file (prompts, or FILE:path), of standard input (-), or the setting itself."""
     if prompts:
-        lines = [line for line in read_file("--prompts=", prompts, "replace").splitlines() if line.strip()]
+        lines = [line.rstrip("\r") for line in read_file("--prompts=", prompts, "replace").split("\n")]
+        lines = [line for line in lines if line.strip()]
         if not lines or prompt:
             raise UserError(f"prompts={prompts}: got {len(lines)} lines with text and prompt={prompt!r}; "
                             f"wanted one line or more, and no --prompt beside it")
@@ -94,9 +95,8 @@ def print_logprobs(tok, tokens, logs) -> None:
         print(f"{log:10.4f} {math.exp(log):7.2%}  {data!r}")
 
 
-def sample(model, tok, dev, step: int) -> None:
-    """Print `num_samples` samples of each prompt, the first as it is drawn."""
-    texts = [text for text in read_prompts() for _ in range(num_samples)]
+def sample(model, tok, dev, step: int, texts: list[str]) -> None:
+    """Print a continuation of each text, the first as it is drawn."""
     batch = [dev.to_device(encode_document(tok, text)) for text in texts]  # a prompt (T_i,) for each row
     longest = max(map(len, batch))
     hidden = context_start(longest, model.config.block_size)
@@ -110,8 +110,8 @@ def sample(model, tok, dev, step: int) -> None:
     with dev.autocast():
         steps = model.generate(batch, max_new_tokens, temperature, top_k, top_p, generator, compile=compile)
         for tokens, logits in steps:
-            drawn = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0] if logprobs else tokens
-            for row, log, token, value in zip(rows, logs, tokens.tolist(), drawn.tolist()):
+            values = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]  # (B,)
+            for row, log, token, value in zip(rows, logs, tokens.tolist(), values.tolist()):
                 if not row or row[-1] != tok.eot:
                     row.append(token)
                     log.append(value)
@@ -151,17 +151,14 @@ def token_losses(model, ids: np.ndarray, stride: int, dev) -> np.ndarray:
     return losses
 
 
-def score(model, tok, dev) -> None:
+def score(model, tok, dev, content: str) -> None:
     """Print perplexity and bits per byte of the file `text`."""
     T = model.config.block_size
     step = stride or max(1, T // 2)
     if step > T:
         raise UserError(f"stride={stride} is more than the context of {T}, so tokens would be left out; "
                         f"give --stride={T} or less")
-    content = read_file("--text=", text, "strict")
     ids = encode_document(tok, content)
-    if len(ids) < 2:
-        raise UserError(f"text={text}: got an empty file, wanted some text to score")
     losses = token_losses(model, ids, step, dev)
     if logprobs:
         print_logprobs(tok, ids[1:].tolist(), (-losses).tolist())
@@ -172,24 +169,27 @@ def score(model, tok, dev) -> None:
 
 
 def main() -> None:
-    if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise UserError(f"num_samples={num_samples}, max_new_tokens={max_new_tokens}, "
-                        f"temperature={temperature}, top_k={top_k}, top_p={top_p}: "
-                        f"wanted at least 1, at least 1, at least 0, at least 0, and 0 < top_p <= 1")
-    if not 0 <= seed < 2**63 or stride < 0:
-        raise UserError(f"seed={seed}, stride={stride}: wanted 0 to 2**63 - 1, and at least 0")
+    check_sampling(temperature, top_k, top_p)
+    for name, value, least in (("num_samples", num_samples, 1), ("max_new_tokens", max_new_tokens, 1),
+                               ("stride", stride, 0), ("seed", seed, 0)):
+        if not least <= value < 2**63:
+            raise UserError(f"{name}={value}: wanted {least} or more, below 2**63")
     if text and (prompt or prompts):
         raise UserError(f"text={text} is scored, and nothing is sampled: leave out --prompt and --prompts, "
                         f"or leave out --text")
+    # before anything that takes time
+    texts = [read_file("--text=", text, "strict")] if text else read_prompts()
+    if text and not texts[0]:
+        raise UserError(f"text={text}: got an empty file, wanted some text to score")
     dev = resolve_device(device, dtype)
     source = checkpoint or newest_checkpoint()
     state = load_any(source)
     model = build_model(state, str(source)).to(dev.device)
     tok = checkpoint_tokenizer(state)
     if text:
-        score(model, tok, dev)
+        score(model, tok, dev, texts[0])
     else:
-        sample(model, tok, dev, state["step"])
+        sample(model, tok, dev, state["step"], [text for text in texts for _ in range(num_samples)])
 
 
 if __name__ == "__main__":

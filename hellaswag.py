@@ -42,6 +42,7 @@ import re
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,49 +78,50 @@ N_ENDINGS = 4
 # ---- the data ------------------------------------------------------------------
 
 
-def find_data(data: str = "") -> Path:
+def find_data(data: str = "", setting: str = "data") -> Path:
     """The file to score: `data`, or where that is empty the public one, downloaded if need be and checked.
 
     Where torch.distributed is initialised, all processes must call this; rank 0 goes first. Raises UserError,
-    in all of them at once, where the file cannot be had or is not the public one.
+    in all of them at once, where the file cannot be had or is not the public one; it speaks of --`setting`.
     """
     if not dist.is_initialized():
-        return _find_alone(data)
+        failure = _failure_to_find(data, setting)
+        if failure is not None:
+            raise UserError(failure)
+        return Path(data) if data else PUBLIC_FILE
     failure, failures = [None], [None] * dist.get_world_size()
     if dist.get_rank() == 0:
-        failure = [_failure_to_find(data)]
+        failure = [_failure_to_find(data, setting)]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is None:  # other nodes may have other disks
-        dist.all_gather_object(failures, _failure_to_find(data))
+        dist.all_gather_object(failures, _failure_to_find(data, setting))
     failure = next((text for text in failure + failures if text is not None), None)
     if failure is not None:
         raise UserError(failure)
-    return _find_alone(data)
+    return Path(data) if data else PUBLIC_FILE
 
 
-def _failure_to_find(data):
+def _failure_to_find(data, setting):
+    """Why this process has not the file, or None."""
     try:
-        _find_alone(data)
+        if data:
+            with open(data, "rb"):
+                return None
+        if not PUBLIC_FILE.is_file():
+            _download(setting)
+        got = hashlib.sha256(PUBLIC_FILE.read_bytes()).hexdigest()
     except UserError as error:
         return str(error)
+    except OSError as error:
+        return (f"{data or PUBLIC_FILE}: {error.strerror}; give --{setting}=FILE of a readable file in the "
+                f"format of {URL}")
+    if got != SHA256:
+        return (f"{PUBLIC_FILE}: got sha256 {got}, wanted {SHA256}; remove it, and it is downloaded again, "
+                f"or score it as a file of your own with --{setting}={PUBLIC_FILE}")
     return None
 
 
-def _find_alone(data):
-    if data:
-        if not Path(data).is_file():
-            raise UserError(f"data={data}: not a file; give --data=FILE in the format of {URL}")
-        return Path(data)
-    if not PUBLIC_FILE.is_file():
-        _download()
-    got = hashlib.sha256(PUBLIC_FILE.read_bytes()).hexdigest()
-    if got != SHA256:
-        raise UserError(f"{PUBLIC_FILE}: got sha256 {got}, wanted {SHA256}; remove it, and it is downloaded "
-                        f"again, or score it as a file of your own with --data={PUBLIC_FILE}")
-    return PUBLIC_FILE
-
-
-def _download():
+def _download(setting):
     from hub import retry  # and with it huggingface_hub, which nothing else here needs
 
     def attempt() -> bytes:
@@ -129,7 +131,7 @@ def _download():
         except http.client.HTTPException as error:  # no OSError: the answer was cut short
             raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
-    remedy = f"put it at {PUBLIC_FILE}, or name a copy with --data=FILE"
+    remedy = f"put it at {PUBLIC_FILE}, or name a copy with --{setting}=FILE"
     try:
         content = retry(f"HellaSwag from {URL}", attempt, attempts=ATTEMPTS)
     except UserError as error:
@@ -166,7 +168,7 @@ def read_examples(path: str | Path, tokenizer: Tokenizer, protocol: str, limit: 
     lines = [(number, line) for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
     kept = lines[:limit] if limit else lines
     if not kept:
-        raise UserError(f"{path}: no examples in it; name another file with --data=FILE")
+        raise UserError(f"{path}: no examples in it; name another file")
     notes = []
     if hashlib.sha256(content).hexdigest() != SHA256:
         notes.append(f"{path} is not the public file: not comparable with published numbers")
@@ -348,39 +350,49 @@ def add_scores(scores: np.ndarray, model: GPT, batch: list[Row], dev: Device) ->
     np.subtract.at(scores, slot[scored], losses.cpu().numpy()[scored].astype(np.float64))
 
 
+def never() -> bool:
+    return False
+
+
 @torch.no_grad()
-def evaluate(model: GPT, examples: Examples, dev: Device, batch_tokens: int = 16_384) -> Result:
-    """The score of a model, in eval mode meanwhile, in the dtype of `dev`.
+def evaluate(model: GPT, examples: Examples, dev: Device, batch_tokens: int = 16_384,
+             stop: Callable[[], bool] = never) -> Result | None:
+    """The score of a model, in eval mode meanwhile, in the dtype of `dev`; None if `stop` said so.
 
     Where torch.distributed is initialised, all processes must call this with the same examples: each scores a
     part of the batches, and all return the same. `model` is not a compiled one, whose shapes are fixed.
+    `stop` is asked by all of them before each batch, and must answer all the same. Raises UserError where a
+    score is not finite.
     """
     together = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     rows, slots, lengths = make_rows(examples.items, model.config.block_size)
     batches = make_batches(rows, batch_tokens)
     scores, unused = np.zeros((2, len(slots)))  # (4n,) each
-    before = model.training, model.loss_chunk
+    was_training = model.training
     model.eval()
-    model.loss_chunk = dev.loss_chunk or 2048  # never the logits of all columns at once
     try:
         with dev.autocast():  # around all batches: it keeps the weights it has converted
             # not one forward less on any process: where parameters are sharded, all gather them together
             for i in tqdm(range(rank, math.ceil(len(batches) / world_size) * world_size, world_size),
                           desc=examples.protocol, unit="batch", leave=False,
                           disable=rank != 0 or not sys.stderr.isatty()):
+                if stop():
+                    return None
                 if i < len(batches):
                     add_scores(scores, model, batches[i], dev)
                 else:
                     add_scores(unused, model, batches[-1], dev)
     finally:
-        model.train(before[0])
-        model.loss_chunk = before[1]
+        model.train(was_training)
     if together:
         on_device = torch.from_numpy(scores).to(dev.device if dev.type == "cuda" else "cpu")
         dist.all_reduce(on_device)
         scores = on_device.cpu().numpy()
     sums = scores[slots].reshape(-1, N_ENDINGS)  # (n, 4)
+    if not np.isfinite(sums).all():
+        raise UserError(f"{np.sum(~np.isfinite(sums))} of {sums.size} log-likelihoods are not finite; try "
+                        f"--dtype=float32, or a checkpoint of an earlier step")
     if examples.protocol == "harness":
         units = np.array([example.characters for example in examples.items])  # (n, 4)
     else:

@@ -74,10 +74,10 @@ class GPTConfig:
 
 class KVCache:
     """Keys and values of the tokens a model has already seen, so that each new token costs one token of
-    compute."""
+    compute. Room for `capacity` tokens, by default block_size."""
 
-    def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
-        shapes = [(batch_size, config.heads_of(layer), config.block_size, config.head_size)
+    def __init__(self, config: GPTConfig, batch_size: int, device, dtype, capacity: int = 0):
+        shapes = [(batch_size, config.heads_of(layer), capacity or config.block_size, config.head_size)
                   for layer in range(config.n_layer)]
         self.k = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
         self.v = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
@@ -93,14 +93,20 @@ class KVCache:
     def advance(self, T):
         self.length += T
 
+    def clear(self):
+        self.length = 0
+
 
 class StaticKVCache(KVCache):
-    """A KVCache whose shapes never change, for a compiled step: it hands out all of its S = block_size slots,
-    and the caller's mask hides those that are not filled."""
+    """A KVCache whose shapes never change, for a compiled step: it hands out all of its S = block_size slots.
+
+    The caller gives `GPT.forward` the positions, and a mask that hides the slots that are not filled.
+    """
 
     def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
         super().__init__(config, batch_size, device, dtype)
-        self.end = torch.zeros(1, dtype=torch.long, device=device)  # the length, where the graph can see it
+        # tokens held, where the graph can see it, in place of `length`
+        self.end = torch.zeros(1, dtype=torch.long, device=device)
         for tensor in (*self.k, *self.v, self.end):
             tensor.zero_()  # what is masked is multiplied by 0, which does not make a number of nan
             torch._dynamo.mark_static_address(tensor)  # or CUDA graphs would copy the cache at every step
@@ -115,7 +121,6 @@ class StaticKVCache(KVCache):
         self.end += T
 
     def clear(self):
-        self.length = 0
         self.end.zero_()
 
 
@@ -305,9 +310,12 @@ class GPT(nn.Module):
         `idx` is (B, T), or a list of B prompts (T_b,) of any lengths from 1 on, each continued as it would be
         alone. temperature 0 is greedy; top_k 0 and top_p 1 keep every id. Learned positions cannot slide, so
         once n tokens do not fit the context, the model sees the last of them from `context_start(n)` on, and
-        the cache is rebuilt half a context at a time. With and without the cache the ids are the same.
-        `compile` compiles the step of one token, over a cache of block_size tokens from the start.
+        the cache is filled anew half a context at a time. With and without the cache the ids are the same, up
+        to the rounding of matrix products, which in 16 bits is coarse. `compile` compiles the step of one
+        token, over a cache of block_size tokens from the start. Raises UserError for an empty prompt,
+        settings out of range (`check_sampling`), and logits that are not finite.
         """
+        check_sampling(temperature, top_k, top_p)
         prompts = list(idx)
         if not prompts or min(map(len, prompts)) == 0:
             raise UserError(f"prompts of {[len(prompt) for prompt in prompts]} tokens: wanted one or more of "
@@ -315,37 +323,38 @@ class GPT(nn.Module):
         B, T, device = len(prompts), max(map(len, prompts)), prompts[0].device
         pad = [T - len(prompt) for prompt in prompts]  # columns on the left, which are never seen
         idx = torch.stack([F.pad(prompt, (n, 0)) for prompt, n in zip(prompts, pad)])  # (B, T)
-        dtype = self.lm_head.weight.dtype
+        block_size, dtype = self.config.block_size, self.lm_head.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        cache, starts = None, []
+        cache = None
         if compile:
-            cache = StaticKVCache(self.config, B, device, dtype)
-            step = self._compiled_step(device.type)
-        was_training = self.training
+            cache, step = StaticKVCache(self.config, B, device, dtype), self._compiled_step(device.type)
+        elif use_cache:
+            cache = KVCache(self.config, B, device, dtype, min(block_size, T + max_new_tokens))
+        was_training, starts, token = self.training, None, None
         self.eval()
         try:
-            for _ in range(max_new_tokens):
-                n = idx.size(1)
-                wanted = [p + context_start(n - p, self.config.block_size) for p in pad]
-                if wanted != starts or not use_cache:
-                    # of the columns from `begin` on, which are those that any row sees, `held` are cached
+            for n in range(T, T + max_new_tokens):
+                wanted = [p + context_start(n - p, block_size) for p in pad]
+                if wanted != starts or cache is None:  # columns from which on the rows are seen
                     starts, begin, held = wanted, min(wanted), 0
-                    if compile:
-                        cache.clear()
-                    elif use_cache:
-                        cache = KVCache(self.config, B, device, dtype)
                     first = torch.tensor(starts, device=device) - begin  # (B,)
-                new, rows = idx[:, begin + held:].contiguous(), {}
+                    if cache is not None:
+                        cache.clear()
+                new = token[:, None] if held else idx[:, begin:]  # the columns that are not in the cache
+                rows = {}
                 if compile or max(starts) > begin:
                     query = torch.arange(held, n - begin, device=device)  # (T,)
-                    S = self.config.block_size if compile else n - begin
+                    S = block_size if compile else n - begin
                     rows = {"position": (query - first[:, None]).clamp(min=0),
                             "mask": row_mask(first, query, S)}
                 forward = step if compile and held else self
                 logits = forward(new, cache=cache, only_last=True, **rows)[:, -1].float()  # (B, n_vocab)
+                if not logits.isfinite().all():
+                    raise UserError("the model's logits are not finite; try --dtype=float32, or a checkpoint "
+                                    "of an earlier step")
                 token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
-                held = n - begin if use_cache else 0
+                held = n - begin if cache is not None else 0
                 idx = torch.cat((idx, token[:, None]), dim=1)  # (B, n + 1)
                 yield token, logits.clone() if compile else logits  # the next step would write over it
         finally:
@@ -410,8 +419,11 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     """
     if reduction == "none" and not torch.is_grad_enabled():  # to judge: there, such rows cost nothing either
         kept = (targets != -100).nonzero()[:, 0]
+        if torch.is_autocast_enabled(x.device.type):  # once, as autocast itself remembers no part of a matrix
+            weight = weight.to(torch.get_autocast_dtype(x.device.type))
+        # never all logits at once, however large the batch
+        parts = zip(x[kept].split(chunk or 2048), targets[kept].split(chunk or 2048))
         losses = torch.zeros(len(targets), dtype=torch.float32, device=x.device)
-        parts = zip(x[kept].split(chunk or len(x)), targets[kept].split(chunk or len(x)))
         losses[kept] = torch.cat([row_losses(x_c, weight, targets_c).float() for x_c, targets_c in parts])
         return losses
     if chunk == 0:
@@ -537,6 +549,16 @@ def tall_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (weight @ columns)[:, : B * T].T.contiguous().view(B, T, -1)
 
 
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raises UserError where one of the three is out of its range."""
+    for name, value, right, wanted in (
+            ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
+            ("top_k", top_k, top_k >= 0, "0 (all) or more"),
+            ("top_p", top_p, 0 < top_p <= 1, "more than 0, and 1 (all) at most")):
+        if not right:
+            raise UserError(f"{name}={value}: wanted {wanted}")
+
+
 def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
                  generator: torch.Generator | None) -> torch.Tensor:
     """Draw ids (B,) from logits (B, V): of the top_k likeliest (0: of all), those that together reach top_p
@@ -546,14 +568,15 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: fl
     ids = None
     if 0 < top_k < logits.size(-1) or top_p < 1.0:
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)), dim=-1)  # (B, k), falling
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no overflow
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: no overflow
     precise = torch.float32 if logits.device.type == "mps" else torch.float64  # which MPS has not
-    probs = F.softmax(logits, dim=-1, dtype=precise)  # (B, k)
-    if top_p < 1.0:
-        # drop an id when the likelier ones before it already reach top_p; the likeliest always stays
-        drop = probs.cumsum(dim=-1) - probs >= top_p
-        drop[:, 0] = False
-        probs = probs.masked_fill(drop, 0.0)
+    # below 1e-6 the likeliest id is the only one, and smaller numbers may round to 0
+    probs = F.softmax(logits / max(temperature, 1e-6), dim=-1, dtype=precise)  # (B, k)
+    if top_p < 1.0:  # drop an id when the likelier ones before it already reach top_p
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)
+    if ids is not None:  # by id: in the order of probability, the last digit of a logit would swap neighbours
+        ids, order = ids.sort(dim=-1)
+        probs = probs.gather(1, order)
     # by the inverse of the cumulative distribution: one number per row; torch.multinomial draws one per id
     cumulative = probs.cumsum(dim=-1)
     u = torch.rand(len(probs), 1, dtype=precise, device=probs.device, generator=generator)  # below 1

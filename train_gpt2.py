@@ -130,6 +130,8 @@ for (low, high), keys in LEGAL.items():
 for key, choices in {"schedule": "cosine wsd", "optimizer": "adamw muon", "parallel": "ddp fsdp"}.items():
     if config[key] not in choices.split():
         raise UserError(f"{key}={config[key]!r}: wanted {choices.replace(' ', ' or ')}")
+if eval_only and dry_run:
+    raise UserError("eval_only and dry_run: the one makes no step, the other two; leave one of them out")
 for package in ("tensorboard", "wandb"):
     if config[package] and importlib.util.find_spec(package) is None:
         raise UserError(f"--{package} needs a package that is not installed: pip install {package}")
@@ -151,7 +153,8 @@ if nodes > 1 and shared_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS"
                     "processes; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes")
 if ddp and ":" in device:
     raise UserError(f"device={device} is one device for {world_size} processes; give --device=cuda")
-dev = resolve_device(device, dtype, compile, int(os.environ.get("LOCAL_RANK", 0)), deterministic)
+dev = resolve_device(device, dtype, compile and not eval_only, int(os.environ.get("LOCAL_RANK", 0)),
+                     deterministic)
 if fsdp and (optimizer == "muon" or dev.dtype == torch.float16):
     raise UserError(f"parallel=fsdp splits the matrices that muon needs whole, and has no loss scaling for "
                     f"float16; got {optimizer} and {dev.dtype}: type --parallel=ddp, or "
@@ -190,6 +193,19 @@ def sum_over_ranks(*values):
     return sums.tolist()
 
 
+def together(action, *arguments):
+    """action(*arguments) on all processes; where it fails on one, all end, in order."""
+    result = error = None
+    try:
+        result = action(*arguments)
+    except (UserError, OSError) as caught:
+        error = caught
+    if sum_over_ranks(error is not None)[0]:
+        leave_together()
+        raise error or UserError("another process has failed, and says why")
+    return result
+
+
 # what torchrun restarts goes on by itself; a new run that would land on an existing one is refused
 log_path, runs_path, skipped_path = (
     Path(log_dir, name) for name in ("log.txt", "runs.jsonl", "skipped.jsonl"))
@@ -211,6 +227,9 @@ if exists and writes and not (resume or restarted):
 if resume and not exists:
     say(f"resume: there is no run in {log_dir} yet, starting at step 0")
 resume = bool(resume or restarted) and writes
+if resume and not init_from:  # a run that began with weights goes on as one
+    began = re.findall(r'"init_from": ("(?:[^"\\]|\\.)*")', starts)
+    init_from = config["init_from"] = json.loads(began[-1]) if began else ""
 
 
 @contextlib.contextmanager
@@ -235,23 +254,24 @@ val_stream = TokenStream(data_dir, "val")
 train_stream = val_stream if eval_only else TokenStream(data_dir, "train")
 start, heads = None, None
 if init_from or eval_only:
-    # a run that goes on has them in its own checkpoints
-    own = (eval_only and not init_from) or (resume and checkpoint.list_checkpoints(log_dir))
-    start = load_any(log_dir if own else init_from)
-    theirs = start["model_config"]
-    if not eval_only and block_size < theirs["block_size"]:  # positions may be left out, not made up
-        theirs = {**theirs, "block_size": block_size}
+    # a run that goes on has them in its own checkpoints, though its source may be gone
+    source = log_dir if not init_from or (resume and checkpoint.list_checkpoints(log_dir)) else init_from
+    start = together(load_any, source)
+    start.pop("optimizers", None)  # twice the weights
+    theirs = {**start["model_config"]}
+    heads = theirs.pop("heads", None)
+    theirs["block_size"] = min(block_size, theirs["block_size"])  # positions may be left out, not made up
     shape = {key: theirs[key] for key in config if key in theirs and key != "dropout"}
     say("init: " + ", ".join(f"{key}={value}" for key, value in shape.items())
-        + f" as in {log_dir if own else init_from}, step {start['step']}")
-    config.update(shape)
+        + f" as in {source}, step {start['step']}")
+    config.update(shape)  # for the record, and as the settings that they are
     globals().update(shape)
-    heads = theirs.get("heads")
 B, T = batch_size, block_size
 tok = checkpoint.checkpoint_tokenizer(start) if start else load_tokenizer(tokenizer)
 if start and tokenizer != "gpt2" and load_tokenizer(tokenizer).sha256 != tok.sha256:
     raise UserError(f"tokenizer={tokenizer}: the weights to begin with know {tok.name!r}, which is another "
                     f"vocabulary, and comes with them; leave --tokenizer out")
+config["tokenizer"] = tok.name if start else tokenizer
 if val_stream.manifest and val_stream.manifest["tokenizer"]["sha256"] != tok.sha256:
     built_with = val_stream.manifest["tokenizer"]["name"]
     cure = ("rebuild the data with that of the weights" if start else
@@ -334,7 +354,7 @@ if start:
     weights = {**start["model"]}
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
     checkpoint.restore(raw_model, [], {"model": weights, "optimizers": []})
-    del weights, start["model"]
+    del weights, start["model"]  # which would stay in memory beside the model
 optimizers = raw_model.configure_optimizers(optimizer, weight_decay, max_lr, (beta1, beta2), dev.fused)
 scaler = dev.grad_scaler()
 # steps left out, so far and in a row; [loss, gradient norm] of the last SPIKE_WINDOW good ones
@@ -401,12 +421,14 @@ def read_hellaswag():
     if hellaswag_interval == 0 or dry_run:
         return None
     try:
-        return hellaswag.read_examples(hellaswag.find_data(hellaswag_data), tok, "completion")
-    except UserError as error:
+        path = hellaswag.find_data(hellaswag_data, "hellaswag_data")
+    except UserError as error:  # of all processes alike
         if hellaswag_data:
+            leave_together()
             raise
         say(f"warning: this run has no HellaSwag scores: {error}; or type --hellaswag_interval=0")
         return None
+    return together(hellaswag.read_examples, path, tok, "completion")
 
 
 examples = read_hellaswag()
@@ -520,15 +542,29 @@ def get_lr(step, schedule, warmup_steps, max_steps, max_lr, min_lr, decay_fracti
     return min_lr + height * (max_lr - min_lr)
 
 
+def too_old():
+    return 0 < max_hours * 3600 <= time.monotonic() - start_time
+
+
+def told_to_stop():
+    """Whether a process has had a signal, or is too old and has made a step: the same answer for all, who ask
+    before each batch that they judge."""
+    return sum_over_ranks(len(signals) + (too_old() and step > start_step))[0] > 0
+
+
 @torch.compiler.set_stance("force_eager")
 @torch.no_grad()
-def evaluate_loss(n_windows):
-    """(nats per token, bits per byte) over the first windows of val; every token weighs the same."""
+def evaluate_loss(n_windows, stop=told_to_stop):
+    """(nats per token, bits per byte) over the first windows of val, every token weighing the same; or None,
+    where `stop` said so meanwhile."""
     raw_model.eval()
     token_bytes = tok.token_bytes()
     loss_sum, n_tokens, n_bytes = 0.0, 0, 0
     rows = B if raw_model.loss_chunk else max(1, B // 4)  # whole logits take more memory here than compiled
     for first in range(0, n_windows, world_size * rows):
+        if stop():
+            raw_model.train()
+            return None
         ids = np.arange(first + rank * rows, min(first + (rank + 1) * rows, n_windows))
         # fsdp gathers weights in every forward, so a process without windows left takes part, for nothing
         x, y = val_loader.read_windows(ids if len(ids) else np.zeros(1, dtype=np.int64))
@@ -543,9 +579,12 @@ def evaluate_loss(n_windows):
 
 @torch.compiler.set_stance("force_eager")
 def score_hellaswag():
-    """The score on all examples, the same for every batch size and number of processes."""
+    """The score on all examples, the same for every batch size and number of processes; or None, as above."""
     with advice_when_memory_runs_out():
-        return hellaswag.evaluate(raw_model, examples, dev, B * T)
+        try:
+            return hellaswag.evaluate(raw_model, examples, dev, B * T, told_to_stop)
+        except UserError as error:
+            give_up(error)
 
 
 def give_up(reason):
@@ -554,6 +593,9 @@ def give_up(reason):
         writer.wait()
     newest = checkpoint.list_checkpoints(log_dir)[-1:]
     leave_together()
+    if start and step == start_step:
+        sys.exit(f"error: {reason}, before the first step: the weights of {source} are damaged; name others "
+                 f"with --init_from, or try --dtype=float32")
     sys.exit(f"error: {reason}; stopped. " + (
         f"Last good checkpoint: {newest[0]}. Continue from it with --resume and a lower --max_lr, or try "
         f"--dtype=float32" if newest else "There is no checkpoint yet; try a lower --max_lr, or float32"))
@@ -622,11 +664,10 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
 
     # ---- evaluate: every process, fixed tokens, off the clock; whatever is saved is judged first
     checkpoint_due = last_step or (checkpoint_interval > 0 and step > 0 and step % checkpoint_interval == 0)
-    judged = (checkpoint_due or (val_interval > 0 and step % val_interval == 0)) and not (stopping or dry_run)
-    if stopping and not math.isfinite(evaluate_loss(min(world_size, n_val_windows))[0]):  # no time for more
-        give_up(f"val loss is not finite at step {step}")
+    val_due = checkpoint_due or (val_interval > 0 and step % val_interval == 0)
+    judged = evaluate_loss(n_val_windows) if val_due and not (stopping or dry_run) else None
     if judged:
-        val_loss, val_bpb = evaluate_loss(n_val_windows)
+        val_loss, val_bpb = judged
         log(step, val=val_loss, val_bpb=val_bpb)
         say(f"step {step} | val loss: {val_loss:.4f} | bits per byte: {val_bpb:.4f}")
         if not math.isfinite(val_loss):
@@ -634,10 +675,15 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         if checkpoint_due and (best is None or val_loss < best["val_loss"]):
             best = {"step": step, "val_loss": val_loss}
     hella_due = last_step or (step > 0 and step % max(1, hellaswag_interval) == 0)
-    if examples and hella_due and not (stopping or dry_run):
-        hella = score_hellaswag()
+    stopping = stopping or (val_due and not judged and not dry_run)
+    hella = score_hellaswag() if examples and hella_due and not stopping else None
+    if hella:
         log(step, hella=hella.acc_norm, hella_acc=hella.acc)
         say(f"step {step} | {hellaswag.format_result(examples.protocol, hella)}")
+    stopping = stopping or bool(examples and hella_due and not hella)
+    # no time for more, but nothing is saved that is not finite
+    if stopping and not judged and not math.isfinite(evaluate_loss(min(world_size, n_val_windows), bool)[0]):
+        give_up(f"val loss is not finite at step {step}")
     sample_due = sample_interval > 0 and step > 0 and step % sample_interval == 0
     if sample_due and (master_process or fsdp) and not (last_step or stopping or dry_run):
         print_samples(step)
@@ -682,11 +728,10 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         norm = norm.full_tensor() if fsdp else norm
         losses = torch.stack(losses).tolist()
         # one exchange, so that all processes go on, skip or stop together; a nan of one is a nan for all
-        too_old = 0 < max_hours * 3600 <= time.monotonic() - start_time
-        loss, norm, n_signals, n_old, n_failed = sum_over_ranks(
-            sum(losses) / grad_accum_steps, norm.item(), len(signals), too_old,
+        loss, norm, n_told, n_failed = sum_over_ranks(
+            sum(losses) / grad_accum_steps, norm.item(), len(signals) + too_old(),
             writer is not None and writer.failed())
-        loss, norm, stopping = loss / world_size, norm / world_size, n_signals + n_old > 0
+        loss, norm, stopping = loss / world_size, norm / world_size, n_told > 0
         bad = judge_step(loss, norm)
         for opt in optimizers:
             for group in opt.param_groups:
@@ -767,7 +812,7 @@ else:
     if sum_over_ranks(error is not None)[0]:
         leave_together()
         raise error or UserError("another process could not write its part of the checkpoint")
-    why = (signals or ["a signal to another process"])[0] if stopping and n_signals else "--max_hours"
+    why = signals[0] if signals else "--max_hours" if too_old() else "a signal to another process"
     say(f"\n{f'stopped by {why}' if stopping else 'done'}: step {step}, "
         + ("judged, not trained" if eval_only else f"{step * batch_tokens:,} tokens")
         + (f", {batch_tokens / np.median(step_times):,.0f} tok/s (median step)" if step_times else "")
@@ -776,9 +821,9 @@ else:
         say(f"val loss {val_loss:.4f} nats per token ({val_bpb:.4f} bits per byte) "
             f"on {n_val_windows * T:,} tokens of {data_dir}"
             + (f"; a unigram model has {unigram:.4f}" if unigram else ""))
-    if not eval_only:
-        say(f"checkpoint: {checkpoint.list_checkpoints(log_dir)[-1] if master_process else ''}"
-            + ("; continue with --resume" if stopping else ""))
+    newest = checkpoint.list_checkpoints(log_dir)[-1:]
+    if newest and not eval_only:
+        say(f"checkpoint: {newest[0]}" + ("; continue with --resume" if stopping else ""))
 if board:
     board.close()
 if wandb_run:

@@ -135,6 +135,9 @@ def test_what_is_written(exported):
 def test_the_pipeline_generates(exported, transformers, tokenizers):
     state, folder = exported["own"]
     pipeline = transformers.pipeline("text-generation", str(folder))
+    found, = pipeline("import heapq", do_sample=False)  # no further than the last position
+    n = len(tokenizers["own"].encode(found["generated_text"]))
+    assert n <= state["model_config"]["block_size"]
     found, = pipeline("import heapq", max_new_tokens=8, do_sample=False, return_full_text=False)
     tok = tokenizers["own"]
     idx = torch.tensor(tok.encode("import heapq").astype(np.int64))[None]

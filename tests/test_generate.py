@@ -105,8 +105,8 @@ def test_a_prompt_longer_than_the_context_sees_its_end_only(folder):
 
 def test_prompts_of_a_file_are_one_batch(folder):
     """Greedy, each is continued as it is alone, whatever its length beside the others."""
-    lines = ["a", "abc def ghi", "x" * 45]
-    (folder / "prompts.txt").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    lines = ["a", "abc\x0cdef\u2028ghi", "x" * 45]  # what Python, and nobody else, takes for ends of lines
+    (folder / "prompts.txt").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode())
     flags = ["--temperature=0", "--num_samples=1", "--max_new_tokens=40"]
     out = samples(folder, "--prompts=prompts.txt", *flags)
     parts = re.split("--- (?:step 1, )?sample . of .\n", out)[1:]
@@ -115,21 +115,26 @@ def test_prompts_of_a_file_are_one_batch(folder):
         assert alone.split("\n", 1)[1] == part
 
 
-def test_it_stops_at_the_end_of_the_text(tmp_path, byte_tokenizer):
-    """A model that says a, the two bytes of é, EOT and then c: whole characters, and nothing after EOT."""
-    tok = load_tokenizer(str(byte_tokenizer))
+def save_speaker(folder, tok, text, end):
+    """A checkpoint of a model that says the bytes of `text`, by position, and EOT at position `end`."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 257, 257, 1, 1, 64))
+    said = [*text.encode()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         model.transformer.wte.weight.normal_()
         model.transformer.ln_f.weight.fill_(20.0)  # an id's logit is its similarity to the position's vector
-        for position, token in enumerate([ord("a"), *"é".encode(), tok.eot, ord("c")]):
+        for position, token in enumerate([*said[:end], tok.eot, *said[end:]]):
             model.transformer.wpe.weight[position] = 100 * model.transformer.wte.weight[token]
-    save_checkpoint(tmp_path, 0, {
+    save_checkpoint(folder, 0, {
         "step": 0, "model": model.state_dict(), "model_config": describe_model(model),
         "tokenizer": describe_tokenizer(tok)})
+
+
+def test_it_stops_at_the_end_of_the_text(tmp_path, byte_tokenizer):
+    """A model that says a, the two bytes of é, EOT and then c: whole characters, and nothing after EOT."""
+    save_speaker(tmp_path, load_tokenizer(str(byte_tokenizer)), "aéc", 3)
     out = samples(tmp_path, f"--checkpoint={tmp_path}", "--temperature=0", "--max_new_tokens=10")
     assert out == "--- step 0, sample 1 of 2\naé\n--- sample 2 of 2\naé\n"
     out = samples(tmp_path, f"--checkpoint={tmp_path}", "--temperature=0", "--logprobs", "--num_samples=1")
@@ -185,6 +190,8 @@ def test_every_token_of_a_text_is_scored_once(folder, n, stride):
 def test_a_text_gets_perplexity_and_bits_per_byte(folder):
     text = "naïve <|endoftext|> text\n" * 5
     (folder / "text.txt").write_text(text, encoding="utf-8")
+    out = samples(folder, "--text=text.txt", "--checkpoint=log_a")
+    assert out == samples(folder, "--text=text.txt", "--checkpoint=log_a", "--stride=16")
     out = samples(folder, "--text=text.txt", "--stride=8", "--logprobs", "--checkpoint=log_a")
     tok = load_tokenizer(str(load_rank_file(folder)))
     ids = np.concatenate(([tok.eot], tok.encode(text))).astype(np.int64)
@@ -203,6 +210,17 @@ def load_rank_file(folder):
     path = folder / "ranks.tiktoken"
     path.write_bytes(load_model(folder / "log_a")[1]["tokenizer"]["rank_file"].numpy().tobytes())
     return path
+
+
+def test_each_sample_ends_at_its_own_end_of_text(tmp_path, byte_tokenizer):
+    """Two prompts, whose ends the same model of positions says two steps apart."""
+    save_speaker(tmp_path, load_tokenizer(str(byte_tokenizer)), "aabcd", 5)
+    (tmp_path / "prompts.txt").write_text("x\nxyz\n", encoding="utf-8")
+    for first, flags in enumerate(([], ["--logprobs"])):
+        out = samples(tmp_path, f"--checkpoint={tmp_path}", "--temperature=0", "--prompts=prompts.txt",
+                      "--num_samples=1", "--max_new_tokens=9", *flags)
+        assert [line for line in out.splitlines() if line[:1] == "x"] == ["xabcd", "xyzcd"]
+        assert first == 0 or [len(table) for table in read_logprobs(out)] == [5, 3]
 
 
 def test_special_tokens_in_a_prompt_are_text(folder):

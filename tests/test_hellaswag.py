@@ -111,7 +111,22 @@ def test_scores_are_those_of_one_example_at_a_time(cpu, config, longest):
         np.testing.assert_allclose(result.log_likelihoods, sums, rtol=1e-5)
         assert result.acc == np.mean(sums.argmax(1) == labels)
         assert result.acc_norm == np.mean((sums / counts).argmax(1) == labels)
-    assert model.training and model.loss_chunk == 0
+    assert model.training
+
+
+def test_scores_are_in_the_dtype_of_the_device(cpu):
+    model, examples = sharp_model(), random_examples(8, 30)
+    exact = evaluate(model, examples, cpu).log_likelihoods
+    coarse = evaluate(model, examples, resolve_device("cpu", "bfloat16")).log_likelihoods
+    assert not np.allclose(exact, coarse, rtol=1e-5)
+    np.testing.assert_allclose(exact, coarse, rtol=0.1)
+
+
+def test_scores_that_are_no_numbers_are_an_error(cpu):
+    model = sharp_model()
+    model.transformer.ln_f.bias.data[0] = np.nan
+    with pytest.raises(UserError, match="32 of 32 log-likelihoods are not finite"):
+        evaluate(model, random_examples(8, 30), cpu)
 
 
 def test_padding_does_no_harm_where_attention_is_plain(cpu):
@@ -391,7 +406,7 @@ def test_offline(server):
 def test_processes_find_the_file_together(server):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(UserError, match=r"data=none.jsonl: not a file"):
+        with pytest.raises(UserError, match=r"none.jsonl: No such file or directory; give --data=FILE"):
             find_data("none.jsonl")
         assert find_data().read_bytes() == server.body and server.requests == 1
     finally:
@@ -410,7 +425,7 @@ def test_a_wrong_file_in_the_place_of_the_public_one(server, tmp_path):
 def test_a_file_of_ones_own(server, tmp_path):
     path = write(tmp_path / "own.jsonl", record())
     assert find_data(str(path)) == path
-    with pytest.raises(UserError, match=r"data=none.jsonl: not a file"):
+    with pytest.raises(UserError, match=r"none.jsonl: No such file or directory; give --data=FILE"):
         find_data("none.jsonl")
     assert server.requests == 0
 

@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
-from training import attempt, losses, read_log, snapshot, train
+from training import attempt, losses, read_log, snapshot, train, with_fault
 
 import hellaswag
 from bpe import load_tokenizer
-from checkpoint import list_checkpoints, load_checkpoint, load_model
+from checkpoint import describe_model, list_checkpoints, load_checkpoint, load_model, save_checkpoint
+from convert_hf import export_hf
 from device import resolve_device
 from model import GPT, GPTConfig
 from shards import TokenStream, WindowLoader
@@ -69,7 +70,8 @@ def test_without_the_data_there_is_a_warning_and_no_score(flags, tmp_path, monke
     assert out.count("warning: this run has no HellaSwag scores") == 1 and "--hellaswag_interval=0" in out
     assert not read_log("log", "hella")["hella"] and len(losses("log")) == 3
     done = attempt({**flags, "hellaswag_data": "nosuch.jsonl", "hellaswag_interval": 1}, log_dir="other")
-    assert done.returncode == 2 and "data=nosuch.jsonl: not a file" in done.stderr
+    assert done.returncode == 2
+    assert "nosuch.jsonl: No such file or directory; give --hellaswag_data=FILE" in done.stderr
 
 
 def test_eval_only_says_what_the_run_said_and_writes_nothing(judged, base_flags, questions, tmp_path):
@@ -125,10 +127,10 @@ def test_a_fine_tuned_run_resumes_without_its_source(tuned, tmp_path):
     short = {**flags, "max_steps": 6, "log_dir": tmp_path / "log"}
     done = attempt({**short, "target_loss": 99})  # one step, and a checkpoint
     assert done.returncode == 0, done.stderr
-    train({**short, "init_from": "gone", "resume": "true"})
-    for stream in ("train", "val"):
-        ours, theirs = (read_log(folder, stream)[stream] for folder in (tmp_path / "log", log_dir))
-        assert ours.items() <= theirs.items() | {(1, ours.get(1))}
+    short.pop("init_from")  # the run remembers that it began with weights, and has its own by now
+    train({**short, "resume": "true"})
+    ours, theirs = (read_log(folder, "train", "val", "norm") for folder in (tmp_path / "log", log_dir))
+    assert ours == theirs
     one, other = (load_checkpoint(folder)["model"] for folder in (tmp_path / "log", log_dir))
     assert all(torch.equal(one[name], other[name]) for name in other)
 
@@ -144,3 +146,65 @@ def test_weights_that_do_not_fit(flags, judged, tmp_path, overrides, words):
     done = attempt({**flags, **overrides}, log_dir=tmp_path / "log")
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert not (tmp_path / "log").exists()
+
+
+def test_a_signal_stops_the_judging_too(flags, tmp_path, questions):
+    """Told in the middle of validation, of HellaSwag, and of a run that only judges: it ends in order."""
+    flags |= {"hellaswag_interval": 3, "hellaswag_data": questions, "log_dir": tmp_path / "log"}
+    told = """
+import signal, model
+forward, asked = model.GPT.forward, 0
+def faulty(self, idx, targets=None, *args, reduction="mean", **kwargs):
+    global asked
+    judging = reduction == "{reduction}" and not self.training and targets is not None
+    asked += judging
+    if judging and asked == {call}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return forward(self, idx, targets, *args, reduction=reduction, **kwargs)
+model.GPT.forward = faulty
+"""
+    # 32 windows, 2 at a time: the second batch of the validation of step 4
+    out = train(flags, 1, with_fault(tmp_path, told.format(reduction="sum", call=16 + 2)))
+    assert "stopped by SIGTERM: step 4," in out and "step 4 | val loss" not in out
+    assert load_checkpoint(tmp_path / "log")["val_loss"] is None
+    out = train({**flags, "resume": "true"}, 1, with_fault(tmp_path, told.format(reduction="none", call=2)))
+    assert "step 4 | val loss" in out and "stopped by SIGTERM: step 6," in out
+    assert "completion" not in out and load_checkpoint(tmp_path / "log")["step"] == 6
+    out = train({**flags, "eval_only": "true"}, 1, with_fault(tmp_path, told.format(reduction="sum", call=2)))
+    assert "stopped by SIGTERM: step 6, judged, not trained" in out and "val loss" not in out
+
+
+def test_weights_that_are_not_finite(flags, judged, tmp_path):
+    state = load_checkpoint(judged[0])
+    state["model"]["transformer.h.0.ln_1.weight"][0] = float("nan")
+    save_checkpoint(tmp_path, 7, state)
+    done = attempt({**flags, "eval_only": "true"}, init_from=tmp_path, log_dir=tmp_path / "log")
+    assert done.returncode == 1 and f"the weights of {tmp_path} are damaged; name others" in done.stderr
+    assert not (tmp_path / "log").exists()
+
+
+def test_pruned_weights_are_tuned_by_two_processes_with_fsdp(flags, judged, tmp_path):
+    """The heads that are left stay what they are; exported, the same model has the same val loss."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 257, 257, 2, 2, 32, heads=(1, 2)))
+    state = {**load_checkpoint(judged[0]), "step": 0, "model": model.state_dict(),
+             "model_config": describe_model(model)}
+    (tmp_path / "pruned").mkdir()
+    save_checkpoint(tmp_path / "pruned", 0, state)
+    export_hf(state, tmp_path / "hf")
+    flags |= {"dropout": 0, "max_steps": 2, "warmup_steps": 0, "val_interval": 1}
+    train(flags, log_dir=tmp_path / "one", init_from=tmp_path / "pruned")
+    train(flags, 2, log_dir=tmp_path / "two", init_from=tmp_path / "pruned", parallel="fsdp")
+    assert load_checkpoint(tmp_path / "two")["model_config"]["heads"] == (1, 2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    out = train({**flags, "eval_only": "true"}, log_dir=tmp_path / "none", init_from=tmp_path / "hf",
+                data_dir=val_only(flags["data_dir"], tmp_path / "data"))
+    assert f"val loss: {float(read_log(tmp_path / 'one', 'val')['val'][0]):.4f}" in out
+
+
+def val_only(data_dir, folder):
+    """A folder with the validation shards alone."""
+    folder.mkdir()
+    for path in data_dir.glob("*_val_*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
