@@ -519,25 +519,36 @@ def bench_startup() -> None:
           f"({min(seconds):.2f} to {max(seconds):.2f}, n={len(seconds)})", flush=True)
 
 
-def bench_generate() -> None:
-    import torch
-    import transformers
-
+def in_transformers(model, tok):
+    """The same model in transformers, which never ends a text; None where that is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        print("generate  | no comparison with transformers: pip install -r requirements-dev.txt")
+        return None
     from checkpoint import describe_model, describe_tokenizer
     from convert_hf import export_hf
-    from device import resolve_device
-    from model import GPT, GPTConfig
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        export_hf({"model": model.state_dict(), "model_config": describe_model(model),
+                   "tokenizer": describe_tokenizer(tok)}, Path(folder, "hf"))
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(Path(folder, "hf"))
+    theirs.generation_config.eos_token_id = None
+    return theirs.to(model.lm_head.weight.device).eval()
+
+
+def bench_generate() -> None:
+    import torch
+
+    from device import resolve_device
+    from model import GPT, GPTConfig
     dev = resolve_device(device, "float32")
     tok = load_tokenizer()
     config = GPTConfig(block_size=max_new_tokens + 1, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     torch.manual_seed(0)
     model = GPT(config).to(dev.device).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        export_hf({"model": model.state_dict(), "model_config": describe_model(model),
-                   "tokenizer": describe_tokenizer(tok)}, Path(folder, "hf"))
-        theirs = transformers.GPT2LMHeadModel.from_pretrained(Path(folder, "hf")).to(dev.device).eval()
+    theirs = in_transformers(model, tok)
     texts = torch.full((8, 1), tok.eot, dtype=torch.long, device=dev.device)
 
     def ours(B, compile=False):
@@ -547,8 +558,8 @@ def bench_generate() -> None:
         return tokens  # (B, max_new_tokens)
 
     def transformer(B):
-        idx = theirs.generate(texts[:B], max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens,
-                              do_sample=False, attention_mask=torch.ones_like(texts[:B]))
+        idx = theirs.generate(texts[:B], max_new_tokens=max_new_tokens, do_sample=False,
+                              attention_mask=torch.ones_like(texts[:B]))
         dev.synchronize()
         return idx[:, 1:]
 
@@ -560,15 +571,16 @@ def bench_generate() -> None:
         dev.synchronize()
         return idx[:, 1:]
 
-    first = [run[:, :32] for run in (ours(1), ours(8)[:1], transformer(1), full())]
+    first = [run[:, :32] for run in (ours(1), ours(8)[:1], full(), *([transformer(1)] if theirs else []))]
     if not all(torch.equal(first[0], other) for other in first):
         raise RuntimeError("the sides continue a text differently: a bug in model.py")
     n = max(1, turns // 2)  # the full forward takes a minute or more per turn
     timed = take_turns(lambda: ours(1), full, n)
     report("generate", "tok/s", max_new_tokens, *timed, "a full forward per token")
     for B in (1, 8):
-        timed = take_turns(lambda B=B: ours(B), lambda B=B: transformer(B), n)
-        report("generate", "tok/s", B * max_new_tokens, *timed, f"transformers, batch {B}")
+        if theirs:
+            timed = take_turns(lambda B=B: ours(B), lambda B=B: transformer(B), n)
+            report("generate", "tok/s", B * max_new_tokens, *timed, f"transformers, batch {B}")
         if dev.type == "cuda":
             timed = take_turns(lambda B=B: ours(B, compile=True), lambda B=B: ours(B), n)
             report("generate", "tok/s", B * max_new_tokens, *timed, f"no --compile, batch {B}")
