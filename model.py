@@ -124,6 +124,30 @@ class StaticKVCache(KVCache):
         self.end.zero_()
 
 
+class Linear(nn.Linear):
+    """nn.Linear, but the few rows of a decoding step, in float32 on a CPU, as weight @ x.T.
+
+    MKL multiplies up to about 16 rows by a large matrix with one thread; the other way round, and one row
+    by two halves of the matrix, it uses all, and reads the weights up to four times as fast (RESULTS.md).
+    """
+
+    def forward(self, x):
+        C, N = x.size(-1), x.numel() // max(1, x.size(-1))
+        if (N > 16 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled()
+                or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
+            return super().forward(x)
+        V, columns = len(self.weight), x.reshape(N, C).T  # (C, N)
+        if N == 1:
+            half = (V + 1) // 2  # where V is odd, both have the row in the middle
+            halves = self.weight.as_strided((2, half, C), ((V - half) * C, C, 1))
+            upper, lower = torch.bmm(halves, columns.expand(2, C, 1))  # (half, 1) each
+            y = torch.cat((upper, lower[2 * half - V:]))  # (V, 1)
+        else:
+            y = self.weight @ columns  # (V, N)
+        y = y.T.contiguous().view(*x.shape[:-1], V)
+        return y if self.bias is None else y + self.bias
+
+
 def plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
     """F.scaled_dot_product_attention written out in float32, for devices on which that one is wrong.
 
@@ -150,8 +174,8 @@ class CausalSelfAttention(nn.Module):
         width = self.n_head * self.head_size  # C, unless heads are pruned
         with warnings.catch_warnings():  # of a layer whose heads are all pruned
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-            self.c_attn = nn.Linear(config.n_embd, 3 * width)  # rows QQQ KKK VVV, heads in order in each
-            self.c_proj = nn.Linear(width, config.n_embd)
+            self.c_attn = Linear(config.n_embd, 3 * width)  # rows QQQ KKK VVV, heads in order in each
+            self.c_proj = Linear(width, config.n_embd)
 
     def forward(self, x, cache=None, mask=None):
         B, T, C = x.shape
@@ -205,8 +229,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         x = gelu(self.c_fc(x))  # (B, T, 4C)
@@ -251,7 +275,7 @@ class GPT(nn.Module):
             # Post-LN normalises after every addition, so a final norm would be a second one
             "ln_f": nn.LayerNorm(config.n_embd) if config.norm_position == "pre" else nn.Identity(),
         })
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         # tied: Press & Wolf 2017, "Using the Output Embedding"
         self.lm_head.weight = self.transformer.wte.weight
         for name, parameter in self.named_parameters():
@@ -292,7 +316,7 @@ class GPT(nn.Module):
         if targets is None:
             x = x[:, -1:] if only_last else x
             # padding ids do not exist for who samples
-            return tall_linear(x, self.lm_head.weight)[..., : self.config.n_vocab]
+            return self.lm_head(x)[..., : self.config.n_vocab]
         # whoever judges the model judges what it says, and what it is after an export: no padding ids either
         weight = self.lm_head.weight if self.training else self.lm_head.weight[: self.config.n_vocab]
         loss = linear_cross_entropy(x.view(B * T, -1), weight, targets.reshape(-1), self.loss_chunk,
@@ -533,20 +557,6 @@ def row_mask(first: torch.Tensor, query: torch.Tensor, S: int) -> torch.Tensor:
     own = key == query[:, None]  # (T, S)
     seen = (key <= query[:, None]) & (key >= first[:, None, None])  # (B, T, S)
     return (seen | own)[:, None]
-
-
-def tall_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """F.linear(x, weight) for x (B, T, C) and a weight (V, C) of many rows.
-
-    Up to about 16 rows MKL multiplies by such a matrix with one thread and little use of its vectors. As
-    weight @ x.T, with two columns or more, it takes a quarter to a half of the time (RESULTS.md).
-    """
-    B, T, C = x.shape
-    if (B * T > 16 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling()):
-        return F.linear(x, weight)
-    columns = x.reshape(-1, C).repeat(2 if B * T == 1 else 1, 1).T  # (C, N), N from 2 on
-    return (weight @ columns)[:, : B * T].T.contiguous().view(B, T, -1)
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:

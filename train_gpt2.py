@@ -252,7 +252,7 @@ def advice_when_memory_runs_out():
 # ---- data, and the weights to begin with, if not random ones: shape and tokenizer are theirs
 val_stream = TokenStream(data_dir, "val")
 train_stream = val_stream if eval_only else TokenStream(data_dir, "train")
-start, heads = None, None
+start = heads = start_crc = None
 if init_from or eval_only:
     # a run that goes on has them in its own checkpoints, though its source may be gone
     source = log_dir if not init_from or (resume and checkpoint.list_checkpoints(log_dir)) else init_from
@@ -353,6 +353,7 @@ if fsdp:  # a forward without a backward leaves the embeddings gathered
 if start:
     weights = {**start["model"]}
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
+    start_crc = zlib.crc32(weights["transformer.wte.weight"].numpy().tobytes())
     checkpoint.restore(raw_model, [], {"model": weights, "optimizers": []})
     del weights, start["model"]  # which would stay in memory beside the model
 optimizers = raw_model.configure_optimizers(optimizer, weight_decay, max_lr, (beta1, beta2), dev.fused)
@@ -398,11 +399,12 @@ if resume and checkpoint.list_checkpoints(log_dir):
     reached = 0 < saved["train_loss"] <= target_loss
 if ddp:
     places = [None] * world_size
-    dist.all_gather_object(places, (start_step, train_stream.fingerprint, val_stream.fingerprint))
+    dist.all_gather_object(places, (start_step, train_stream.fingerprint, val_stream.fingerprint, start_crc))
     if len(set(places)) > 1:
         leave_together()
-        raise UserError(f"processes disagree on (start step, train data, val data): {sorted(set(places))}; "
-                        f"log_dir={log_dir} and data_dir={data_dir} must be the same folders on every node")
+        raise UserError(f"processes disagree on (start step, train data, val data, weights to begin with): "
+                        f"{sorted(set(places), key=str)}; log_dir={log_dir}, data_dir={data_dir} and "
+                        f"init_from={init_from} must be the same on every node")
 
 # evaluation, sampling and saving use raw_model, in eager mode; only the training step is compiled
 model = raw_model

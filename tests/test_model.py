@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from bpe import load_tokenizer
 from configurator import UserError
-from model import GPT, GPTConfig, KVCache, context_start, plain_attention, sample_token, tall_linear
+from model import GPT, GPTConfig, KVCache, Linear, context_start, plain_attention, sample_token
 
 TINY = {"block_size": 16, "vocab_size": 64, "n_vocab": 61, "n_layer": 3, "n_head": 2, "n_embd": 24}
 
@@ -210,14 +210,14 @@ def test_prompts_of_different_lengths_are_continued_as_alone(use_cache, norm_pos
             torch.testing.assert_close(logits[i], alone[0], atol=2e-5, rtol=1e-5)
 
 
-def test_rounding_does_not_swap_what_top_p_draws():
-    """Many ids of nearly equal probability: with the cache the last digits of the logits are others."""
-    model = make_model(block_size=64, vocab_size=50257, n_vocab=50257)
-    idx = random_ids(4, 3)
-    for seed in range(3):
-        ours, theirs = (drawn(model.generate(idx, 40, 1.0, 0, 0.95, torch.Generator().manual_seed(seed), on))
-                        for on in (True, False))
-        assert torch.equal(ours, theirs)
+def test_rounding_hardly_ever_changes_what_top_p_draws():
+    """Of many ids of nearly equal probability. In the order of probability, one digit would swap neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 0.3 * torch.randn(1000, 5000, generator=generator)
+    rounded = logits + 1e-5 * torch.randn(1000, 5000, generator=generator)
+    one, other = (sample_token(some, 1.0, 0, 0.95, torch.Generator().manual_seed(1))
+                  for some in (logits, rounded))
+    assert (one != other).float().mean() < 0.02  # in the order of probability 0.05
 
 
 def test_logits_that_are_not_finite_are_an_error():
@@ -286,14 +286,18 @@ def test_generation_needs_a_first_token(prompts):
         next(make_model().generate(prompts, 5))
 
 
-@pytest.mark.parametrize("B", [1, 2, 5, 16, 17])
-@pytest.mark.parametrize("T", [1, 3])
-def test_few_rows_times_a_tall_matrix(B, T):
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(B, T, 24, generator=generator), torch.randn(61, 24, generator=generator)
-    y = tall_linear(x, weight)
-    torch.testing.assert_close(y, F.linear(x, weight), atol=1e-5, rtol=1e-5)
-    assert y.is_contiguous()
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 1), (3, 5), (4, 4), (17,)])
+@pytest.mark.parametrize("V", [1, 2, 60, 61])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_torchs_whatever_the_number_of_rows(rows, V, bias):
+    torch.manual_seed(0)
+    layer, x = Linear(24, V, bias=bias), torch.randn(*rows, 24)
+    with torch.no_grad():
+        y = layer(x)
+        torch.testing.assert_close(y, F.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+    assert y.is_contiguous() and layer(x).requires_grad
 
 
 def test_layers_may_have_fewer_heads():
