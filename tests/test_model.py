@@ -211,7 +211,7 @@ def test_prompts_of_different_lengths_are_continued_as_alone(use_cache, norm_pos
 
 
 def test_rounding_hardly_ever_changes_what_top_p_draws():
-    """Of many ids of nearly equal probability. In the order of probability, one digit would swap neighbours."""
+    """Of many ids of nearly equal probability; in the order of probability, a digit would swap neighbours."""
     generator = torch.Generator().manual_seed(0)
     logits = 0.3 * torch.randn(1000, 5000, generator=generator)
     rounded = logits + 1e-5 * torch.randn(1000, 5000, generator=generator)
