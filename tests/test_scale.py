@@ -47,8 +47,8 @@ def test_sharded_checkpoints_fit_any_number_of_processes(flags, tmp_path):
     flags |= {"log_dir": tmp_path / "many", "keep_checkpoints": 9}
     sharded = tmp_path / "many" / "ckpt_0000004"
     for last, processes, parallel in ((4, 2, "fsdp"), (8, 1, "ddp"), (12, 4, "fsdp"), (16, 2, "ddp")):
-        # told to stop in its fourth step; not by max_steps, where the cosine ends
-        script = fault(tmp_path, 4 * 4 // processes, signal_self("SIGTERM"))
+        # told to stop in its fourth step, but for the last; not by max_steps, where the cosine ends
+        script = fault(tmp_path, 4 * 4 // processes if last < 16 else 0, signal_self("SIGTERM"))
         train(flags, processes, script, parallel=parallel, resume="true", max_steps=16)
         assert [checkpoint.step_of(path) for path in list_checkpoints(tmp_path / "many")][-1] == last
         if last == 4:
