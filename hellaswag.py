@@ -351,6 +351,7 @@ def add_scores(scores: np.ndarray, model: GPT, batch: list[Row], dev: Device) ->
 
 
 def never() -> bool:
+    """What to ask where nothing stops the judging."""
     return False
 
 

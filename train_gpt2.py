@@ -556,7 +556,7 @@ def told_to_stop():
 
 @torch.compiler.set_stance("force_eager")
 @torch.no_grad()
-def evaluate_loss(n_windows, stop=told_to_stop):
+def evaluate_loss(n_windows, stop=hellaswag.never):
     """(nats per token, bits per byte) over the first windows of val, every token weighing the same; or None,
     where `stop` said so meanwhile."""
     raw_model.eval()
@@ -667,7 +667,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     # ---- evaluate: every process, fixed tokens, off the clock; whatever is saved is judged first
     checkpoint_due = last_step or (checkpoint_interval > 0 and step > 0 and step % checkpoint_interval == 0)
     val_due = checkpoint_due or (val_interval > 0 and step % val_interval == 0)
-    judged = evaluate_loss(n_val_windows) if val_due and not (stopping or dry_run) else None
+    judged = evaluate_loss(n_val_windows, told_to_stop) if val_due and not (stopping or dry_run) else None
     if judged:
         val_loss, val_bpb = judged
         log(step, val=val_loss, val_bpb=val_bpb)
@@ -684,7 +684,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         say(f"step {step} | {hellaswag.format_result(examples.protocol, hella)}")
     stopping = stopping or bool(examples and hella_due and not hella)
     # no time for more, but nothing is saved that is not finite
-    if stopping and not judged and not math.isfinite(evaluate_loss(min(world_size, n_val_windows), bool)[0]):
+    if stopping and not judged and not math.isfinite(evaluate_loss(min(world_size, n_val_windows))[0]):
         give_up(f"val loss is not finite at step {step}")
     sample_due = sample_interval > 0 and step > 0 and step % sample_interval == 0
     if sample_due and (master_process or fsdp) and not (last_step or stopping or dry_run):

@@ -30,6 +30,7 @@ from checkpoint import (
     load_checkpoint,
     load_into,
     load_model,
+    newest_checkpoint,
     prune_checkpoints,
     restore,
     save_checkpoint,
@@ -171,6 +172,19 @@ def test_tensors_that_do_not_fit_are_named(state, tmp_path):
     save_checkpoint(tmp_path, 1, state)
     with pytest.raises(UserError, match=r"transformer\.h\.2"):
         load_model(tmp_path)
+
+
+def test_the_default_is_the_run_that_was_written_to_last(tmp_path, monkeypatch):
+    """Whether its checkpoints are files or, of a sharded model, folders; never what a killed write left."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="make demo"):
+        newest_checkpoint()
+    for time, place in enumerate(("log_a/ckpt_0000009.pt", "log_b/ckpt_0000002", "log_c/ckpt_0000003.tmp")):
+        path = tmp_path / place
+        path.parent.mkdir()
+        path.mkdir() if path.suffix == "" else path.touch()
+        os.utime(path, (time, time))
+    assert newest_checkpoint() == Path("log_b")
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):

@@ -413,6 +413,22 @@ def test_processes_find_the_file_together(server):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_fails_on_one_process_fails_on_all(monkeypatch, tmp_path, rank):
+    """Rank 0 learns of a failure of rank 1 by all_gather, rank 1 of one of rank 0 by broadcast."""
+    def of_rank_0(objects, src):
+        objects[:] = [objects[0] if rank == 0 else "rank 0 has no file"]
+
+    def of_all(objects, mine):
+        objects[:] = [mine, "rank 1 has no file"]
+
+    for name, fake in {"is_initialized": lambda: True, "get_rank": lambda: rank, "get_world_size": lambda: 2,
+                       "broadcast_object_list": of_rank_0, "all_gather_object": of_all}.items():
+        monkeypatch.setattr(torch.distributed, name, fake)
+    with pytest.raises(UserError, match=f"rank {1 - rank} has no file"):
+        find_data(str(write(tmp_path / "own.jsonl", record())))
+
+
 def test_a_wrong_file_in_the_place_of_the_public_one(server, tmp_path):
     (tmp_path / "hellaswag").mkdir()
     (tmp_path / "hellaswag" / "hellaswag_val.jsonl").write_bytes(b"mine")

@@ -39,7 +39,8 @@ def test_dry_run_measures_and_writes_nothing(flags, tmp_path):
         r"([\d,]+) tok/s: 7,200 steps of 512 tokens take (\d+):(\d\d):(\d\d)", out).groups())
     assert 3600 * hours + 60 * minutes + seconds == pytest.approx(7200 * 512 / tok_s, rel=0.01)
     assert not (tmp_path / "other").exists()
-    train(flags, log_dir=tmp_path / "other", dry_run="true")
+    # nothing is asked for that two steps do not need
+    train(flags, log_dir=tmp_path / "other", dry_run="true", hellaswag_interval=1, hellaswag_data="nosuch")
     assert not (tmp_path / "other").exists()
 
 
