@@ -271,11 +271,17 @@ class CheckpointWriter:
 
 
 def save_checkpoint(log_dir: str | Path, step: int, state: dict) -> Path:
-    """Write `state` to LOG_DIR/ckpt_{step:07d}.pt by way of a temporary name; a crash leaves the old files.
+    """Write `state` to LOG_DIR/ckpt_{step:07d}.pt; see `write_checkpoint`."""
+    path = Path(log_dir) / f"ckpt_{step:07d}.pt"
+    write_checkpoint(path, state)
+    return path
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Write `state` to the file `path` by way of a temporary name; a crash leaves the old files.
 
     Raises UserError when the disk is full or the folder cannot be written.
     """
-    path = Path(log_dir) / f"ckpt_{step:07d}.pt"
     temporary = path.with_suffix(".tmp")
     try:
         _save_and_sync({"format": FORMAT, **state}, temporary)
@@ -286,7 +292,6 @@ def save_checkpoint(log_dir: str | Path, step: int, state: dict) -> Path:
         if not _is_of_the_disk(error):
             raise
         raise _not_written(path, error) from error
-    return path
 
 
 def prune_checkpoints(log_dir: str | Path, keep: int, best_step: int | None) -> None:
@@ -429,8 +434,8 @@ def load_into(path: str | Path, model: GPT, optimizers: list[torch.optim.Optimiz
                             f"older one; it can generate but not be resumed; "
                             f"begin a new run with --log_dir=ANOTHER")
         if "optimizers" not in state:
-            raise UserError(f"checkpoint {candidate}: no run to resume, it is a model that convert_hf.py has "
-                            f"imported; train it further with --init_from={path} --log_dir=ANOTHER")
+            raise UserError(f"checkpoint {candidate}: no run to resume, it is a model that was imported or "
+                            f"pruned; train it further with --init_from={path} --log_dir=ANOTHER")
         values = {key: value for key, value in state.items() if key not in ("model", "optimizers")}
         _together(group, check, values)
         if metadata is None:
