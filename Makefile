@@ -5,7 +5,7 @@ PREFIX := $(shell $(PYTHON) -c 'import sys; print(sys.prefix)')
 RUN_STAMP := $(PREFIX)/.gpt2-requirements
 DEV_STAMP := $(PREFIX)/.gpt2-requirements-dev
 
-.PHONY: help install demo prepare prepare-small test lint bench doctor compare
+.PHONY: help install demo prepare prepare-small test lint bench doctor compare experiment-norm
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -44,6 +44,12 @@ test: $(DEV_STAMP) lint  ## install what tests need and run all tests
 
 bench: install $(DEV_STAMP)  ## measure every speed this repository claims, beside its baseline
 	$(PYTHON) bench.py
+
+experiment-norm: install  ## Pre-LN against Post-LN: 36 runs on CPU, half an hour on 2 cores; again = continue
+	test -e python4k.tiktoken || $(PYTHON) bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken
+	test -e python4k/manifest.json || $(PYTHON) fineweb.py --dataset=python --tokenizer=python4k.tiktoken \
+		--data_dir=python4k --max_tokens=12e6
+	$(PYTHON) results/norm_study/run.py
 
 NPROC ?= $(shell $(PYTHON) -c 'import torch; print(max(1, torch.cuda.device_count()))')
 doctor: $(RUN_STAMP)  ## check GPUs, network, folders and clocks before a long run; NPROC=8 processes

@@ -4,12 +4,13 @@ GPT-2's byte-level BPE tokenizer: numba kernels over raw UTF-8 bytes, ids bit-id
     python bpe.py                                  # fetch and check GPT-2's vocabulary
     python bpe.py --tokenizer=my_vocab.tiktoken    # check another rank file
     python bpe.py --input=books/,more.jsonl.gz --vocab_size=32768 --out=my_vocab.tiktoken    # train one
+    python bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken    # on the embedded corpus
 
 Reads a rank file (tiktoken's format: one `base64 rank` per line); GPT-2's is taken from tiktoken's cache
 folder, and put there when it is missing. Prints where it is, its sha256 and one encoded line. Takes a second,
 about ten more the first time, which compiles the kernels (numba keeps them on disk).
 
-With --input, which takes what fineweb.py takes, it trains a vocabulary and writes it to --out, a new file:
+With --input or --dataset=python, as in fineweb.py, it trains a vocabulary and writes it to --out, a new file:
 one rank less than --vocab_size, as <|endoftext|> is the last id and has no line. First come the 256 bytes,
 in the order of GPT-2's file, then the merges. 70 MB take two seconds; memory grows with the different pieces
 only.
@@ -1396,9 +1397,10 @@ def rank_file(tokens: list[bytes]) -> bytes:
                     for rank, token in enumerate(tokens))
 
 
-def read_parts(input: str, text_column: str) -> Iterator[Callable]:
-    """The files of --input, as count_pieces takes them. Raises UserError for nulls and damaged files."""
-    from documents import input_source  # here: it imports this file
+def read_parts(dataset: str, input: str, text_column: str) -> Iterator[Callable]:
+    """The embedded corpus or the files of --input, as count_pieces takes them. Raises UserError for nulls and
+    damaged files."""
+    from documents import input_source, python_source  # here: it imports this file
 
     def read(chunk) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for documents in chunk.read(*chunk.args):
@@ -1406,18 +1408,25 @@ def read_parts(input: str, text_column: str) -> Iterator[Callable]:
                 raise UserError(f"{place}: {reason}; mend or remove it, and run this again")
             yield documents.text, documents.offsets
 
-    for _, _, chunk in input_source(input, text_column).chunks():
+    source = python_source(0) if dataset else input_source(input, text_column)  # in any order: it counts
+    for _, _, chunk in source.chunks():
         yield functools.partial(read, chunk)
 
 
-def train(input: str, text_column: str, vocab_size: int, out: str, num_workers: int) -> None:
-    """Train a vocabulary on the files of --input and write it to `out`; the arguments are the settings."""
+def train(dataset: str, input: str, text_column: str, vocab_size: int, out: str, num_workers: int) -> None:
+    """Train a vocabulary on --dataset or --input and write it to `out`; the arguments are the settings."""
     from tqdm import tqdm
 
     began, path = time.perf_counter(), Path(out)
-    if not input or not out:
+    if dataset not in ("", "python"):
+        raise UserError(f"got --dataset={dataset}, wanted python, the embedded corpus; fetch others with "
+                        f"fineweb.py, and give the text itself: --input=PATH[,PATH...]")
+    if dataset and input:
+        raise UserError(f"got --dataset={dataset} and --input={input}, wanted one text; leave out one of "
+                        f"them")
+    if not (dataset or input) or not out:
         raise UserError(f"got --input={input} --out={out}, wanted the text to train on and a name for the "
-                        f"rank file; type --input=PATH[,PATH...] --out=my.tiktoken")
+                        f"rank file; type --input=PATH[,PATH...] or --dataset=python, and --out=my.tiktoken")
     if path.exists():
         raise UserError(f"got --out={out}, which exists; wanted a new name: type another, or remove {out}")
     if not path.parent.is_dir():
@@ -1426,7 +1435,7 @@ def train(input: str, text_column: str, vocab_size: int, out: str, num_workers: 
     if num_workers < 0:
         raise UserError(f"got --num_workers={num_workers}, wanted 0 (one per core) or more")
     check_vocab_size(vocab_size)
-    parts = tqdm(read_parts(input, text_column), unit=" parts", leave=False, disable=None)
+    parts = tqdm(read_parts(dataset, input, text_column), unit=" parts", leave=False, disable=None)
     pieces, text_bytes = count_pieces(parts, num_workers)
     counted = time.perf_counter()
     if not text_bytes:
@@ -1443,13 +1452,15 @@ def train(input: str, text_column: str, vocab_size: int, out: str, num_workers: 
           f"{trained - counted:.1f} s, {EOT_TEXT} = {tok.eot}")
     print(f"rank file   {path}, {len(data):,} bytes, sha256 {tok.sha256}")
     print(f"this text   {tokens:,} tokens, {text_bytes / tokens:.3f} bytes per token")
-    print(f"next: python fineweb.py --input={shlex.quote(input)} --tokenizer={shlex.quote(out)} "
+    text = f"--dataset={dataset}" if dataset else f"--input={shlex.quote(input)}"
+    print(f"next: python fineweb.py {text} --tokenizer={shlex.quote(out)} "
           f"--data_dir={shlex.quote(path.stem + '_data')}")
 
 
 # ---- settings: override with a config file and/or --key=value -----------------
 tokenizer = "gpt2"    # to check: gpt2, or the path of a rank file
 input = ""            # to train on: PATH[,PATH...], as in fineweb.py
+dataset = ""          # or python: the embedded corpus, the source of the Python installation itself
 text_column = "text"  # the parquet column or jsonl field that holds the text
 vocab_size = 32_768   # ids of the new vocabulary, <|endoftext|> among them: 257 to 65,536
 out = ""              # the new rank file
@@ -1473,7 +1484,7 @@ def check(tokenizer: str) -> None:
 
 if __name__ == "__main__":
     configure(globals())
-    if input or out:
-        train(input, text_column, vocab_size, out, num_workers)
+    if dataset or input or out:
+        train(dataset, input, text_column, vocab_size, out, num_workers)
     else:
         check(tokenizer)

@@ -137,8 +137,13 @@ def main() -> None:
     out_path = Path(out) if out else paths[0].parent / "log_plot.png"
     draw(logs, out_path)
     for name, streams in logs.items():
-        last = [f"{stream} {list(values.values())[-1]:.6g}" for stream, values in streams.items()]
-        print(f"{name}, last values: {', '.join(last) or 'none yet'}")
+        last = {stream: f"{list(values.values())[-1]:.6g}" for stream, values in streams.items()}
+        norms = {stream.removeprefix("norm_"): last.pop(stream) for stream in streams
+                 if stream.startswith("norm_")}  # of the layers
+        for what, values in {"last values": last, "last gradient norms": norms}.items():
+            text = ", ".join(f"{stream} {value}" for stream, value in values.items())
+            if text or what == "last values":
+                print(f"{name}, {what}: {text or 'none yet'}")
     print(f"figure: {out_path}")
 
 

@@ -101,6 +101,7 @@ sample_interval = 1000  # steps between printed samples; 0 = never
 prompt = "Hello, I'm a language model,"  # what samples begin with
 num_samples = 2  # samples printed each time
 max_new_tokens = 48  # tokens per sample
+grad_norm_interval = 0  # steps between logs of each layer's gradient norm, norm_h0 and so on; 0 = never
 # ---- machine
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
 dtype = "auto"  # auto|float32|bfloat16|float16, of matrix products; weights stay float32
@@ -117,7 +118,7 @@ LEGAL = {  # lowest and highest value of the settings that nothing else checks
                    "max_bad_steps",
     (0, math.inf): "vocab_size num_epochs target_loss warmup_steps min_lr weight_decay grad_clip peak_tflops "
                    "val_interval hellaswag_interval checkpoint_interval sample_interval max_hours "
-                   "max_z_score loss_chunk",
+                   "max_z_score loss_chunk grad_norm_interval",
     (min_lr, math.inf): "max_lr",
     (0, 1 - 1e-9): "beta1 beta2",
     (0, 1): "decay_fraction",
@@ -603,6 +604,17 @@ def give_up(reason):
         f"--dtype=float32" if newest else "There is no checkpoint yet; try a lower --max_lr, or float32"))
 
 
+def layer_norms():
+    """{stream: L2 norm of the gradient} of each block, and of what stands outside the blocks: the squares add
+    up to that of all. Called by all processes, as fsdp's parts are summed over them."""
+    trunk = raw_model.transformer
+    parts = {"wte": trunk.wte, "wpe": trunk.wpe, **{f"h{i}": block for i, block in enumerate(trunk.h)},
+             "ln_f": trunk.ln_f}
+    grads = {name: [p.grad for p in part.parameters() if p.grad is not None] for name, part in parts.items()}
+    norms = {name: torch.nn.utils.get_total_norm(some) for name, some in grads.items() if some}
+    return {f"norm_{name}": (norm.full_tensor() if fsdp else norm).item() for name, norm in norms.items()}
+
+
 def judge_step(loss, norm):
     """Why a step must not change the weights, or None. From numbers that all processes share."""
     if not math.isfinite(loss) or not math.isfinite(norm):
@@ -726,6 +738,8 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
             losses.append(loss.detach())
         for opt in optimizers:
             scaler.unscale_(opt)
+        norms_due = grad_norm_interval > 0 and step % grad_norm_interval == 0
+        norms = layer_norms() if norms_due else {}  # before the clipping
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
         norm = norm.full_tensor() if fsdp else norm
         losses = torch.stack(losses).tolist()
@@ -759,7 +773,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     peak = peak_tflops or dev.peak_tflops()
     mfu = raw_model.flops_per_token(T) * tok_s / (peak * 1e12 * world_size) if peak else None
     timed = {} if deterministic else {"tok_s": tok_s} if mfu is None else {"tok_s": tok_s, "mfu": mfu}
-    log(step, train=loss, lr=lr, norm=norm, **timed)
+    log(step, train=loss, lr=lr, norm=norm, **norms, **timed)
     if progress is None:
         say(f"step {step} | loss: {loss:.6f} | lr: {lr:.2e} | norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
             f"tok/sec: {tok_s:.2f} | mfu: {'n/a' if mfu is None else f'{mfu:.1%}'} | "
