@@ -452,18 +452,21 @@ def sweep(model: GPT, orders: dict[tuple[str, int], list[Head]], shares: list[fl
     """
     n_heads, dense = len(all_heads(model)), window_losses(model, windows)
     main_order = next(key for key in orders if key[0] == main)
-    rows, smaller = [], {}
+    rows, smaller, judged = [], {}, {}
     jobs = [(share, key, how) for share in shares for key in orders
             for how in ("", *(merges if key == main_order else ()))]
     for share, key, how in tqdm(jobs, "pruning", leave=False, unit=" models", disable=None):
         heads = orders[key][:count_heads(share, n_heads)]
         less = fold(model, heads, how, moments, similarity) if how else prune(model, heads)
-        if not how:
-            check_pruned(model, less, heads, windows)
+        same = frozenset(heads), how if heads else ""  # with nothing to drop, all criteria are one
+        if same not in judged:
+            judged[same] = judge(less, windows, dense)
+            if not how:
+                check_pruned(model, less, heads, windows)
         if key == main_order:
             smaller[share, how] = less, heads
         rows.append({"share": share, "criterion": key[0], "seed": key[1], "merge": how,
-                     **judge(less, windows, dense), **describe_size(less, windows.dev),
+                     **judged[same], **describe_size(less, windows.dev),
                      "prefill_tok_s": "", "decode_tok_s": "",
                      "removed": " ".join(f"{layer}:{head}" for layer, head in sorted(heads))})
     speeds = dict(zip(shares, measure_speed([smaller[share, ""][0] for share in shares], windows.dev)))
@@ -690,7 +693,8 @@ def draw_pruning(plt, rows: list[dict]) -> None:
             label, style = " + ".join(filter(None, key)), {"color": f"C{i}"}
             if label == "random":
                 label, style = f"random, mean and sd of {random_seeds}", {"color": "gray", "linestyle": "--"}
-            axis.errorbar(100 * np.array(shares), change, errors, marker="o", markersize=4, capsize=3,
+            beside = 0.3 * (i - len(keys) / 2)  # or bars would lie on bars
+            axis.errorbar(100 * np.array(shares) + beside, change, errors, marker="o", markersize=4, capsize=3,
                           label=label, **style)
         axis.axhline(5, color="black", linestyle=":", linewidth=1, label="5%")
         axis.set_yscale("symlog", linthresh=1)
