@@ -596,11 +596,11 @@ def pruning_lines(rows: list[dict]) -> list[str]:
     width = max(map(len, names.values()))
     lines += ["", (f"change of the perplexity {dense:.3f}, without healing; +- half the 95% interval over "
                    f"windows, or the standard deviation of {random_seeds} random prunings"),
-              f"{'':>{width}} " + " ".join(f"{share:>18.0%}" for share in shares)]
+              f"{'':>{width}} " + " ".join(f"{share:>16.0%}" for share in shares)]
     for key, by_share in groups.items():
         cells = (f"{change:+.2%} +-{(high - low) / 2:.2%}"
                  for change, low, high in (by_share[share] for share in shares))
-        lines.append(f"{names[key]:>{width}} " + " ".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"{names[key]:>{width}} " + " ".join(f"{cell:>16}" for cell in cells))
     lines.append("")
     for share in filter(None, shares):
         at = {key: by_share[share] for key, by_share in groups.items() if key[0] != "random"}
@@ -694,8 +694,8 @@ def draw_pruning(plt, rows: list[dict]) -> None:
             if label == "random":
                 label, style = f"random, mean and sd of {random_seeds}", {"color": "gray", "linestyle": "--"}
             beside = 0.3 * (i - len(keys) / 2)  # or bars would lie on bars
-            axis.errorbar(100 * np.array(shares) + beside, change, errors, marker="o", markersize=4, capsize=3,
-                          label=label, **style)
+            axis.errorbar(100 * np.array(shares) + beside, change, errors, marker="o", markersize=4,
+                          capsize=3, label=label, **style)
         axis.axhline(5, color="black", linestyle=":", linewidth=1, label="5%")
         axis.set_yscale("symlog", linthresh=1)
         axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
