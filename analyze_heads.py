@@ -191,7 +191,7 @@ class Running:
         self.n, self.sum, self.squares = 0, 0.0, 0.0
 
     def add(self, values: torch.Tensor) -> None:
-        values = values.double().cpu().numpy()
+        values = values.cpu().double().numpy()  # MPS has no float64
         self.n += len(values)
         self.sum = self.sum + values.sum(axis=0)
         self.squares = self.squares + (values**2).sum(axis=0)
@@ -235,18 +235,16 @@ class Windows:
 
 
 def attention_patterns(attn, qkv: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Attention weights (B, nh, T, T) of a layer, computed again, in float32, from what c_attn put out.
+    """Attention weights (B, nh, T, T) of a layer, computed again from what c_attn put out, qkv (float32).
 
     Raises UserError unless these weights times V are y (B, T, nh hs), what the layer itself computed.
     """
     B, T, _ = qkv.shape
-    q, k, v = (part.view(B, T, attn.n_head, attn.head_size).transpose(1, 2) for part in
-               qkv.float().chunk(3, dim=2))  # (B, nh, T, hs)
+    q, k, v = (part.view(B, T, attn.n_head, attn.head_size).transpose(1, 2)
+               for part in qkv.chunk(3, dim=2))  # (B, nh, T, hs)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    with torch.autocast(q.device.type, enabled=False):
-        scores = (q @ k.mT * attn.head_size**-0.5).masked_fill(future, -math.inf)
-        patterns = scores.softmax(dim=-1)
-        again = (patterns @ v).transpose(1, 2).reshape(B, T, -1)
+    patterns = (q @ k.mT * attn.head_size**-0.5).masked_fill(future, -math.inf).softmax(dim=-1)
+    again = (patterns @ v).transpose(1, 2).reshape(B, T, -1)
     distance, size = (again - y.float()).abs().max().item(), y.float().abs().max().item()
     if not distance <= TOLERANCE[y.dtype] * size:
         raise UserError(f"attention computed again for the analysis differs from the layer's own by "
@@ -273,6 +271,10 @@ def watch(model: GPT, windows: Windows) -> tuple[dict[str, Running], dict[int, t
     running, moments = {name: Running() for name in (*MEASURES, "diagonal", "first")}, {}
 
     def see(layer, attn, qkv, y):
+        with torch.autocast(y.device.type, enabled=False):  # or the statistics would be in 16 bits
+            add(layer, attn, qkv.float(), y)
+
+    def add(layer, attn, qkv, y):
         patterns = attention_patterns(attn, qkv, y)  # (B, nh, T, T)
         found["pattern"].append(pair_cosines(patterns[:, :, 1:]))
         found["diagonal"].append(patterns.diagonal(dim1=2, dim2=3)[..., 1:].mean(dim=-1))
@@ -286,7 +288,7 @@ def watch(model: GPT, windows: Windows) -> tuple[dict[str, Running], dict[int, t
         columns = attn.c_proj.weight.float().unflatten(1, (attn.n_head, -1)).permute(1, 2, 0)  # (nh, hs, C)
         found["output"].append(pair_cosines(heads @ columns))
         rows = F.pad(y.flatten(0, 1), (0, 1), value=1.0)  # (B * T, nh hs + 1)
-        moments[layer] = moments.get(layer, 0.0) + (rows.T @ rows).double().cpu()
+        moments[layer] = moments.get(layer, 0.0) + (rows.T @ rows).cpu().double()
 
     with watching(model, see):
         for x, _ in windows:
@@ -330,7 +332,7 @@ def losses(model: GPT, x: torch.Tensor, y: torch.Tensor, dev: Device) -> torch.T
 
 def window_losses(model: GPT, windows: Windows) -> np.ndarray:
     """Mean loss of each window, float64 (N,)."""
-    return torch.cat([losses(model, x, y, windows.dev) for x, y in windows]).double().cpu().numpy()
+    return torch.cat([losses(model, x, y, windows.dev) for x, y in windows]).cpu().double().numpy()
 
 
 # ---- which heads to drop, and what takes their place ---------------------------
