@@ -11,6 +11,7 @@ chosen on calibration_tokens of the train split and judged on val_tokens of the 
 must be new, go
 
     pairs.csv, similar_pairs.txt     cosines of all pairs of heads of a layer; those above the threshold
+    similarity.txt                   how alike heads are, beside the null; how much halves of the data agree
     heads.csv                        importance, ablation, and trivial attention of every head
     similarity_*.png, heads.png      the same as heatmaps
     pruning.csv, .txt, .png          perplexity, size and speed against the share of heads removed
@@ -288,7 +289,8 @@ def watch(model: GPT, windows: Windows) -> tuple[dict[str, Running], dict[int, t
         columns = attn.c_proj.weight.float().unflatten(1, (attn.n_head, -1)).permute(1, 2, 0)  # (nh, hs, C)
         found["output"].append(pair_cosines(heads @ columns))
         rows = F.pad(y.flatten(0, 1), (0, 1), value=1.0)  # (B * T, nh hs + 1)
-        moments[layer] = moments.get(layer, 0.0) + (rows.T @ rows).cpu().double()
+        rows = (rows.cpu() if y.device.type == "mps" else rows).double()  # squares need twice the digits
+        moments[layer] = moments.get(layer, 0.0) + (rows.T @ rows).cpu()
 
     with watching(model, see):
         for x, _ in windows:
@@ -350,7 +352,8 @@ def drop_order(name: str, model: GPT, values: dict[str, np.ndarray]) -> list[Hea
         return [heads[i] for i in np.argsort(values["ablation"], kind="stable")]
     layers = np.array([layer for layer, _ in heads])
     norms = np.sqrt(np.bincount(layers, important**2))[layers]  # (H,), L2 over the layer, as in the paper
-    by_importance = [heads[i] for i in np.argsort(important / norms, kind="stable")]
+    relative = important / np.where(norms > 0, norms, 1.0)  # 0 in a layer that does nothing
+    by_importance = [heads[i] for i in np.argsort(relative, kind="stable")]
     if name == "importance":
         return by_importance
     importance_of, dropped, pairs = dict(zip(heads, important)), [], all_pairs(model)
@@ -374,7 +377,7 @@ def fold(model: GPT, heads: list[Head], how: str, moments: dict[int, torch.Tenso
                for (layer, a, b), value in zip(all_pairs(model), similarity)}
     for layer in layers:
         attn, sums = folded.transformer.h[layer].attn, moments[layer].numpy()
-        weight = model.transformer.h[layer].attn.c_proj.weight.detach().double().cpu().numpy()
+        weight = model.transformer.h[layer].attn.c_proj.weight.detach().cpu().double().numpy()
         columns = np.arange(weight.shape[1]).reshape(attn.n_head, attn.head_size)
         left = [head for head in range(attn.n_head) if (layer, head) not in heads]
         more = np.zeros((len(weight), weight.shape[1] + 1))  # to be added to (weight, bias)
@@ -382,9 +385,10 @@ def fold(model: GPT, heads: list[Head], how: str, moments: dict[int, torch.Tenso
             others = {"mean": [], "layer": left, "partner": sorted(
                 left, key=lambda other: similar[frozenset(((layer, head), (layer, other)))])[-1:]}[how]
             known = np.append(columns[others].ravel(), weight.shape[1]).astype(int)  # and the constant 1
-            told = np.linalg.lstsq(sums[np.ix_(known, known)], sums[np.ix_(known, columns[head])])[0]
+            # what varies 1e-5 as much as the largest is rounding; fitted to, it would get huge weights
+            told = np.linalg.lstsq(sums[np.ix_(known, known)], sums[np.ix_(known, columns[head])], 1e-10)[0]
             more[:, known] += weight[:, columns[head]] @ told.T
-        more = torch.from_numpy(more).to(attn.c_proj.weight)
+        more = torch.from_numpy(more).float().to(attn.c_proj.weight.device)
         with torch.no_grad():
             attn.c_proj.weight += more[:, :-1]
             attn.c_proj.bias += more[:, -1]
@@ -500,13 +504,23 @@ def check_pruned(model: GPT, less: GPT, heads: list[Head], windows: Windows) -> 
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """(Pearson, Spearman) of two vectors; nan where one of them is constant."""
+    """(Pearson, Spearman) of two vectors; nan where one of them is constant, or empty."""
     def pearson(a, b):
+        if len(a) == 0 or np.ptp(a) == 0 or np.ptp(b) == 0:
+            return math.nan
         a, b = a - a.mean(), b - b.mean()
-        size = np.sqrt((a**2).sum() * (b**2).sum())
-        return (a * b).sum() / size if size > 0 else math.nan
+        return (a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum())
 
-    return pearson(a, b), pearson(*(values.argsort().argsort().astype(float) for values in (a, b)))
+    def ranks(values):  # of equal values the mean of theirs
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (counts.cumsum() - (counts - 1) / 2)[place]
+
+    return pearson(a, b), pearson(ranks(a), ranks(b))
+
+
+def shown(number: float, form: str = ".4f") -> str:
+    """The number, or a dash where there is none."""
+    return format(number, form) if number == number else "-"
 
 
 def similarity_lines(model: GPT, halves: Halves, null: dict[str, Running]) -> tuple[list[str], list[str]]:
@@ -514,6 +528,8 @@ def similarity_lines(model: GPT, halves: Halves, null: dict[str, Running]) -> tu
     heading = (f"{'similarity of pairs':>48} {'mean':>6} {'null':>6} {'highest':>8} {'above':>6} {'null':>6} "
                f"{'both halves':>12} {'Pearson':>8} {'Spearman':>8}")
     lines, listed, pairs = [heading], [], all_pairs(model)
+    if not pairs:
+        return ["no layer has two heads: there are no pairs to compare"], ["no layer has two heads"]
     for name, title in MEASURES.items():
         a, b = (half[name] for half in halves)
         mean, error, nulls = (a + b).mean, (a + b).error, null[name].mean
@@ -522,7 +538,8 @@ def similarity_lines(model: GPT, halves: Halves, null: dict[str, Running]) -> tu
         pearson, spearman = correlation(a.mean, b.mean)
         stable = f"{(above_a & above_b).sum()} of {(above_a | above_b).sum()}"
         lines.append(f"{name + ': ' + title:>48} {mean.mean():6.3f} {nulls.mean():6.3f} {mean.max():8.3f} "
-                     f"{above.sum():6} {above_null.sum():6} {stable:>12} {pearson:8.4f} {spearman:8.4f}")
+                     f"{above.sum():6} {above_null.sum():6} {stable:>12} {shown(pearson):>8} "
+                     f"{shown(spearman):>8}")
         for i in sorted(np.flatnonzero(above), key=lambda i: -mean[i]):
             layer, first, second = pairs[i]
             listed.append(f"{name:8} layer {layer:2} heads {first:2} {second:2}  "
@@ -535,15 +552,15 @@ def similarity_lines(model: GPT, halves: Halves, null: dict[str, Running]) -> tu
 def importance_lines(halves: Halves) -> list[str]:
     """Each measure by head: how large, how stable over the halves; whether the two of importance agree."""
     lines = [f"{'by head':>48} {'mean':>9} {'lowest':>9} {'highest':>9} {'Pearson':>8} {'Spearman':>8}"]
-    shown = [name for name in HEAD_MEASURES if name in halves[0]]
-    for name in shown:
+    names = [name for name in HEAD_MEASURES if name in halves[0]]
+    for name in names:
         a, b = (half[name] for half in halves)
         mean, (pearson, spearman) = (a + b).mean, correlation(a.mean, b.mean)
         lines.append(f"{HEAD_MEASURES[name]:>48} {mean.mean():9.5f} {mean.min():9.5f} {mean.max():9.5f} "
-                     f"{pearson:8.4f} {spearman:8.4f}")
-    if "ablation" in shown:
+                     f"{shown(pearson):>8} {shown(spearman):>8}")
+    if "ablation" in names:
         pearson, spearman = correlation(*(sum_of(halves)[name].mean for name in ("importance", "ablation")))
-        lines.append(f"{'importance against ablation':>48} {'':>29} {pearson:8.4f} {spearman:8.4f}")
+        lines.append(f"{'importance against ablation':>48} {'':>29} {shown(pearson):>8} {shown(spearman):>8}")
     return lines
 
 
@@ -568,7 +585,7 @@ def table_rows(places: list[dict], names: Iterable[str], halves: Halves,
 
 def grouped(rows: list[dict]) -> dict[tuple, dict[float, tuple[float, float, float]]]:
     """{(criterion, merge): {share: (change, low, high)}}: an interval over windows, or for `random` the mean
-    over its seeds and one standard deviation to either side."""
+    over its seeds and one standard deviation to either side; nan where a single one gives no interval."""
     groups = {}
     for row in rows:
         groups.setdefault((row["criterion"], row["merge"]), {}).setdefault(row["share"], []).append(row)
@@ -577,7 +594,8 @@ def grouped(rows: list[dict]) -> dict[tuple, dict[float, tuple[float, float, flo
         for share, same in by_share.items():
             change = np.array([row["change"] for row in same])
             spread = change.std(ddof=1) if len(same) > 1 else math.nan
-            interval = ((change.mean(), change.mean() - spread, change.mean() + spread) if key[0] == "random"
+            interval = ((change.mean(), change.mean() - spread, change.mean() + spread)
+                        if key == ("random", "")
                         else (same[0]["change"], same[0]["low"], same[0]["high"]))
             found.setdefault(key, {})[share] = interval
     return found
@@ -600,18 +618,19 @@ def pruning_lines(rows: list[dict]) -> list[str]:
                    f"windows, or the standard deviation of {random_seeds} random prunings"),
               f"{'':>{width}} " + " ".join(f"{share:>16.0%}" for share in shares)]
     for key, by_share in groups.items():
-        cells = (f"{change:+.2%} +-{(high - low) / 2:.2%}"
+        cells = (f"{change:+.2%} +-{shown((high - low) / 2, '.2%')}"
                  for change, low, high in (by_share[share] for share in shares))
         lines.append(f"{names[key]:>{width}} " + " ".join(f"{cell:>16}" for cell in cells))
     lines.append("")
     for share in filter(None, shares):
-        at = {key: by_share[share] for key, by_share in groups.items() if key[0] != "random"}
+        at = {key: by_share[share] for key, by_share in groups.items() if key != ("random", "")}
         best = min(at, key=lambda key: at[key][0])
         change, low, high = at[best]
         mean, least, most = groups["random", ""][share]
+        below = (high if high == high else change) < 0.05
         verdict = "better than" if high < least else "worse than" if low > most else "not to be told from"
         lines.append(f"{share:.0%} of the heads, best: {names[best]}, {change:+.2%}, {verdict} random, "
-                     f"{mean:+.2%}, by these errors; {'' if high < 0.05 else 'not '}below 5%")
+                     f"{mean:+.2%}, by these errors; {'' if below else 'not '}below 5%")
     return lines
 
 
@@ -634,11 +653,12 @@ def save_figure(name: str, figure) -> None:
 
 
 def draw_similarity(plt, model: GPT, name: str, found: np.ndarray, null: np.ndarray) -> None:
-    """A heatmap of head against head for each layer: found (P,) below the diagonal, null (P,) above it."""
+    """A heatmap of head against head for each layer: found (P,) below the diagonal, null (P,) above it.
+    There must be a pair in some layer."""
     counts = [block.attn.n_head for block in model.transformer.h]
     columns = math.ceil(math.sqrt(len(counts)))
     rows = math.ceil(len(counts) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.7 * columns + 0.8, 2.75 * rows + 0.6),
+    figure, axes = plt.subplots(rows, columns, figsize=(max(5.2, 2.7 * columns + 0.8), 2.75 * rows + 0.6),
                                 squeeze=False, layout="constrained")
     pairs = np.array(all_pairs(model)).reshape(-1, 3)
     low = -1.0 if name == "output" else 0.0
@@ -648,13 +668,16 @@ def draw_similarity(plt, model: GPT, name: str, found: np.ndarray, null: np.ndar
         square, here = np.full((nh, nh), np.nan), pairs[:, 0] == layer
         square[pairs[here, 2], pairs[here, 1]] = found[here]
         square[pairs[here, 1], pairs[here, 2]] = null[here]
-        if nh:
-            image = axis.imshow(square, vmin=low, vmax=1, cmap="RdBu_r" if low else "viridis")
-        step = max(1, math.ceil(nh / 8))
+        if not here.any():
+            axis.set_title(f"layer {layer}: no pairs", fontsize=9)
+            axis.set_axis_off()
+            continue
+        image = axis.imshow(square, vmin=low, vmax=1, cmap="RdBu_r" if low else "viridis")
+        step = math.ceil(nh / 8)
         axis.set(xticks=range(0, nh, step), yticks=range(0, nh, step), xlabel="head", ylabel="head")
-        means = f"mean {found[here].mean():.2f}, null {null[here].mean():.2f}" if here.any() else "no pairs"
+        means = f"mean {found[here].mean():.2f}, null {null[here].mean():.2f}"
         axis.set_title(f"layer {layer}: {means}", fontsize=9)
-    figure.colorbar(image, ax=axes, label="cosine, mean over positions and sequences", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="mean cosine", shrink=0.8)
     figure.suptitle(f"Similarity of {MEASURES[name]}\nbelow the diagonal: this model; above: random weights")
     save_figure(f"similarity_{name}.png", figure)
     plt.close(figure)
@@ -724,14 +747,14 @@ def draw_pruning(plt, rows: list[dict]) -> None:
 def check_settings() -> tuple[list[float], list[Head], list[str]]:
     """(shares, given heads, merges) of the settings. Raises UserError for what does not fit."""
     try:
-        shares = sorted({float(part) for part in prune_fractions.split(",") if part.strip()})
+        shares = {float(part) for part in prune_fractions.split(",") if part.strip()}
     except ValueError:
-        shares = [math.nan]
+        shares = {math.nan}
     if not all(0 <= share < 1 for share in shares):
         raise UserError(f"prune_fractions={prune_fractions}: wanted numbers from 0 on, below 1, with commas "
                         f"between them, such as 0,0.15,0.3")
     given = []
-    for part in filter(None, prune_heads.split(",")):
+    for part in prune_heads.split(",") if prune_heads else []:
         layer, colon, head = part.strip().partition(":")
         if not (colon and layer.isdecimal() and head.isdecimal()):
             raise UserError(f"prune_heads={prune_heads}: got {part!r}, wanted LAYER:HEAD, counted from 0, "
@@ -753,7 +776,7 @@ def check_settings() -> tuple[list[float], list[Head], list[str]]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"out_dir={out_dir} is there already and not empty; give the name of a new folder "
                         f"with --out_dir=ANOTHER, or remove this one")
-    return shares, given, merges
+    return sorted({0.0, *shares}) if shares else [], given, merges  # 0: what the others are compared with
 
 
 def open_windows(state: dict, model: GPT, dev: Device) -> list[Windows]:
@@ -807,13 +830,13 @@ def analyze(model: GPT, calibration: Windows, with_ablation: bool) -> tuple[Halv
     print("\n".join(lines), flush=True)
     pairs = [dict(zip(("layer", "head", "other"), pair)) for pair in all_pairs(model)]
     heads = [dict(zip(("layer", "head"), head)) for head in all_heads(model)]
-    write("pairs.csv", to_csv(table_rows(pairs, MEASURES, halves, null)))
+    write("pairs.csv", to_csv(table_rows(pairs, MEASURES, halves, null)) if pairs else b"layer,head,other\n")
     write("heads.csv", to_csv(table_rows(heads, [name for name in HEAD_MEASURES if name in halves[0]], halves,
                                          null)))
     write("similarity.txt", "\n".join([*lines, ""]).encode())
     write("similar_pairs.txt", "\n".join([*listed, ""]).encode())
     plt = pyplot()
-    for name in MEASURES:
+    for name in MEASURES if pairs else ():
         draw_similarity(plt, model, name, sum_of(halves)[name].mean, null[name].mean)
     draw_heads(plt, model, sum_of(halves))
     return halves, moments
@@ -849,7 +872,7 @@ def main() -> None:
           flush=True)
     halves, moments = analyze(model, calibration, with_ablation=not given)
     if given:
-        shares, orders = [len(given) / len(heads)], {("given", ""): given}
+        shares, orders = [0.0, len(given) / len(heads)], {("given", ""): given}
     elif shares:
         *of_halves, values = ({name: running.mean for name, running in measured.items()}
                               for measured in (*halves, sum_of(halves)))
@@ -872,7 +895,7 @@ def main() -> None:
     names = []
     for (share, how), (less, removed) in smaller.items():
         if removed:
-            names.append("_".join(filter(None, ("pruned", "" if given else f"{share:g}", how))) + ".pt")
+            names.append("_".join(filter(None, ("pruned", "" if given else f"{share}", how))) + ".pt")
             save_pruned(state, source, less, removed, names[-1])
     if names:
         print(f"\nnext: python generate.py --checkpoint={Path(out_dir, names[0])}\n"

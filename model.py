@@ -179,8 +179,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None, mask=None):
         B, T, C = x.shape
-        if self.n_head == 0:  # all pruned; what is left is a bias
-            return F.dropout(self.c_proj.bias.expand(B, T, C), self.dropout, self.training)
+        if self.n_head == 0:  # all pruned; what is left is a bias, and DDP waits for the gradients of all
+            nothing = F.linear(x, self.c_attn.weight, self.c_attn.bias)  # (B, T, 0)
+            y = F.linear(nothing, self.c_proj.weight, self.c_proj.bias)  # (B, T, C)
+            return F.dropout(y, self.dropout, self.training)
         q, k, v = self.c_attn(x).chunk(3, dim=2)  # (B, T, nh * hs) each
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
