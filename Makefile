@@ -49,6 +49,7 @@ experiment-norm: install  ## Pre-LN against Post-LN: 36 runs on CPU, half an hou
 	test -e python4k.tiktoken || $(PYTHON) bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken
 	test -e python4k/manifest.json || $(PYTHON) fineweb.py --dataset=python --tokenizer=python4k.tiktoken \
 		--data_dir=python4k --max_tokens=12e6
+	$(PYTHON) results/norm_study/theory.py
 	$(PYTHON) results/norm_study/run.py
 
 NPROC ?= $(shell $(PYTHON) -c 'import torch; print(max(1, torch.cuda.device_count()))')

@@ -178,7 +178,7 @@ class CausalSelfAttention(nn.Module):
             self.c_proj = Linear(width, config.n_embd)
 
     def forward(self, x, cache=None, mask=None):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         if self.n_head == 0:  # all pruned; what is left is a bias, and DDP waits for the gradients of all
             nothing = F.linear(x, self.c_attn.weight, self.c_attn.bias)  # (B, T, 0)
             y = F.linear(nothing, self.c_proj.weight, self.c_proj.bias)  # (B, T, C)

@@ -336,19 +336,35 @@ def test_the_script_trains_and_the_data_build_takes_it(tmp_path):
     assert again.returncode == 2 and "exists" in again.stderr and "another" in again.stderr
 
 
+def test_a_vocabulary_of_the_embedded_corpus(tmp_path, monkeypatch, capsys):
+    """Of an installation with two modules and a help topic, and two files that fineweb.py leaves out."""
+    texts = {f"{name}.py": (STDLIB / f"{name}.py").read_bytes() for name in ("heapq", "bisect")}
+    for name, text in {**texts, "copy.py": texts["heapq.py"], "table.txt": b"1234 5678\n" * 100}.items():
+        (tmp_path / name).write_bytes(text)
+    monkeypatch.setattr("documents.sysconfig.get_path", lambda key: tmp_path)
+    monkeypatch.setattr("pydoc_data.topics.topics", {"for": "The for statement\n"})
+    out = tmp_path / "out.tiktoken"
+    bpe.train("python", "", "text", 400, str(out), 1)
+    expected = rank_file(train_ranks(count([b"The for statement\n", *texts.values()]), 400))
+    assert out.read_bytes() == expected
+    assert "fineweb.py --dataset=python --tokenizer=" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     ({"vocab_size": 256}, "wanted 257"), ({"vocab_size": 65_537}, "to 65,536"),
     ({"vocab_size": 32_768}, "type --vocab_size="), ({"out": ""}, "--out=my.tiktoken"),
     ({"input": ""}, "--input=PATH"), ({"num_workers": -1}, "num_workers=-1"),
     ({"out": "nowhere/my.tiktoken"}, "make .*nowhere"), ({"input": "missing.txt"}, "missing.txt"),
-    ({"input": "empty.txt"}, "corpus without text"),
+    ({"input": "empty.txt"}, "corpus without text"), ({"dataset": "python"}, "leave out one of them"),
+    ({"dataset": "fineweb", "input": ""}, "wanted python"),
+    ({"dataset": "python", "input": "", "out": ""}, "--dataset=python, and --out="),
 ])
 def test_mistakes_are_named(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("some.txt").write_text("hello there hello", encoding="utf-8")
     Path("empty.txt").touch()
-    settings = {"input": "some.txt", "text_column": "text", "vocab_size": 257, "out": "my.tiktoken",
-                "num_workers": 1, **flags}
+    settings = {"dataset": "", "input": "some.txt", "text_column": "text", "vocab_size": 257,
+                "out": "my.tiktoken", "num_workers": 1, **flags}
     with pytest.raises(UserError, match=message):
         bpe.train(**settings)
     assert not Path("my.tiktoken").exists()

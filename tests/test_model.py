@@ -102,6 +102,28 @@ def test_post_norm_is_the_original_transformer():
     assert not any(name.startswith("transformer.ln_f") for name in model.state_dict())
 
 
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_a_block_is_torchs_encoder_layer(norm_position):
+    """torch.nn.TransformerEncoderLayer, which was written from the paper, with copied weights."""
+    model = make_model(norm_position=norm_position, n_layer=1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    block, C = model.transformer.h[0], model.config.n_embd
+    theirs = torch.nn.TransformerEncoderLayer(
+        C, model.config.n_head, 4 * C, dropout=0.0, activation=lambda x: F.gelu(x, approximate="tanh"),
+        batch_first=True, norm_first=norm_position == "pre")
+    for target, source in ((theirs.self_attn.out_proj, block.attn.c_proj), (theirs.linear1, block.mlp.c_fc),
+                           (theirs.linear2, block.mlp.c_proj), (theirs.norm1, block.ln_1),
+                           (theirs.norm2, block.ln_2)):
+        target.load_state_dict(source.state_dict())
+    theirs.self_attn.in_proj_weight.data.copy_(block.attn.c_attn.weight)
+    theirs.self_attn.in_proj_bias.data.copy_(block.attn.c_attn.bias)
+    x = torch.randn(2, 16, C, generator=torch.Generator().manual_seed(3))
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(16)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), theirs(x, src_mask=mask, is_causal=True), atol=1e-5, rtol=1e-4)
+
+
 def test_initialisation():
     """std 0.02, residual projections 0.02 / sqrt(2 n_layer), biases 0, norms 1; first loss near ln(vocab)."""
     model = make_model(n_layer=8, n_embd=192, block_size=128, vocab_size=512, n_vocab=500)

@@ -58,6 +58,16 @@ def test_a_figure_is_drawn(tmp_path, hella, model_size):
     assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["log.txt", "log_plot.png"]
 
 
+def test_norms_of_layers_have_a_line_of_their_own(tmp_path):
+    (tmp_path / "log").mkdir()
+    lines = [f"{step} {stream} {step + i}" for step in (0, 10)
+             for i, stream in enumerate(("train", "norm", "norm_wte", "norm_h0", "norm_h11"))]
+    (tmp_path / "log" / "log.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = plot(tmp_path)
+    assert done.stdout == ("log, last values: train 10, norm 11\n"
+                           "log, last gradient norms: wte 12, h0 13, h11 14\nfigure: log/log_plot.png\n")
+
+
 def test_several_runs_in_one_figure(tmp_path):
     write_log(tmp_path / "a", hella=True)
     write_log(tmp_path / "b")

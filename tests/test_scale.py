@@ -10,7 +10,8 @@ from training import ENVIRONMENT, ROOT, attempt, fault, losses, read_log, signal
 import checkpoint
 from checkpoint import list_checkpoints, load_checkpoint
 
-STREAMS = ("train", "val", "val_bpb", "lr", "norm", "hella", "hella_acc")
+LAYERS = ("norm_wte", "norm_wpe", "norm_h0", "norm_h1", "norm_ln_f")
+STREAMS = ("train", "val", "val_bpb", "lr", "norm", *LAYERS, "hella", "hella_acc")
 
 
 def values(log_dir, stream):
@@ -25,11 +26,13 @@ def assert_same_run(one, other, rel=1e-5):
 def test_fsdp_equals_ddp(flags, tmp_path, questions):
     """With dropout and accumulation, and one process with a window less to judge, or a batch of HellaSwag;
     also with activations computed twice, which keeps the masks."""
-    flags |= {"val_tokens": 33 * 64, "hellaswag_interval": 5, "hellaswag_data": questions}
+    flags |= {"val_tokens": 33 * 64, "hellaswag_interval": 5, "hellaswag_data": questions,
+              "grad_norm_interval": 1}
     train(flags, log_dir=tmp_path / "one")
     train(flags, 2, log_dir=tmp_path / "ddp")
     assert_same_run(tmp_path / "ddp", tmp_path / "one")
     assert len(values(tmp_path / "one", "hella")) == 3
+    assert all(len(values(tmp_path / "one", stream)) == 12 for stream in LAYERS)
     out = train(flags, 2, log_dir=tmp_path / "fsdp", parallel="fsdp", sample_interval=5, max_new_tokens=4)
     assert_same_run(tmp_path / "fsdp", tmp_path / "ddp")
     assert out.count("\n> Hello") == 4  # two samples at steps 5 and 10, drawn by all, printed once

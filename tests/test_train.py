@@ -187,6 +187,49 @@ def test_compiled_run_judges_samples_and_saves(flags, tmp_path):
     assert list(eager) == list(compiled)
 
 
+def squares(log, step):
+    return sum(float(by_step[step]) ** 2 for stream, by_step in log.items() if stream.startswith("norm_"))
+
+
+LAYERS = ("norm_wte", "norm_wpe", "norm_h0", "norm_h1", "norm_ln_f")
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_gradient_norms_of_layers_are_those_of_the_first_batch(flags, tmp_path, tiny_data, norm_position):
+    """By one backward pass over the 8 windows that the run takes 2 at a time; clipping comes later."""
+    train(flags, log_dir=tmp_path, dropout=0, max_steps=5, grad_norm_interval=4, grad_clip=0.01,
+          norm_position=norm_position)
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(64, 384, 257, 2, 2, 32, 0.0, norm_position))
+    x, y = WindowLoader(TokenStream(tiny_data, "train"), 64, 512, 1337, 257).batch(0, 0, 8)
+    model(torch.tensor(x, dtype=torch.long), torch.tensor(y, dtype=torch.long)).backward()
+    expected = {}
+    for name, parameter in model.named_parameters():
+        layer = re.sub(r"^transformer\.(?:h\.(\d+)|(\w+))\..*", lambda m: f"norm_{m[2] or 'h' + m[1]}", name)
+        expected[layer] = expected.get(layer, 0.0) + parameter.grad.square().sum().item()
+    assert sorted(expected) == sorted(set(LAYERS) - ({"norm_ln_f"} if norm_position == "post" else set()))
+    log = read_log(tmp_path, "norm", *expected)
+    for layer, square in expected.items():
+        assert list(log[layer]) == [0, 4]
+        assert float(log[layer][0]) == pytest.approx(math.sqrt(square), rel=1e-4), layer
+    for step in (0, 4):
+        assert squares(log, step) == pytest.approx(float(log["norm"][step]) ** 2, rel=1e-5)
+
+
+def test_gradient_norms_of_layers_change_nothing(flags, tmp_path):
+    """In float16, where the gradients are scaled until just before."""
+    flags |= {"dtype": "float16", "max_steps": 6}
+    train(flags, log_dir=tmp_path / "with", grad_norm_interval=5)
+    train(flags, log_dir=tmp_path / "without")
+    streams = ("train", "val", "norm", "lr")
+    assert read_log(tmp_path / "with", *streams) == read_log(tmp_path / "without", *streams)
+    assert not any(read_log(tmp_path / "without", *LAYERS).values())
+    log = read_log(tmp_path / "with", "norm", *LAYERS)
+    assert all(list(log[layer]) == [0, 5] for layer in LAYERS)
+    for step in (0, 5):
+        assert squares(log, step) == pytest.approx(float(log["norm"][step]) ** 2, rel=1e-5)
+
+
 def test_bfloat16_learns_the_same(flags, tmp_path):
     train(flags, log_dir=tmp_path / "float32")
     train(flags, log_dir=tmp_path / "bfloat16", dtype="bfloat16")

@@ -3,8 +3,9 @@ Pre-LN against Post-LN: trains both at each learning rate, with and without warm
 
     make experiment-norm                                                # the data too; 36 runs on CPU
     python results/norm_study/run.py --seeds=1 --flags=--max_steps=400 --log_dir=log_norm_short   # a look
-    python results/norm_study/run.py --train_config=config/gpu_24gb.py --max_lrs=6e-4,3e-3 --warmups=0,700 \
-        --flags="--max_steps=5000 --grad_norm_interval=50 --hellaswag_interval=0" --log_dir=log_norm_124m
+    python results/norm_study/run.py --train_config=config/gpu_24gb.py --max_lrs=6e-4,3e-3 --seeds=1 \
+        --flags="--max_steps=2000 --grad_norm_interval=20 --hellaswag_interval=0" --parallel_runs=1 \
+        --log_dir=log_norm_124m
 
 Each run is train_gpt2.py in a process of its own, and has a folder in log_dir: log.txt, output.txt (what it
 said) and study.json: its flags, its config file and, at the end, its outcome. Run again, the study goes on:
@@ -29,7 +30,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import study
-import torch
 
 try:
     import fcntl
@@ -47,7 +47,7 @@ warmups = "0,200"  # steps of warm-up
 seeds = "1,2,3"  # of weights and order of the data
 depths = "3,6,24"  # n_layer of more models, for the gradient at initialisation alone; empty = none
 flags = ""  # more flags of train_gpt2.py, for all runs: "--max_steps=5000 --batch_size=16"
-parallel_runs = 0  # at a time; 0 = one per core, or on a GPU one
+parallel_runs = 0  # at a time; 0 = one per core; 1 on a GPU
 log_dir = "log_norm_study"  # one folder per run, and the results
 report_only = False  # start nothing: the results of the runs that are finished so far
 
@@ -105,7 +105,7 @@ def start(name, its_flags, threads):
     wanted = {"flags": its_flags, "config": config_text}
     record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.exists() else wanted
     differing = [key for key in wanted if record[key] != wanted[key]]
-    if differing or (folder.exists() and not record_path.exists()):
+    if differing or ((folder / "log.txt").exists() and not record_path.exists()):
         raise UserError(f"{folder} holds a run with other {' and '.join(differing) or 'beginnings'}; remove "
                         f"it, or choose --log_dir=ANOTHER")
     if "outcome" in record:
@@ -145,18 +145,18 @@ def is_finished(name):
 
 
 def keep_others_out():
-    """Refuse a log_dir in which another study is at work; the system forgets the lock when this process dies."""
+    """Refuse a log_dir in which another study is at work; the lock is gone when this process is."""
     if fcntl:
         try:
             fcntl.flock(os.open(log_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"log_dir={log_dir}: another study is at work there; wait for it, look at it with "
-                            f"--report_only, or choose --log_dir=ANOTHER") from error
+            raise UserError(f"log_dir={log_dir}: another study is at work there; wait for it, look at it "
+                            f"with --report_only, or choose --log_dir=ANOTHER") from error
 
 
 def make_all(runs):
     """Make the runs that are not finished, parallel_runs at a time."""
-    slots = parallel_runs or (1 if torch.cuda.is_available() else available_cores())
+    slots = parallel_runs or available_cores()
     waiting, running, done, began = collections.deque(runs.items()), {}, 0, time.monotonic()
     try:
         while waiting or running:

@@ -11,9 +11,9 @@ figure.png beside it, anew.
 A spike is a step whose train loss is above the median of the 32 steps before it by more than 6 robust
 deviations (1.4826 times the median distance of those 32 from it) and more than 0.5 nats; steps in a row are
 one spike, and the first 32 steps have none. Runs of one seed see the same batches, so a step at which more
-than half of them spike is the data's doing, and counts for none. A run has diverged if it gave up
-(max_bad_steps steps in a row were not finite), if its last val loss is not finite, or if that is less than
-0.1 nats below a unigram model's: then it has learned little but how frequent each id is.
+than half of them spike is the data's doing, and counts for none. A run has diverged if it gave up (its val
+loss, or max_bad_steps steps in a row, were not finite), or if its last val loss is less than 0.1 nats below a
+unigram model's: then it has learned little but how frequent each id is.
 """
 
 import csv
@@ -117,9 +117,9 @@ def without_data(found):
             for run, mine in found.items()}
 
 
-def has_diverged(gave_up, val_loss, unigram):
-    """Whether a run counts as diverged, as the docstring defines it; losses in nats."""
-    return gave_up or not math.isfinite(val_loss) or val_loss > unigram - MARGIN
+def has_diverged(val_loss, unigram):
+    """Whether a run counts as diverged, as the docstring defines it; val_loss is nan if it gave up."""
+    return not val_loss <= unigram - MARGIN
 
 
 def layer_norms(streams, index):
@@ -137,17 +137,16 @@ def judge(runs):
         start = layer_norms(streams, 0)
         if len(start):
             starts.setdefault((norm, len(start)), {})[seed] = start  # the same at each rate
-        parts = re.fullmatch(r"\w+_lr([-.e\d]+)_w(\d+)_s\d+", run)
+        parts = re.fullmatch(r"\w+_lr([-+.e\d]+)_w(\d+)_s\d+", run)
         if parts:
-            steps, val = streams["val"]
+            steps, val = streams.get("val", ([-1], [math.nan]))
             last = int(streams["train"][0][-1]) + 1
-            gave_up = int(steps[-1]) < last  # who finishes is judged after the last step
-            loss = math.nan if gave_up else float(val[-1])
+            loss = float(val[-1]) if steps[-1] == last else math.nan  # who finishes is judged at the end
             first, final = (start[0], start[-1]) if len(start) else (math.nan, math.nan)
             rows.append({
                 "run": run, "norm": norm, "max_lr": float(parts[1]), "warmup_steps": int(parts[2]),
-                "seed": seed, "steps": last, "val_loss": loss, "gave_up": gave_up,
-                "diverged": has_diverged(gave_up, loss, streams["unigram"][1][0]), "spikes": 0,
+                "seed": seed, "steps": last, "val_loss": loss, "gave_up": not math.isfinite(loss),
+                "diverged": has_diverged(loss, streams["unigram"][1][0]), "spikes": 0,
                 "skipped": int(streams["skipped"][1][-1]) if "skipped" in streams else 0,
                 "norm_first_block": first, "norm_last_block": final, "last_to_first": final / first})
     for seed in {row["seed"] for row in rows}:
@@ -237,37 +236,37 @@ def draw(runs, rows, starts, unigram, path):
     middle = [row for row in rows if row["max_lr"] == lrs[len(lrs) // 2]]
     n_layer = len(layer_norms(runs[rows[0]["run"]], 0))
 
-    def points(axis, x, seeds, norm, label):  # seeds (seeds, len(x)): their mean, and their range
-        mean = seeds.mean(axis=0)
-        axis.errorbar(x, mean, [mean - seeds.min(axis=0), seeds.max(axis=0) - mean], color=COLORS[norm],
-                      marker="o", capsize=3, label=label)
+    def points(axis, x, seeds, norm, label):  # seeds: the values at each x, of which mean and range are drawn
+        mean = np.array([np.mean(some) for some in seeds])
+        ends = mean - [min(some) for some in seeds], [max(some) for some in seeds] - mean
+        axis.errorbar(x, mean, ends, color=COLORS[norm], marker="o", capsize=3, label=label)
+        return mean
 
     for norm in NAMES:
         if (norm, n_layer) in starts:
-            points(initial, range(n_layer), starts[norm, n_layer], norm, NAMES[norm])
+            points(initial, range(n_layer), starts[norm, n_layer].T, norm, NAMES[norm])
         depths = np.array(sorted(depth for name, depth in starts if name == norm))
         if len(depths):
-            lasts = np.array([starts[norm, depth][:, -1] for depth in depths]).T  # (seeds, depths)
-            points(by_depth, depths, lasts, norm, f"{NAMES[norm]}: power {slope(starts, norm):.2f}")
-            if norm == "pre":
-                by_depth.plot(depths, lasts[:, 0].mean() * np.sqrt(depths[0] / depths), color="black",
-                              linestyle=":", label="power -0.5: Pre-LN in Xiong et al. 2020")
-    initial.set(yscale="log", xlabel="block", ylabel="L2 norm of the gradient",
+            mean = points(by_depth, depths, [starts[norm, depth][:, -1] for depth in depths], norm,
+                          NAMES[norm] + (f": power {slope(starts, norm):.2f}" if len(depths) > 1 else ""))
+            if norm == "pre" and len(depths) > 1:
+                by_depth.plot(depths, mean[0] * np.sqrt(depths[0] / depths), color="black", linestyle=":",
+                              label="power -0.5: Pre-LN in Xiong et al. 2020")
+    initial.set(xlabel="block", ylabel="L2 norm of the gradient",
                 title=f"At initialisation, {n_layer} layers: range over seeds")
-    by_depth.set(xscale="log", yscale="log", xlabel="layers", ylabel="L2 norm of the last block's gradient",
+    by_depth.set(xscale="log", xlabel="layers", ylabel="L2 norm of the last block's gradient",
                  title="At initialisation, by depth: range over seeds")
     depths = sorted({depth for _, depth in starts})
     by_depth.set_xticks(depths, [f"{depth}" for depth in depths])
-    by_depth.xaxis.minorticks_off()
 
     first = "norm_h0"
     show(over_time, runs, middle, lambda streams: streams.get(first, ([], [])))
-    over_time.set(yscale="log", xlabel="optimizer step", ylabel="L2 norm of the first block's gradient",
+    over_time.set(xlabel="optimizer step", ylabel="L2 norm of the first block's gradient",
                   title=f"In training, max_lr {lrs[len(lrs) // 2]:g}: first block, range over seeds")
     show(final, runs, middle, lambda streams: (range(n_layer), layer_norms(streams, -1)), marker="o",
          markersize=4)
-    final.set(yscale="log", xlabel="block", ylabel="L2 norm of the gradient",
-              title=f"Last kept step of training, max_lr {lrs[len(lrs) // 2]:g}")
+    final.set(xlabel="block", ylabel="L2 norm of the gradient",
+              title=f"At the last step with norms, max_lr {lrs[len(lrs) // 2]:g}: range over seeds")
 
     table = cells(rows)
     for norm, warmup in dict.fromkeys((norm, warmup) for norm, warmup, _ in table):
@@ -294,9 +293,12 @@ def draw(runs, rows, starts, unigram, path):
         return steps, smooth(losses, max(1, len(losses) // 40))
 
     show(curves, runs, middle, smoothed, linewidth=1.2)
-    curves.axhline(unigram, color="gray", linestyle=":", label=f"unigram model, {unigram:.2f}")
     curves.set(xlabel="optimizer step", ylabel="train loss (nats per token)",
                title=f"Train loss, max_lr {lrs[len(lrs) // 2]:g}: smoothed, range over seeds")
+    for axis in (initial, by_depth, over_time, final):
+        if any(np.any(np.asarray(line.get_ydata(), dtype=float) > 0) for line in axis.get_lines()):
+            axis.set_yscale("log")  # which knows no axis where all is nan
+    by_depth.xaxis.minorticks_off()
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
