@@ -51,8 +51,9 @@ from checkpoint import build_model, checkpoint_tokenizer, describe_model, newest
 from configurator import UserError, configure
 from convert_hf import load_any
 from device import TOLERANCE, Device, resolve_device
+from loss_report import find_data_dir, open_stream
 from model import GPT, KVCache
-from shards import TokenStream, WindowLoader, write_atomically
+from shards import WindowLoader, write_atomically
 
 checkpoint = ""  # a checkpoint, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/
 data_dir = ""  # token shards of the checkpoint's tokenizer; empty = those it was trained on
@@ -449,16 +450,16 @@ def describe_size(model: GPT, dev: Device) -> dict:
 
 
 def sweep(model: GPT, orders: dict[tuple[str, int], list[Head]], shares: list[float], main: str,
-          merges: list[str], moments: dict[int, torch.Tensor], similarity: np.ndarray,
-          windows: Windows) -> tuple[list[dict], dict]:
-    """A row for every (criterion, seed, merge) and share; and {(share, merge): (model, heads removed)}.
+          merges: list[str], moments: dict[int, torch.Tensor], similarity: np.ndarray, windows: Windows,
+          keep: Callable) -> list[dict]:
+    """A row for every (criterion, seed, merge) and share.
 
     orders {(criterion, seed or ""): heads in the order in which they go}. Of criterion `main` the models are
-    timed, merged and kept (of `random`, the first seed's).
+    timed, merged and given to keep(share, merge, model, heads removed) (of `random`, the first seed's).
     """
     n_heads, dense = len(all_heads(model)), window_losses(model, windows)
     main_order = next(key for key in orders if key[0] == main)
-    rows, smaller, judged = [], {}, {}
+    rows, judged = [], {}
     jobs = [(share, key, how) for share in shares for key in orders
             for how in ("", *(merges if key == main_order else ()))]
     for share, key, how in tqdm(jobs, "pruning", leave=False, unit=" models", disable=None):
@@ -470,16 +471,17 @@ def sweep(model: GPT, orders: dict[tuple[str, int], list[Head]], shares: list[fl
             if not how:
                 check_pruned(model, less, heads, windows)
         if key == main_order:
-            smaller[share, how] = less, heads
+            keep(share, how, less, heads)
         rows.append({"share": share, "criterion": key[0], "seed": key[1], "merge": how,
                      **judged[same], **describe_size(less, windows.dev),
                      "prefill_tok_s": "", "decode_tok_s": "",
                      "removed": " ".join(f"{layer}:{head}" for layer, head in sorted(heads))})
-    speeds = dict(zip(shares, measure_speed([smaller[share, ""][0] for share in shares], windows.dev)))
+    timed = [prune(model, orders[main_order][:count_heads(share, n_heads)]) for share in shares]
+    speeds = dict(zip(shares, measure_speed(timed, windows.dev)))
     for row in rows:
         if (row["criterion"], row["seed"], row["merge"]) == (*main_order, ""):
             row["prefill_tok_s"], row["decode_tok_s"] = speeds[row["share"]]
-    return rows, smaller
+    return rows
 
 
 def count_heads(share: float, n_heads: int) -> int:
@@ -779,19 +781,12 @@ def check_settings() -> tuple[list[float], list[Head], list[str]]:
     return sorted({0.0, *shares}) if shares else [], given, merges  # 0: what the others are compared with
 
 
-def open_windows(state: dict, model: GPT, dev: Device) -> list[Windows]:
+def open_windows(state: dict, source: str, model: GPT, dev: Device) -> list[Windows]:
     """Calibration windows, spread over the train split, and the first windows of the val split."""
-    folder = data_dir or state.get("config", {}).get("data_dir", "")
-    if not folder or not Path(folder).exists():
-        raise UserError(f"data_dir={folder} is not there; give --data_dir=FOLDER of shards that were made "
-                        f"with the checkpoint's tokenizer")
+    folder = find_data_dir(state, source, data_dir)
     tok, T, found = checkpoint_tokenizer(state), model.config.block_size, []
     for split, n_tokens in (("train", calibration_tokens), ("val", val_tokens)):
-        stream = TokenStream(folder, split)
-        if stream.manifest and stream.manifest["tokenizer"]["sha256"] != tok.sha256:
-            raise UserError(f"data_dir={folder} was tokenized with "
-                            f"{stream.manifest['tokenizer']['name']!r}, and the checkpoint knows "
-                            f"{tok.name!r}, which is another vocabulary; give --data_dir of its shards")
+        stream = open_stream(folder, split, tok, T)
         loader = WindowLoader(stream, T, T, seed, tok.n_vocab, shuffle=False)
         n = min(loader.n_windows, max(4, n_tokens // T))  # 4: two for each half
         ids = np.linspace(0, loader.n_windows - 1, n).astype(np.int64) if split == "train" else np.arange(n)
@@ -864,7 +859,7 @@ def main() -> None:
     if not heads:
         raise UserError(f"checkpoint {source}: it has no heads left to analyze or to remove")
     check_heads(model, given, f"prune_heads={prune_heads}")
-    calibration, val = open_windows(state, model, dev)
+    calibration, val = open_windows(state, source, model, dev)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     T = model.config.block_size
     print(f"{source}, step {state['step']}: {len(heads)} heads in {model.config.n_layer} layers; measured on "
@@ -884,7 +879,14 @@ def main() -> None:
         orders["random", number] = random.Random(number).sample(heads, len(heads))
     main_criterion = "given" if given else criterion
     similarity = sum_of(halves)["output"].mean
-    rows, smaller = sweep(model, orders, shares, main_criterion, merges, moments, similarity, val)
+    names = []
+
+    def keep(share, how, less, removed):
+        if removed:
+            names.append("_".join(filter(None, ("pruned", "" if given else f"{share}", how))) + ".pt")
+            save_pruned(state, source, less, removed, names[-1])
+
+    rows = sweep(model, orders, shares, main_criterion, merges, moments, similarity, val, keep)
     lines = pruning_lines(rows)
     if not given:
         lines += stability_lines(model, of_halves, shares)
@@ -892,11 +894,6 @@ def main() -> None:
     write("pruning.csv", to_csv(rows))
     write("pruning.txt", "\n".join([*lines, ""]).encode())
     draw_pruning(pyplot(), rows)
-    names = []
-    for (share, how), (less, removed) in smaller.items():
-        if removed:
-            names.append("_".join(filter(None, ("pruned", "" if given else f"{share}", how))) + ".pt")
-            save_pruned(state, source, less, removed, names[-1])
     if names:
         print(f"\nnext: python generate.py --checkpoint={Path(out_dir, names[0])}\n"
               f"      python train_gpt2.py config/finetune_gpt2.py --init_from={Path(out_dir, names[0])} "

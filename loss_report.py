@@ -199,6 +199,15 @@ def window_losses(model: GPT, loader: WindowLoader, windows: np.ndarray, dev: De
         yield first, losses, y
 
 
+def find_data_dir(state: dict, source: str | Path, data_dir: str) -> str:
+    """`data_dir`, or where it is empty the shards that the checkpoint was trained on, if they are there."""
+    trained_on = state.get("config", {}).get("data_dir", "")
+    if not data_dir and not (trained_on and Path(trained_on).is_dir()):
+        known = f"was trained on data_dir={trained_on}, which is not there" if trained_on else "names no data"
+        raise UserError(f"{source} {known}; give --data_dir=FOLDER of its shards, or of others")
+    return data_dir or trained_on
+
+
 def open_stream(data_dir: str, split: str, tok, T: int) -> TokenStream:
     """A split of the shards; UserError where the model was not made for them, or they are too short."""
     stream = TokenStream(data_dir, split)
@@ -231,11 +240,7 @@ def measure(source: str | Path, data_dir: str, val_tokens: int | None, device: s
     dev = resolve_device(device, dtype)
     state = load_any(source)
     config, tok = state.get("config", {}), checkpoint_tokenizer(state)
-    if not data_dir:
-        data_dir = config.get("data_dir", "")
-        if not data_dir or not Path(data_dir).is_dir():
-            known = f"was trained on data_dir={data_dir}, which is not there" if data_dir else "names no data"
-            raise UserError(f"{source} {known}; give --data_dir=FOLDER of its shards, or of others")
+    data_dir = find_data_dir(state, source, data_dir)
     model = build_model(state, str(source)).to(dev.device)
     model.loss_chunk = dev.loss_chunk
     T = model.config.block_size

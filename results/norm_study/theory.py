@@ -1,13 +1,13 @@
 """
 The gradient of the last block at initialisation, by depth: where theory speaks, and as GPT-2 starts.
 
-    python results/norm_study/theory.py                            # a few seconds
+    python results/norm_study/theory.py                            # a few seconds; theory.txt is what it said
 
 Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture", theorem 1, is about the second
 matrix of the last MLP (c_proj): with Post-LN its gradient does not shrink with the depth L, with Pre-LN it
 falls as 1/sqrt(L). It takes Xavier's initialisation, inputs of variance 1, and an output matrix that is not
 tied; GPT-2 draws its matrices with std 0.02, which makes inputs of std 0.03, and divides those that add to
-the residual stream by sqrt(2 L). Writes theory.txt beside itself, anew: one batch of random ids per model.
+the residual stream by sqrt(2 L). Prints a table: one batch of random ids per model.
 """
 
 import sys
@@ -57,9 +57,7 @@ def main():
             norms = [np.mean([last_norm(norm, depth, seed, start) for seed in SEEDS]) for depth in DEPTHS]
             cells = "".join(f"{value:9.4f}" for value in norms)
             lines.append(f"{f'{norm.capitalize()}-LN, {what}':28s}{cells}{power(norms):12.2f}")
-    table = "\n".join(lines) + "\n"
-    (Path(__file__).parent / "theory.txt").write_text(table, encoding="utf-8")
-    print(table, end="")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
