@@ -725,6 +725,7 @@ def draw_pruning(plt, rows: list[dict]) -> None:
                           capsize=3, label=label, **style)
         axis.axhline(5, color="black", linestyle=":", linewidth=1, label="5%")
         axis.set_yscale("symlog", linthresh=1)
+        axis.set_ylim(bottom=min(-0.5, *(120 * low for key in keys for _, low, _ in groups[key].values())))
         axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axis.set(xlabel="heads removed (%)", ylabel="change of perplexity (%, linear below 1, log above)",
                  title="Without healing" if axis is axes[0] else f"{merged[0]}, dropped heads folded")
