@@ -45,7 +45,7 @@ test: $(DEV_STAMP) lint  ## install what tests need and run all tests
 bench: install $(DEV_STAMP)  ## measure every speed this repository claims, beside its baseline
 	$(PYTHON) bench.py
 
-experiment-norm: install  ## Pre-LN against Post-LN: 36 runs on CPU, half an hour on 2 cores; again = continue
+experiment-norm: $(RUN_STAMP)  ## Pre-LN against Post-LN: 36 short runs and 18 of one step; again = continue
 	test -e python4k.tiktoken || $(PYTHON) bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken
 	test -e python4k/manifest.json || $(PYTHON) fineweb.py --dataset=python --tokenizer=python4k.tiktoken \
 		--data_dir=python4k --max_tokens=12e6

@@ -20,10 +20,11 @@ must be new, go
 
 Similarity of two heads of a layer, averaged over positions, then over sequences (the unit of errors):
     pattern      cosine of their attention weights, a row of T for each query; the first query is left out
-    rest         the same without the diagonal and the first token: most heads put weight there, which alone
-                 makes them look alike; what they put there is in heads.csv
+    rest         the same without the diagonal and the first token, from the fourth query on: weight that all
+                 put there can make heads look alike; how much that is, is in heads.csv
     output       cosine of what they add to the residual stream, (C,) at each position
-Each stands beside its null: the same of a model of this shape with random weights. Importance is the mean
+Each stands beside its null: the same of one model of this shape with random weights. A pattern's null is near
+1, as random heads look at all tokens alike. Importance is the mean
 over sequences of |dL/dg| for a gate g = 1 on the head's output (Michel et al. 2019, "Are Sixteen Heads Really
 Better than One?", section 4.1). Ablation is the loss without the head minus the loss with it, nats per token.
 
@@ -83,9 +84,11 @@ CRITERIA = {
     "redundancy_output": "of the most similar outputs the less important",
     "random": "any",
 }
-MERGES = {"mean": "its mean output, into the bias", "partner": "what its most similar partner can tell of it",
+MERGES = {"mean": "its mean output, into the bias",
+          "partner": "what the head most similar, or most opposite, can tell of it",
           "layer": "what all heads left in the layer can tell of it"}
 SPEED_ROUNDS, DECODE_TOKENS = 5, 64
+BLOCKS, T_QUANTILE = 20, 2.093  # of val, for the error of a change; Student's t, 97.5%, 19 degrees of freedom
 Head = tuple[int, int]  # layer, head
 Halves = list[dict[str, "Running"]]  # all that is measured, on each half of the calibration windows
 
@@ -283,8 +286,8 @@ def watch(model: GPT, windows: Windows) -> tuple[dict[str, Running], dict[int, t
         found["first"].append(patterns[:, :, 1:, 0].mean(dim=-1))
         trivial = torch.eye(y.size(1), dtype=torch.bool, device=y.device)
         trivial[:, 0] = True
-        # of the first two queries nothing is left
-        found["rest"].append(pair_cosines(patterns.masked_fill_(trivial, 0.0)[:, :, 2:]))
+        # of the first two queries nothing is left, of the third one key, whose cosine is 1
+        found["rest"].append(pair_cosines(patterns.masked_fill_(trivial, 0.0)[:, :, 3:]))
         y = y.float()
         heads = y.unflatten(2, (attn.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
         columns = attn.c_proj.weight.float().unflatten(1, (attn.n_head, -1)).permute(1, 2, 0)  # (nh, hs, C)
@@ -384,7 +387,7 @@ def fold(model: GPT, heads: list[Head], how: str, moments: dict[int, torch.Tenso
         more = np.zeros((len(weight), weight.shape[1] + 1))  # to be added to (weight, bias)
         for _, head in (pair for pair in heads if pair[0] == layer):
             others = {"mean": [], "layer": left, "partner": sorted(
-                left, key=lambda other: similar[frozenset(((layer, head), (layer, other)))])[-1:]}[how]
+                left, key=lambda other: abs(similar[frozenset(((layer, head), (layer, other)))]))[-1:]}[how]
             known = np.append(columns[others].ravel(), weight.shape[1]).astype(int)  # and the constant 1
             # what varies 1e-5 as much as the largest is rounding; fitted to, it would get huge weights
             told = np.linalg.lstsq(sums[np.ix_(known, known)], sums[np.ix_(known, columns[head])], 1e-10)[0]
@@ -413,6 +416,7 @@ def measure_speed(models: list[GPT], dev: Device) -> list[tuple[float, float]]:
     """
     best = [[math.inf, math.inf] for _ in models]
     T = models[0].config.block_size
+    n = min(DECODE_TOKENS, T - T // 2)  # behind which the cache would be filled anew
     idx = torch.zeros(1, T, dtype=torch.long, device=dev.device)
     for model, times in list(zip(models, best)) * (1 + SPEED_ROUNDS):
         with dev.autocast():
@@ -421,7 +425,7 @@ def measure_speed(models: list[GPT], dev: Device) -> list[tuple[float, float]]:
             model(idx, cache=KVCache(model.config, 1, dev.device, dev.dtype), only_last=True)
             dev.synchronize()
             t1 = time.perf_counter()
-            steps = model.generate(idx[:, :max(1, T // 2)], 1 + DECODE_TOKENS, temperature=0.0)
+            steps = model.generate(idx[:, :max(1, T // 2)], 1 + n, temperature=0.0)
             next(steps)  # fills the cache
             dev.synchronize()
             t2 = time.perf_counter()
@@ -429,17 +433,19 @@ def measure_speed(models: list[GPT], dev: Device) -> list[tuple[float, float]]:
                 pass
             dev.synchronize()
             times[:] = min(times[0], t1 - t0), min(times[1], time.perf_counter() - t2)
-    return [(T / prefill, DECODE_TOKENS / decode) for prefill, decode in best]
+    return [(T / prefill, n / decode) for prefill, decode in best]
 
 
 def judge(model: GPT, windows: Windows, dense: np.ndarray) -> dict:
     """Perplexity, and its change against `dense` (N,), the windows' losses with all heads, with the 95%
-    interval that the differences of the windows give it."""
+    interval that BLOCKS stretches of val give it; nan where there are fewer windows."""
     found = window_losses(model, windows)
-    rise = found - dense
-    error = rise.std(ddof=1) / math.sqrt(len(rise)) if len(rise) > 1 else math.nan
+    rise, half = found - dense, math.nan
+    if len(rise) >= BLOCKS:  # windows of one document are alike, so neighbours count as one draw
+        blocks = np.array([part.mean() for part in np.array_split(rise, BLOCKS)])
+        half = T_QUANTILE * blocks.std(ddof=1) / math.sqrt(BLOCKS)
     return {"perplexity": math.exp(found.mean()), "change": math.expm1(rise.mean()),
-            "low": math.expm1(rise.mean() - 1.96 * error), "high": math.expm1(rise.mean() + 1.96 * error)}
+            "low": math.expm1(rise.mean() - half), "high": math.expm1(rise.mean() + half)}
 
 
 def describe_size(model: GPT, dev: Device) -> dict:
@@ -545,7 +551,7 @@ def similarity_lines(model: GPT, halves: Halves, null: dict[str, Running]) -> tu
         for i in sorted(np.flatnonzero(above), key=lambda i: -mean[i]):
             layer, first, second = pairs[i]
             listed.append(f"{name:8} layer {layer:2} heads {first:2} {second:2}  "
-                          f"{mean[i]:.4f} +- {error[i]:.4f}")
+                          f"{mean[i]:.4f} +- {error[i]:.4f}, random weights {nulls[i]:.4f}")
     lines.append(f"{len(pairs)} pairs; above: more than {similarity_threshold}; both halves: of the pairs "
                  f"above it on either half of the data, those above it on both; then the halves' correlation")
     return lines, listed or [f"no pair is above {similarity_threshold}"]
@@ -617,22 +623,22 @@ def pruning_lines(rows: list[dict]) -> list[str]:
     names = {key: " + ".join(filter(None, key)) for key in groups}
     width = max(map(len, names.values()))
     lines += ["", (f"change of the perplexity {dense:.3f}, without healing; +- half the 95% interval over "
-                   f"windows, or the standard deviation of {random_seeds} random prunings"),
+                   f"{BLOCKS} parts of val, or the standard deviation of {random_seeds} random prunings"),
               f"{'':>{width}} " + " ".join(f"{share:>16.0%}" for share in shares)]
     for key, by_share in groups.items():
         cells = (f"{change:+.2%} +-{shown((high - low) / 2, '.2%')}"
                  for change, low, high in (by_share[share] for share in shares))
         lines.append(f"{names[key]:>{width}} " + " ".join(f"{cell:>16}" for cell in cells))
     lines.append("")
+    main = timed[0]["criterion"]
     for share in filter(None, shares):
-        at = {key: by_share[share] for key, by_share in groups.items() if key != ("random", "")}
-        best = min(at, key=lambda key: at[key][0])
-        change, low, high = at[best]
+        change, low, high = groups[main, ""][share]
         mean, least, most = groups["random", ""][share]
         below = (high if high == high else change) < 0.05
         verdict = "better than" if high < least else "worse than" if low > most else "not to be told from"
-        lines.append(f"{share:.0%} of the heads, best: {names[best]}, {change:+.2%}, {verdict} random, "
-                     f"{mean:+.2%}, by these errors; {'' if below else 'not '}below 5%")
+        if main != "random":
+            lines.append(f"{share:.0%} of the heads by {main}: {change:+.2%}, {verdict} random, {mean:+.2%}, "
+                         f"by these errors; {'' if below else 'not '}below 5%")
     return lines
 
 
@@ -725,10 +731,12 @@ def draw_pruning(plt, rows: list[dict]) -> None:
                           capsize=3, label=label, **style)
         axis.axhline(5, color="black", linestyle=":", linewidth=1, label="5%")
         axis.set_yscale("symlog", linthresh=1)
-        axis.set_ylim(bottom=min(-0.5, *(120 * low for key in keys for _, low, _ in groups[key].values())))
+        lows = [low for key in keys for _, low, _ in groups[key].values() if low == low]
+        axis.set_ylim(bottom=min([-0.5, *(120 * low for low in lows)]))
         axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axis.set(xlabel="heads removed (%)", ylabel="change of perplexity (%, linear below 1, log above)",
-                 title="Without healing" if axis is axes[0] else f"{merged[0]}, dropped heads folded")
+                 title=("Without healing" if axis is axes[0] else f"{merged[0]}, dropped heads folded")
+                 + f"; bars: 95% over {BLOCKS} parts of val")
     timed = [row for row in rows if row["prefill_tok_s"] != ""]
     for key, label in (("params", "parameters"), ("flops_per_token", "FLOPs per token"),
                        ("cache_bytes", "KV cache"), ("prefill_tok_s", "prefill, tok/s (measured)"),
@@ -763,7 +771,9 @@ def check_settings() -> tuple[list[float], list[Head], list[str]]:
             raise UserError(f"prune_heads={prune_heads}: got {part!r}, wanted LAYER:HEAD, counted from 0, "
                             f"with commas between them, such as 0:3,2:1")
         given.append((int(layer), int(head)))
-    merges = [part for part in merge.split(",") if part]
+    merges = list(dict.fromkeys(part for part in merge.split(",") if part))
+    if merges and not (shares or given):
+        raise UserError(f"merge={merge}: got no heads to fold; give --prune_fractions or --prune_heads too")
     for name, values, known in (("criterion", [criterion], CRITERIA), ("merge", merges, MERGES)):
         for value in values:
             if value not in known:
@@ -792,9 +802,12 @@ def open_windows(state: dict, source: str, model: GPT, dev: Device) -> list[Wind
         n = min(loader.n_windows, max(4, n_tokens // T))  # 4: two for each half
         ids = np.linspace(0, loader.n_windows - 1, n).astype(np.int64) if split == "train" else np.arange(n)
         found.append(Windows(loader, ids, dev))
-    if T < 3 or len(found[0].ids) < 4:
-        raise UserError(f"got {len(found[0].ids)} windows of {T} tokens to calibrate on, wanted at least 4, "
-                        f"of 3 tokens or more; build more data with fineweb.py")
+    if T < 4:
+        raise UserError(f"{source} has a context of {T} tokens, in which there is nothing to compare; wanted "
+                        f"4 or more: name another --checkpoint")
+    if len(found[0].ids) < 4:
+        raise UserError(f"got {len(found[0].ids)} windows of {T} tokens to calibrate on, wanted at least 4; "
+                        f"build more data with fineweb.py")
     return found
 
 
@@ -854,7 +867,9 @@ def main() -> None:
     dev = resolve_device(device, dtype)
     source = checkpoint or newest_checkpoint()
     state = load_any(source)
-    model = build_model(state, str(source)).to(dev.device)
+    model = build_model(state, str(source)).to(dev.device).requires_grad_(False)
+    for key in ("model", "optimizers"):  # more than the model itself takes
+        state.pop(key, None)
     model.loss_chunk = dev.loss_chunk
     heads = all_heads(model)
     if not heads:
@@ -870,6 +885,11 @@ def main() -> None:
     if given:
         shares, orders = [0.0, len(given) / len(heads)], {("given", ""): given}
     elif shares:
+        counts = {count_heads(share, len(heads)): share for share in reversed(shares)}  # the lowest of each
+        for share in sorted({*shares} - {*counts.values()}):
+            print(f"note: {share:.1%} of {len(heads)} heads, {count_heads(share, len(heads))}, is as many as "
+                  f"of another share, and left out")
+        shares = sorted(counts.values())
         *of_halves, values = ({name: running.mean for name, running in measured.items()}
                               for measured in (*halves, sum_of(halves)))
         orders = {(name, ""): drop_order(name, model, values) for name in CRITERIA if name != "random"}

@@ -1,4 +1,4 @@
-# The model whose heads RESULTS.md studies: 48 heads, on textbooks, in 40 minutes on 2 cores.
+# The model whose heads RESULTS.md studies: 48 heads, on textbooks, in about 45 minutes on 2 cores.
 #     python bpe.py --input=openstax.parquet --vocab_size=8192 --out=openstax8k.tiktoken
 #     python fineweb.py --input=openstax.parquet --tokenizer=openstax8k.tiktoken --data_dir=openstax8k
 #     python train_gpt2.py config/openstax_heads.py
