@@ -24,9 +24,13 @@ Similarity of two heads of a layer, averaged over positions, then over sequences
                  put there can make heads look alike; how much that is, is in heads.csv
     output       cosine of what they add to the residual stream, (C,) at each position
 Each stands beside its null: the same of one model of this shape with random weights. A pattern's null is near
-1, as random heads look at all tokens alike. Importance is the mean
-over sequences of |dL/dg| for a gate g = 1 on the head's output (Michel et al. 2019, "Are Sixteen Heads Really
-Better than One?", section 4.1). Ablation is the loss without the head minus the loss with it, nats per token.
+1, as random heads look at all tokens alike. Importance is the mean over sequences of |dL/dg| for a gate g = 1
+on the head's output (Michel et al. 2019, "Are Sixteen Heads Really Better than One?", section 4.1). Ablation
+is the loss without the head minus the loss with it, nats per token. The interval of a change of perplexity
+takes 20 stretches of val as the unit, as windows of one document are alike.
+
+Most of the time goes into one forward over calibration_tokens per head, and one over val_tokens per pruned
+model: half an hour on one CPU core for 7M parameters and 48 heads, hours for GPT-2 small, which wants a GPU.
 
 Shapes: B sequences, T tokens, nh heads of a layer, hs head size, C n_embd, H heads in all layers, P pairs.
 """

@@ -572,6 +572,9 @@ def test_what_is_affine_in_what_is_left_is_folded_without_loss(norm_position):
         assert folded[how].config.heads == (4, 3, 4)
         torch.testing.assert_close(folded[how](idx), wanted, atol=2e-4, rtol=1e-4)
     assert (folded["mean"](idx) - wanted).abs().max() > 0.05
+    similarity[pairs.index((1, 0, 2))] = -1.0  # an opposite tells as much as a twin
+    torch.testing.assert_close(fold(model, [(1, 0)], "partner", moments, similarity)(idx), wanted, atol=2e-4,
+                               rtol=1e-4)
     # two heads at once, in two layers, each told from its own partner
     make_affine(model, 2, 1, 3)
     moments, similarity = similarity_of(model, windows)
@@ -1089,3 +1092,10 @@ def test_the_script_refuses_in_words(analyzed):
     done = attempt(FLAGS, 1, ROOT / "analyze_heads.py", checkpoint=source, out_dir=folder)
     assert done.returncode == 2 and "error: out_dir=" in done.stderr and "Traceback" not in done.stderr
     assert snapshot(folder) == before
+
+
+def test_shares_of_as_many_heads_are_one(analyzed, run, tmp_path, capsys):
+    run(checkpoint=str(analyzed[0]), prune_fractions="0,0.05,0.25,0.26")  # 0, 0, 2 and 2 of 8
+    assert {row["share"] for row in read_csv(tmp_path / "heads" / "pruning.csv")} == {"0.0", "0.25"}
+    said = capsys.readouterr().out
+    assert "note: 5.0% of 8 heads, 0, is as many as of another share" in said and "note: 26.0% of 8" in said

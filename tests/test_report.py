@@ -271,7 +271,8 @@ def test_a_run_of_an_epoch_has_seen_all(tmp_path, state):
 def test_what_a_model_has_seen_of_other_data_is_not_known(tmp_path, state, tiny_data):
     whole, = pick(measure(tmp_path, state, val_tokens=10**6), "loss")
     assert whole.n_tokens == (len(TokenStream(tiny_data, "val")) - 1) // T * T
-    for change in ({"data": "another"}, {"config": {**state["config"], "block_size": 2 * T}}):
+    for change in ({"data": "another"}, {"config": {**state["config"], "block_size": 2 * T}},
+                   {"config": {**state["config"], "init_from": "pruned.pt"}}):  # which had seen some of it
         found = measure(tmp_path, {**state, **change})
         assert math.isnan(found.epochs) and {row.split for row in found.rows} == {"val", "train"}
     export_hf(state, tmp_path / "hf")
