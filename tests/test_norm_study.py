@@ -1,4 +1,4 @@
-"""The study of Pre-LN against Post-LN: what counts as a spike and as diverged, and the runs it makes."""
+"""The study of Pre-LN against Post-LN: what counts as a spike and as stuck, and the runs it makes."""
 
 import csv
 import itertools
@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "results" / "norm_study"))
 import study
 
 from configurator import UserError
+from shards import write_shard
 
 
 def curve(steps=200, noise=0.1, level=5.0, seed=0):
@@ -38,7 +39,7 @@ FALL = 5.0 + 3.0 * np.exp(-np.arange(200) / 20)
     (raised(curve(), 100), [100]), (raised(FALL, 100), [100]),
     (raised(curve(), 100, 101, 102), [100]), (raised(curve(), 100, 102), [100, 102]),
     (raised(curve(), 31), []), (raised(curve(), 32), [32]), (raised(curve(), 199), [199]),
-    (raised(FLAT, 100, by=0.5), []), (raised(FLAT, 100, by=0.51), [100]),  # 0.5 nats or less are none
+    (raised(FLAT, 100, by=1.0), []), (raised(FLAT, 100, by=1.01), [100]),  # a nat or less is none
     (raised(curve(noise=1.0), 100, by=2.0), []),  # within the noise
     (raised(curve(), *range(100, 200)), [100]),  # to another level, which in time is the usual one
     (FLAT + np.arange(200) * 0.02, []),  # a slow rise
@@ -48,46 +49,81 @@ FALL = 5.0 + 3.0 * np.exp(-np.arange(200) / 20)
     (raised(raised(FLAT, *range(60, 90), by=math.nan), 99), [99]), (FLAT[:20], []),
 ])
 def test_spikes(losses, expected):
-    assert study.spikes(losses) == expected
+    """Of a run whose seed has two others, of which nothing is to be said."""
+    quiet = np.full(len(losses), 5.0)
+    assert study.spikes({"a": losses, "b": quiet, "c": quiet}) == {"a": expected, "b": [], "c": []}
 
 
 def test_a_spike_is_above_six_robust_deviations():
-    """Half of the 32 losses before are 4.9, half 5.1: median 5, median distance 0.1; 6 * 0.14826 = 0.890."""
-    before = [4.9, 5.1] * 16
-    for last, expected in ((5.88, []), (5.90, [32])):
-        assert study.spikes(np.array([*before, last])) == expected
-    early = [50.0, *before]  # the 33rd before does not count
-    assert study.spikes(np.array([*early, 5.90])) == [33]
+    """Half of the 32 before are 4.8, half 5.2: median 5, median distance 0.2; 6 * 0.29652 = 1.779."""
+    before = [4.8, 5.2] * 16
+    quiet = np.full(34, 5.0)
+    for last, expected in ((6.77, []), (6.79, [32])):
+        assert study.spikes({"a": np.array([*before, last]), "b": quiet, "c": quiet})["a"] == expected
+    early = np.array([50.0, *before, 6.79])  # the 33rd before does not count
+    assert study.spikes({"a": early, "b": quiet, "c": quiet})["a"] == [33]
 
 
-def test_what_most_runs_of_a_seed_show_is_the_datas():
-    found = {"a": [40, 70], "b": [40, 90], "c": [40, 70], "d": []}
-    assert study.without_data(found) == {"a": [70], "b": [90], "c": [70], "d": []}
-    assert study.without_data({"a": [40], "b": []}) == {"a": [40], "b": []}
+def test_what_the_runs_of_a_seed_share_is_the_datas():
+    runs = {name: raised(curve(seed=seed), 60) for seed, name in enumerate("abcd")}
+    runs["quiet"] = curve(seed=9)
+    assert not any(study.spikes(runs).values())
+    runs["c"] = raised(raised(runs["c"], 60, by=2.0), 90)  # higher than the others where all rise, and alone
+    assert study.spikes(runs) == {"a": [], "b": [], "c": [60, 90], "d": [], "quiet": []}
+    short = {"a": raised(curve(100), 60), "b": raised(curve(seed=1), 60, 150), "c": raised(curve(seed=2), 60),
+             "d": np.zeros(0)}  # b and c alone are left at 150: what one of them does is its own
+    assert study.spikes(short) == {"a": [], "b": [150], "c": [], "d": []}
+    assert study.spikes({"a": raised(curve(), 60)}) == {"a": [60]}  # nothing to tell the data's share by
 
 
-@pytest.mark.parametrize(("val_loss", "diverged"), [
-    (5.0, False), (6.49, False), (6.51, True), (6.7, True), (math.nan, True), (math.inf, True),
-])
-def test_divergence(val_loss, diverged):
-    assert study.has_diverged(val_loss, unigram=6.6) is diverged
+@pytest.mark.parametrize(("loss", "stuck"), [(5.0, False), (6.49, False), (6.51, True), (6.7, True),
+                                             (math.nan, False)])
+def test_stuck(loss, stuck):
+    assert study.is_stuck(loss, unigram=6.6) is stuck
 
 
-def write_log(folder, lines):
+def test_last_loss():
+    assert study.last_loss([9.0] * 50 + [2.0] * 99 + [3.0]) == pytest.approx(2.01)
+    assert study.last_loss([4.0, math.nan, 2.0, math.inf]) == 3.0
+    assert math.isnan(study.last_loss([math.nan])) and math.isnan(study.last_loss([]))
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """Train text of 500 ids, all as frequent: a unigram model's loss is log(500) = 6.2146."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(2):
+        write_shard(folder / f"words_train_{i:06d}.npy", 3 * np.arange(250 * i, 250 * i + 250))
+    write_shard(folder / "words_val_000000.npy", np.zeros(100, dtype=int))
+    return folder
+
+
+def test_a_unigram_models_loss_on_train_text(tmp_path, data_dir):
+    assert study.unigram_loss(data_dir) == pytest.approx(math.log(500))
+    write_shard(tmp_path / "halves_train_000000.npy", np.array([0, 0, 7, 9]))  # 1/2 log 2 + 2 * 1/4 log 4
+    assert study.unigram_loss(tmp_path) == pytest.approx(1.5 * math.log(2))
+
+
+def write_log(folder, lines, data_dir):
     folder.mkdir(parents=True)
+    starts = [{"config": {"data_dir": str(path)}} for path in ("moved", data_dir)]  # the last start counts
+    text = "".join(f"{json.dumps(start)}\n" for start in starts)
+    (folder / "runs.jsonl").write_text(text, encoding="utf-8")
     (folder / "log.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def test_streams_are_read_as_they_were_logged(tmp_path):
+def test_streams_are_read_as_they_were_logged(tmp_path, data_dir):
     """Also where steps are not equally far apart; of a block's norms the first and the last stay as well."""
     steps = [0, 1, 2, 5, 8, 11, 12, 40]
     lines = [f"{step} train {10 - step / 16}" for step in steps] + ["5 train nan", "0 unigram 6.5", "0 lr 1"]
     lines += [f"{step} norm_h0 {1 / (1 + step)}" for step in range(100)]
     lines += ["0 norm_wte 3", "0 norm 4"]
-    write_log(tmp_path / "pre_lr1_w0_s1", lines)
+    write_log(tmp_path / "pre_lr1_w0_s1", lines, data_dir)
     (tmp_path / "streams.txt").write_text(study.collect(tmp_path, ["pre_lr1_w0_s1"]), encoding="utf-8")
     streams = study.read_streams(tmp_path / "streams.txt")["pre_lr1_w0_s1"]
-    assert sorted(streams) == ["norm_h0", "train", "unigram"]
+    assert sorted(streams) == ["norm_h0", "train", "unigram", "unigram_train"]
+    assert streams["unigram_train"][1] == pytest.approx([math.log(500)], rel=1e-5)
     assert streams["train"][0].tolist() == steps
     expected = [10, 9.9375, 9.875, math.nan, 9.5, 9.3125, 9.25, 7.5]
     np.testing.assert_allclose(streams["train"][1], expected, rtol=1e-3)
@@ -99,42 +135,52 @@ def test_streams_are_read_as_they_were_logged(tmp_path):
         study.read_streams(tmp_path / "nowhere" / "streams.txt")
 
 
-def test_the_rows_of_the_table(tmp_path):
-    """Two seeds; with the second, Post-LN gives up at a multiple of val_interval. By depth, a power law."""
+def test_the_rows_of_the_table(tmp_path, data_dir):
+    """Two seeds; with the second, Post-LN is stuck at max_lr 1 and gives up, where val is due, at
+    max_lr 4, while Pre-LN has not learned much. By depth, a power law."""
     names = []
-    for norm, seed in itertools.product(("pre", "post"), (1, 2)):
-        gives_up = (norm, seed) == ("post", 2)
-        losses = raised(curve(101, seed=seed), 60, *([80] if norm == "post" else []))
-        lines = ["0 unigram 6.5"]
-        lines += [f"{step} train {losses[step]}" for step in range(51 if gives_up else 100)]
-        lines += [f"{step} val {6 + seed / 100}" for step in range(0, 51 if gives_up else 101, 50)]
+    for norm, seed, lr in itertools.product(("pre", "post"), (1, 2), (1, 4)):
+        gives_up = (norm, seed, lr) == ("post", 2, 4)
+        level = {("pre", 2, 4): 6.06, ("post", 2, 1): 6.08}.get((norm, seed, lr), 5.0)  # stuck: above 6.1146
+        losses = np.append(np.full(50, 8.0), curve(101, noise=0.02, level=level, seed=seed))
+        losses = raised(losses, 120, *([140] if norm == "post" and lr == 1 else []))
+        lines = [f"{step} train {losses[step]}" for step in range(101 if gives_up else 150)]
+        lines += [f"{step} val 6" for step in range(0, 101 if gives_up else 151, 50)]
         lines += [f"{step} norm_h{i} {seed * (i + 1)}" for step in (0, 10) for i in range(3)]
-        lines += [f"{step} skipped {step - 40}" for step in range(41, 51)] if gives_up else []
-        names.append(f"{norm}_lr0.002_w10_s{seed}")
-        write_log(tmp_path / names[-1], lines)
-        for depth in (4, 16):
-            names.append(f"{norm}_depth{depth}_s{seed}")
-            scale = depth ** -0.5 if norm == "pre" else 1.0
-            write_log(tmp_path / names[-1], ["0 train 8.3", *(f"0 norm_h{i} 7" for i in range(depth - 1)),
-                                             f"0 norm_h{depth - 1} {scale}"])
+        lines += [f"{step} skipped {step - 90}" for step in range(91, 101)] if gives_up else []
+        names.append(f"{norm}_lr{lr}_w10_s{seed}")
+        write_log(tmp_path / names[-1], lines, data_dir)
+    for norm, seed, depth in itertools.product(("pre", "post"), (1, 2), (4, 16)):
+        names.append(f"{norm}_depth{depth}_s{seed}")
+        scale = depth ** -0.5 if norm == "pre" else 1.0
+        write_log(tmp_path / names[-1], ["0 train 8.3", *(f"0 norm_h{i} 7" for i in range(depth - 1)),
+                                         f"0 norm_h{depth - 1} {scale}"], data_dir)
     (tmp_path / "streams.txt").write_text(study.collect(tmp_path, names), encoding="utf-8")
     rows, starts = study.judge(study.read_streams(tmp_path / "streams.txt"))
     rows = {row["run"]: row for row in rows}
-    assert [rows[f"pre_lr0.002_w10_s{seed}"]["val_loss"] for seed in (1, 2)] == [6.01, 6.02]
-    assert {name: row["spikes"] for name, row in rows.items()} == {  # step 60 of seed 1 is the data's
-        "pre_lr0.002_w10_s1": 0, "pre_lr0.002_w10_s2": 1, "post_lr0.002_w10_s1": 1, "post_lr0.002_w10_s2": 0}
-    lost = rows.pop("post_lr0.002_w10_s2")
-    assert lost["gave_up"] and lost["diverged"] and math.isnan(lost["val_loss"])
-    assert lost["skipped"] == 10 and lost["steps"] == 51
-    assert not any(row["gave_up"] or row["diverged"] or row["skipped"] for row in rows.values())
-    assert [lost[key] for key in ("norm_first_block", "norm_last_block", "last_to_first")] == [2, 6, 3]
+    expected = np.mean(raised(curve(101, noise=0.02, seed=1), 70)[:100])
+    assert rows["pre_lr1_w10_s1"]["last_loss"] == pytest.approx(expected, abs=1e-3)
+    # step 120 is the data's
+    assert {name: row["spikes"] for name, row in rows.items() if row["spikes"]} == {
+        "post_lr1_w10_s1": 1, "post_lr1_w10_s2": 1}
+    assert [name for name, row in rows.items() if row["stuck"]] == ["post_lr1_w10_s2"]
+    lost = rows.pop("post_lr4_w10_s2")
+    assert lost["diverged"] and math.isnan(lost["last_loss"])
+    assert lost["skipped"] == 10 and lost["steps"] == 101
+    assert not any(row["diverged"] or row["skipped"] for row in rows.values())
+    assert [lost[key] for key in ("norm_first_block", "norm_last_block")] == [2, 6]
     assert starts["post", 3].tolist() == [[1, 2, 3], [2, 4, 6]]
     only_depths = {key: value for key, value in starts.items() if key[1] != 3}
     assert study.slope(only_depths, "pre") == pytest.approx(-0.5, abs=0.01)
     assert study.slope(only_depths, "post") == pytest.approx(0, abs=0.01)
     study.report(tmp_path)
     table = (tmp_path / "table.txt").read_text(encoding="utf-8")
-    assert "6.0150 +- 0.0071" in table and "6.0100 nan" in table
+    cells = {tuple(line.split()[:3]): line.split()[3:] for line in table.splitlines()}
+    assert cells["Post-LN", "10", "1"][:5] == ["2", "0", "1", "2", "0"]  # runs to skipped
+    assert cells["Post-LN", "10", "4"][:5] == ["2", "1", "0", "0", "10"]
+    stuck, learned = rows["post_lr1_w10_s2"]["last_loss"], rows["post_lr1_w10_s1"]["last_loss"]
+    assert cells["Post-LN", "10", "1"][5:] == [f"{learned:.4f}", f"{learned:.4f}", f"{stuck:.4f}"]
+    assert cells["Post-LN", "10", "4"][-1] == "nan" and "6.2146 on train text" in table
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -155,9 +201,10 @@ def test_gradients_at_initialisation_are_those_of_theory(monkeypatch):
 
 
 @pytest.mark.parametrize("norms", [["0 norm_h0 nan", "1 norm_h0 nan"], []])
-def test_a_figure_without_a_gradient_norm(tmp_path, norms):
+def test_a_figure_without_a_gradient_norm(tmp_path, data_dir, norms):
     for norm in ("pre", "post"):
-        write_log(tmp_path / f"{norm}_lr1_w0_s1", ["0 unigram 5", "0 val nan", "0 train nan", *norms])
+        write_log(tmp_path / f"{norm}_lr1_w0_s1", ["0 unigram 5", "0 val nan", "0 train nan", *norms],
+                  data_dir)
     runs = ["pre_lr1_w0_s1", "post_lr1_w0_s1"]
     (tmp_path / "streams.txt").write_text(study.collect(tmp_path, runs), encoding="utf-8")
     study.report(tmp_path)
@@ -218,10 +265,10 @@ def test_the_study_goes_on_after_a_kill_and_counts_what_diverges(config, tmp_pat
     assert "6 of 6" in done.stdout
     with open(folder / "runs.csv", encoding="utf-8") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
-    assert {name: row["gave_up"] for name, row in rows.items()} == {
+    assert {name: row["diverged"] for name, row in rows.items()} == {
         "pre_lr0.01_w0_s1": "False", "post_lr0.01_w0_s1": "False", "pre_lr1e+30_w0_s1": "True",
         "post_lr1e+30_w0_s1": "True"}
-    assert all(row["diverged"] == "True" for row in rows.values() if row["gave_up"] == "True")
+    assert not any(row["stuck"] == "True" for row in rows.values() if row["diverged"] == "True")
     outcomes = {name: json.loads((folder / name / "study.json").read_text(encoding="utf-8"))["outcome"]
                 for name in (*rows, "pre_depth1_s1", "post_depth1_s1")}
     assert [name for name, outcome in outcomes.items() if outcome == "gave up"] == [
@@ -245,9 +292,16 @@ def test_the_study_goes_on_after_a_kill_and_counts_what_diverges(config, tmp_pat
 
 
 def test_any_other_failure_ends_the_study(config, tmp_path):
-    done = run_study(tmp_path / "study", config, flags="--n_head=3")
+    done = run_study(tmp_path / "study", config, flags="--n_head=3", parallel_runs=1)
     assert done.returncode == 2 and "n_head=3" in done.stderr and "run this again" in done.stderr
     for wrong, words in (({"max_lrs": "fast"}, "max_lrs=fast"), ({"seeds": "", "depths": ""}, "got no runs"),
                          ({"train_config": "config/none.py"}, "no such file")):
         done = run_study(tmp_path / "other", config, **wrong)
         assert done.returncode == 2 and words in done.stderr and not (tmp_path / "other").exists()
+
+
+def test_a_report_of_no_run_writes_nothing(config, tmp_path):
+    (tmp_path / "study").mkdir()
+    done = run_study(tmp_path / "study", config, report_only=True)
+    assert done.returncode == 2 and "no finished run there; leave out --report_only" in done.stderr
+    assert not list((tmp_path / "study").iterdir())

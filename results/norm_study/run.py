@@ -135,8 +135,8 @@ def finish(name, its_flags, returncode):
     record = {"flags": its_flags, "config": config_text, "outcome": outcome}
     write_atomically(folder / "study.json", json.dumps(record).encode())
     streams = parse_log(folder / "log.txt")
-    loss = list(streams.get("val", {0: float("nan")}).values())[-1]
-    return f"{name}: {outcome} after {len(streams.get('train', ()))} steps, val loss {loss:.4f}"
+    losses = list(streams.get("train", {}).values())
+    return f"{name}: {outcome} after {len(losses)} steps, last train loss {study.last_loss(losses):.4f}"
 
 
 def is_finished(name):
@@ -184,6 +184,8 @@ def main():
         keep_others_out()
         make_all(runs)
     finished = list(filter(is_finished, runs))
+    if not finished:
+        raise UserError(f"log_dir={log_dir}: no finished run there; leave out --report_only")
     write_atomically(Path(log_dir, "streams.txt"), study.collect(Path(log_dir), finished).encode())
     study.report(Path(log_dir))
 
