@@ -336,7 +336,8 @@ def draw(runs, rows, starts, unigram, path):
     by_depth.xaxis.minorticks_off()
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
+        # over_time's lines cross all of it, and are named beside it
+        if axis is not over_time and axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small")
     image = io.BytesIO()
     figure.savefig(image, dpi=80)
