@@ -489,3 +489,16 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert names[0] == set(name_of.values()) - names[1] and "transformer.wte.weight" in names[0]
     with pytest.raises(UserError, match="wanted adamw or muon"):
         model.configure_optimizers("sgd", 0.1, 1e-3, (0.9, 0.95), fused=False)
+
+
+def test_ddp_finds_a_gradient_for_every_parameter_of_a_layer_without_heads(tmp_path):
+    """DDP waits for the gradients of all parameters, and its second forward fails where one had none."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        replica = torch.nn.parallel.DistributedDataParallel(make_model(heads=(2, 0, 1)))
+        for seed in (1, 2):
+            idx = random_ids(2, 8, seed=seed)
+            replica(idx, idx).backward()
+    finally:
+        torch.distributed.destroy_process_group()
