@@ -40,7 +40,7 @@ lint: $(DEV_STAMP)  ## check the style
 
 test: $(DEV_STAMP) lint  ## install what tests need and run all tests
 	$(PYTHON) bpe.py
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: install $(DEV_STAMP)  ## measure every speed this repository claims, beside its baseline
 	$(PYTHON) bench.py

@@ -99,3 +99,12 @@ def encoding():
 
     load_tokenizer("gpt2")  # puts the vocabulary where tiktoken finds it
     return tiktoken.get_encoding("r50k_base")
+
+
+# the files whose tests start many processes: first, or the last of them would run alone at the end
+SLOWEST = ["train", "scale", "judging", "run_options", "stops", "checkpoint", "norm_study", "guard"]
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}" for name in SLOWEST]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
