@@ -596,7 +596,7 @@ def table_rows(places: list[dict], names: Iterable[str], halves: Halves,
 
 
 def grouped(rows: list[dict]) -> dict[tuple, dict[float, tuple[float, float, float]]]:
-    """{(criterion, merge): {share: (change, low, high)}}: an interval over windows, or for `random` the mean
+    """{(criterion, merge): {share: (change, low, high)}}: the interval of `judge`, or for `random` the mean
     over its seeds and one standard deviation to either side; nan where a single one gives no interval."""
     groups = {}
     for row in rows:

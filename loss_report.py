@@ -9,8 +9,9 @@ drawing a log needs neither. Reads one checkpoint and both splits of its shards;
 validations' time.
 
 The val tokens are those that train_gpt2.py judges on: the first of the split. Of train, as many windows are
-drawn by `seed`, each at most once, from the whole split. Which of them a run has had in its batches is known,
-because its order is a function of its seed: all of them after an epoch, else those early in that order.
+drawn by `seed`, each at most once, from the whole split. Which of them a run has had in its batches is
+known, because its order is a function of its seed: all of them after an epoch, else those early in that
+order. Not of a run that began with other weights: what those had seen, nobody noted.
 
 A standard error takes windows as the unit: tokens of a window are no independent draws. Nor quite are windows
 of one document, so with few and long ones the true error is larger. Nats per token also depend on how long

@@ -349,7 +349,7 @@ def make_report() -> None:
     found = measure(source, data_dir, val_tokens, device, dtype, seed)
     found.rows.extend(along_training(streams))
     title = f"{source}, step {found.step:,}: " + (
-        "not trained on these tokens, as far as known" if math.isnan(found.epochs) else
+        "what it has seen of these tokens is not known" if math.isnan(found.epochs) else
         f"{found.epochs:.2f} epochs of {found.n_train_tokens:,} train tokens")
     print(f"{title}\n"
           f"data: {found.data_dir}; val: the first of {found.n_val_tokens:,} tokens; "
