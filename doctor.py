@@ -46,6 +46,7 @@ MEASURE_SECONDS = 1.0  # a larger message that would take longer is left out
 GRADIENT_BYTES = 4 * 124_439_808  # of GPT-2 124M
 SLOW_GB_S = {"cpu": 0.2, "one host": 5.0, "hosts": 1.0}  # PCIe 3.0 x8 gives 6, 10 Gbit/s 1.2
 MAX_CLOCK_SECONDS = 1.0  # more, and the times in logs and file systems of two nodes contradict each other
+LAST_WORDS = 5.0  # seconds that a rank which has nothing left to do waits for what the others say
 MIN_OPEN_FILES = 1024  # each split's loader holds 128 shards open, torch and its workers as many
 MIN_SHM = 2**30  # NCCL passes messages within a host through /dev/shm; Docker gives 64 MB
 MIN_FREE_DISK = 10 * 2**30  # a checkpoint of GPT-2 124M is 1.5 GB, and four are there while one is written
@@ -84,15 +85,12 @@ class Peers:
         try:
             self.store.set(f"{what}/{self.rank}", json.dumps(value))
             keys = [f"{what}/{r}" for r in range(self.size)]
-            deadline = time.monotonic() + timeout
-            while not self.store.check(keys):
-                if time.monotonic() > deadline:
-                    absent = self.absent(self.store, what)
-                    present = min(r for r in range(self.size) if r not in absent)  # says it
-                    raise Unwell(f"{name_ranks(absent)} of {self.size} did not come to `{what}` within "
-                                 f"{timeout:g} s; read the output of their nodes, and {NETWORK}"
-                                 if self.rank == present else "")
-                time.sleep(0.01)
+            if not wait_for(self.store, keys, timeout):
+                absent = self.absent(self.store, what)
+                present = min(r for r in range(self.size) if r not in absent)  # says it
+                raise Unwell(f"{name_ranks(absent)} of {self.size} did not come to `{what}` within "
+                             f"{timeout:g} s; read the output of their nodes, and {NETWORK}"
+                             if self.rank == present else "")
             return [json.loads(value) for value in self.store.multi_get(keys)]
         except RuntimeError as error:  # rank 0 or torchrun, which serves the store, has ended
             raise Unwell(f"rank {self.rank} has lost rank 0 ({first_line(error)}); read what rank 0 says"
@@ -115,6 +113,8 @@ class Peers:
                        f"{name_ranks(inside)} began it and did not come out")
                 if self.rank == min(set(inside) - set(absent)):  # one of those who wait says it
                     print(f"WRONG: {what} hangs: after {timeout:g} s {who}; {CURES[device_type]}", flush=True)
+                    store.set(f"said {what}", "")
+                wait_for(store, [f"said {what}"], LAST_WORDS)  # its clock may strike later than this one
             finally:  # also when whoever serves the store has gone
                 os._exit(1)
 
@@ -131,13 +131,27 @@ class Peers:
         self.store.set(f"end {what}/{self.rank}", "")
 
     def leave(self) -> None:
-        """Rank 0, which may be serving the store, goes last, so that no other rank is cut off."""
+        """No rank ends before all have spoken: torchrun stops the others once it sees an exit code of 1.
+
+        Rank 0, which may be serving the store, goes last, so that no other rank is cut off.
+        """
         with contextlib.suppress(RuntimeError):
+            self.store.set(f"said/{self.rank}", "")
+            wait_for(self.store, [f"said/{r}" for r in range(self.size)], LAST_WORDS)
             self.store.set(f"left/{self.rank}", "")
-            deadline = time.monotonic() + 5
-            left = [f"left/{r}" for r in range(self.size)]
-            while self.rank == 0 and not self.store.check(left) and time.monotonic() < deadline:
-                time.sleep(0.01)
+            if self.rank == 0:
+                absent = self.absent(self.store, "said")
+                wait_for(self.store, [f"left/{r}" for r in range(self.size) if r not in absent], LAST_WORDS)
+
+
+def wait_for(store, keys: list[str], seconds: float) -> bool:
+    """Whether all keys are set, which is waited for no longer than so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def first_line(error: Exception) -> str:
@@ -436,12 +450,10 @@ def main() -> None:
     if timeout <= 0:
         raise UserError(f"timeout={timeout:g}: wanted more than 0 seconds; type --timeout=60")
     rank, wrong, notes, last_word = int(os.environ.get("RANK", 0)), [], [], ""
+    peers = None
     try:
         peers = Peers()
-        try:
-            visit(peers, wrong, notes)
-        finally:
-            peers.leave()
+        visit(peers, wrong, notes)
     except Unwell as finding:
         last_word = str(finding)  # no other rank may know of it
         wrong.append(last_word)
@@ -453,6 +465,8 @@ def main() -> None:
     if rank == 0:
         print(f"{len(wrong)} thing(s) wrong" if wrong else "all well")
     sys.stdout.flush()
+    if peers:
+        peers.leave()
     os._exit(1 if wrong else 0)  # gloo's threads now and then abort a process that ends the long way
 
 

@@ -36,6 +36,9 @@ real = time.time
 time.time = lambda: real() - 7200
 """,
     "hang": """
+import threading
+real = threading.Timer
+threading.Timer = lambda seconds, call: real(seconds - 2, call)  # gives up before rank 0 does
 dist.all_reduce = lambda tensor: time.sleep(60)
 """,
     "exception": """
@@ -48,6 +51,15 @@ torch.__version__ = "1.0.0"
 """,
     "none": "",
 }
+SLOW_TO_SPEAK = """
+import builtins
+real_print = builtins.print
+def print(*words, **kwargs):
+    if "WRONG" in str(words):
+        time.sleep(2)
+    real_print(*words, **kwargs)
+builtins.print = print
+"""
 
 
 def flags(folder, **settings):
@@ -55,12 +67,13 @@ def flags(folder, **settings):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def visit(folder, fault="none", **settings):
-    """The doctor under torchrun with two processes, the second of which has the fault."""
+def visit(folder, fault="none", rank_0="", **settings):
+    """The doctor under torchrun with two processes, the second of which has the fault; rank_0: what the
+    first one runs before."""
     script = folder / "patient.py"
     script.write_text("import os, runpy, sys, time, torch\nimport torch.distributed as dist\n"
                       f"sys.path.insert(0, {str(ROOT)!r})\n"
-                      f"if os.environ['RANK'] == '1':\n    exec({FAULTS[fault]!r}, globals())\n"
+                      f"exec({FAULTS[fault]!r} if os.environ['RANK'] == '1' else {rank_0!r}, globals())\n"
                       f"runpy.run_path({str(ROOT / 'doctor.py')!r}, run_name='__main__')\n", encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run([*torchrun, str(script), *flags(folder, **settings)], cwd=folder,
@@ -119,9 +132,10 @@ def test_one_process_needs_no_launcher(tmp_path):
     ("one share is left out", {}, ["on rank 0", "on rank 1", "sums are wrong", "GLOO_SOCKET_IFNAME"]),
     ("a rank's result is another", {}, ["all-reduce of 1 x float32 on rank 1", "got 2, wanted 1"]),
     ("clock", {}, [r"the clock of rank 1 on \S+ is 7200\.\d\d s behind rank 0's; start chrony"]),
-    ("hang", {"timeout": 4}, ["all-reduce check hangs: after 4 s ranks 0-1 began it and did not come out"]),
-    ("exception", {"timeout": 4}, ["the all-reduce check failed on rank 1, .*NCCL error: unhandled"]),
-    ("version", {}, ["torch differs: .* on rank 0; 1.0.0 on rank 1; install one requirements.txt"]),
+    ("hang", {"timeout": 9}, ["all-reduce check hangs: after 9 s ranks 0-1 began it and did not come out"]),
+    ("exception", {"timeout": 30}, ["the all-reduce check failed on rank 1, .*NCCL error: unhandled"]),
+    ("version", {"rank_0": SLOW_TO_SPEAK},
+     ["torch differs: .* on rank 0; 1.0.0 on rank 1; install one requirements.txt"]),
 ])
 def test_a_fault_on_rank_1_is_named(tmp_path, fault, settings, words):
     done = visit(tmp_path, fault, **settings)
