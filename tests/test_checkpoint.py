@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from checkpoint_ranks import accept, build, run, state_of, train
+from training import ENVIRONMENT, PYTHON
 
 import checkpoint
 from bpe import load_tokenizer, tokenizer_from_ranks
@@ -391,9 +392,9 @@ def launch(n_processes, *scenarios, survives=True):
     """Run scenarios of checkpoint_ranks.py on n processes: (what they returned, stderr)."""
     words = " then ".join(scenarios).split(" ")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}",
+        [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}",
          ROOT / "tests" / "checkpoint_ranks.py", *words],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
     assert (done.returncode == 0) == survives, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line], done.stderr
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from training import PYTHON
 
 from configurator import UserError, configure
 
@@ -189,7 +190,7 @@ def test_help_lists_key_type_default_and_comment(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
 def test_every_config_file_fits_train_gpt2(path, tmp_path):
     flags = [f"--data_dir={tmp_path}/none", f"--log_dir={tmp_path}/log", "--device=cpu", "--compile=false"]
-    done = subprocess.run([sys.executable, str(ROOT / "train_gpt2.py"), str(path), *flags],
+    done = subprocess.run([PYTHON, str(ROOT / "train_gpt2.py"), str(path), *flags],
                           capture_output=True, text=True)
     # settings are all accepted: the first thing missed is the data
     assert done.returncode == 2 and "make prepare" in done.stderr, done.stderr

@@ -16,6 +16,7 @@ from hub_server import Fault, HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from training import PYTHON, RUN_THE_REST
 
 import convert_hf
 from bpe import count_pieces, load_tokenizer, rank_file, tokenizer_from_ranks, train_ranks
@@ -637,8 +638,7 @@ def test_offline_says_what_to_type(monkeypatch, tmp_path):
 
 # ---- the script ----------------------------------------------------------------
 
-WITHOUT = ("import runpy, sys; sys.modules['transformers'] = sys.modules['tokenizers'] = None; "
-           "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+WITHOUT = f"import sys; sys.modules['transformers'] = sys.modules['tokenizers'] = None; {RUN_THE_REST}"
 
 
 def test_by_name_from_the_hub_without_transformers(tmp_path, exported):
@@ -650,7 +650,7 @@ def test_by_name_from_the_hub_without_transformers(tmp_path, exported):
         environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"),
                        "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [sys.executable, "-c", WITHOUT, ROOT / "convert_hf.py", "--source=gpt2-medium",
+            [PYTHON, "-c", WITHOUT, ROOT / "convert_hf.py", "--source=gpt2-medium",
              "--out_dir=log_medium"],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -662,7 +662,7 @@ def test_by_name_from_the_hub_without_transformers(tmp_path, exported):
     idx = torch.randint(0, 50257, (1, 16))
     assert torch.equal(logits(model, idx), logits(build_model(state, "x"), idx))
     done = subprocess.run(
-        [sys.executable, ROOT / "generate.py", "--checkpoint=log_medium", "--prompt=Hello",
+        [PYTHON, ROOT / "generate.py", "--checkpoint=log_medium", "--prompt=Hello",
          "--max_new_tokens=4", "--device=cpu"],
         cwd=tmp_path, capture_output=True, timeout=120)
     assert done.returncode == 0 and done.stdout.startswith(b"--- step 0, sample 1 of 2\nHello"), done.stderr

@@ -1,20 +1,18 @@
 """doctor.py under torchrun: healthy machines pass, and every fault that is put in is found and named."""
 
-import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from training import ENVIRONMENT, PYTHON
 
 import doctor
 from doctor import compare_ranks, name_ranks
 from shards import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 FAULTS = {  # what rank 1 does before it runs doctor.py
     "one share is left out": """
@@ -75,9 +73,9 @@ def visit(folder, fault="none", rank_0="", **settings):
                       f"sys.path.insert(0, {str(ROOT)!r})\n"
                       f"exec({FAULTS[fault]!r} if os.environ['RANK'] == '1' else {rank_0!r}, globals())\n"
                       f"runpy.run_path({str(ROOT / 'doctor.py')!r}, run_name='__main__')\n", encoding="utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run([*torchrun, str(script), *flags(folder, **settings)], cwd=folder,
-                          capture_output=True, text=True, env=ENV, timeout=120)
+                          capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
 
 
 def free_port():
@@ -88,10 +86,10 @@ def free_port():
 
 def start(cwd, rank, port, size=2, **settings):
     """One rank, started by hand as on a node of its own."""
-    env = {**ENV, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": port}
+    env = {**ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0",
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     cwd.mkdir(exist_ok=True)
-    command = [sys.executable, str(ROOT / "doctor.py"), "--device=cpu",
+    command = [PYTHON, str(ROOT / "doctor.py"), "--device=cpu",
                *(f"--{key}={value}" for key, value in settings.items())]
     return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True)
@@ -122,7 +120,7 @@ def test_healthy_machines_pass(tmp_path):
 
 
 def test_one_process_needs_no_launcher(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "doctor.py"), *flags(tmp_path)], env=ENV, timeout=60,
+    done = subprocess.run([PYTHON, str(ROOT / "doctor.py"), *flags(tmp_path)], env=ENVIRONMENT, timeout=60,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "1 on 1 host(s)" in done.stdout and "all well" in done.stdout, done
     assert "is not there, not checked" in done.stdout and "all-reduce" not in done.stdout
@@ -245,5 +243,5 @@ def test_names_of_ranks():
 
 def test_mistakes_exit_2():
     for flag in ("--timeout=0", "--device=tpu"):
-        done = subprocess.run([sys.executable, str(ROOT / "doctor.py"), flag], capture_output=True, text=True)
+        done = subprocess.run([PYTHON, str(ROOT / "doctor.py"), flag], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: "), (flag, done)

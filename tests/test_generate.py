@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training import PYTHON
 
 import generate as script
 from bpe import load_tokenizer
@@ -43,7 +44,7 @@ def folder(tmp_path_factory, byte_tokenizer):
 
 def generate(folder, *flags, stdin=b""):
     """The script as its users start it."""
-    return subprocess.run([sys.executable, str(ROOT / "generate.py"), "--device=cpu", *flags], cwd=folder,
+    return subprocess.run([PYTHON, str(ROOT / "generate.py"), "--device=cpu", *flags], cwd=folder,
                           input=stdin, capture_output=True)
 
 

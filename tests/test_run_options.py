@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import termios
 import time
 
@@ -213,7 +214,8 @@ def test_saving_does_not_stop_the_training(flags, tmp_path):
     """
     script = with_fault(tmp_path, slow)
     flags |= {"log_dir": tmp_path / "log", "max_steps": 400, "checkpoint_interval": 200, "val_interval": 0}
-    process = subprocess.Popen(command(flags, 1, script), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(command(flags, 1, script, python=sys.executable), stdout=subprocess.PIPE,
+                               text=True, env=ENVIRONMENT)
     saved_at = None
     for line in process.stdout:
         if line.startswith("step 200 | val"):

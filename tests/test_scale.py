@@ -1,11 +1,10 @@
 """More than one process, more than one card's memory: however the work is split, the numbers are the same."""
 
 import subprocess
-import sys
 
 import pytest
 import torch
-from training import ENVIRONMENT, ROOT, attempt, fault, losses, read_log, signal_self, train
+from training import ENVIRONMENT, PYTHON, ROOT, attempt, fault, losses, read_log, signal_self, train
 
 import checkpoint
 from checkpoint import list_checkpoints, load_checkpoint
@@ -57,7 +56,7 @@ def test_sharded_checkpoints_fit_any_number_of_processes(flags, tmp_path):
         if last == 4:
             assert sharded.is_dir()
             assert len(list(sharded.glob("*.distcp"))) == 2
-            text = subprocess.run([sys.executable, str(ROOT / "generate.py"), f"--checkpoint={sharded}",
+            text = subprocess.run([PYTHON, str(ROOT / "generate.py"), f"--checkpoint={sharded}",
                                    "--prompt=def", "--max_new_tokens=3"], capture_output=True, text=True,
                                   env=ENVIRONMENT)
             assert text.returncode == 0 and "def" in text.stdout, text.stderr

@@ -4,7 +4,6 @@ import ast
 import functools
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -13,7 +12,19 @@ import sys
 import numpy as np
 import pytest
 import torch
-from training import ROOT, attempt, command, losses, read_log, snapshot, start_by_hand, train
+from training import (
+    ENVIRONMENT,
+    PYTHON,
+    ROOT,
+    RUN_THE_REST,
+    attempt,
+    command,
+    losses,
+    read_log,
+    snapshot,
+    start_by_hand,
+    train,
+)
 
 from checkpoint import list_checkpoints, load_checkpoint
 from model import GPT, GPTConfig
@@ -97,8 +108,8 @@ def test_killed_and_resumed_equals_never_stopped(flags, tmp_path):
     """kill -9 in the middle, with dropout, across epoch edges: logs and weights are equal to the last bit."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train(flags, log_dir=straight, max_steps=40)
-    process = subprocess.Popen(command(flags, log_dir=broken, max_steps=40), stdout=subprocess.PIPE,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command(flags, python=sys.executable, log_dir=broken, max_steps=40),
+                               stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     for line in process.stdout:
         if line.startswith("step 22 | loss"):  # after the checkpoint at 20, and steps that will be done again
             process.send_signal(signal.SIGKILL)
@@ -132,8 +143,7 @@ def test_resume_of_a_two_process_run_by_one(flags, tmp_path):
     """The token stream and the dropout masks are the same at another world size, so the losses are."""
     train(flags, log_dir=tmp_path / "one")
     process = subprocess.Popen(command(flags, 2, log_dir=tmp_path / "two"), stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
     for line in process.stdout:
         if line.startswith("step 5 | loss"):
             process.terminate()  # the launcher takes its workers with it
@@ -391,11 +401,10 @@ def test_resume_on_other_data_is_refused(flags, tmp_path, tiny_data):
 def test_full_disk_leaves_the_old_checkpoints_whole(flags, tmp_path):
     train(flags, log_dir=tmp_path, max_steps=4)
     size = list_checkpoints(tmp_path)[0].stat().st_size
-    limited = ("import resource, runpy, sys; "
-               f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2})); "
-               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    limited = ("import resource; "
+               f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2})); {RUN_THE_REST}")
     arguments = command(flags, log_dir=tmp_path, resume="true", max_steps=8)[1:]
-    done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True)
+    done = subprocess.run([PYTHON, "-c", limited, *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and "free disk space" in done.stderr, done.stderr
     assert [path.name for path in tmp_path.glob("ckpt_*")] == ["ckpt_0000004.pt"]
     assert "starting at 4" in train(flags, log_dir=tmp_path, resume="true", max_steps=8)
@@ -415,7 +424,7 @@ def test_cuda_run_with_compile(flags, tmp_path, dtype):
 def test_own_vocabulary_from_text_to_samples(flags, tmp_path):
     """bpe.py trains it; fineweb.py, train_gpt2.py and generate.py take it, the last from the checkpoint."""
     def run(script, *arguments):
-        done = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True,
+        done = subprocess.run([PYTHON, str(ROOT / script), *arguments], capture_output=True,
                               text=True, encoding="utf-8", timeout=240, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -1,26 +1,37 @@
-"""How the tests run the training script: as its users do, in processes of its own, at times with a fault."""
+"""How the tests run the training script: as its users do, in processes of its own, at times with a fault.
+
+They are started with PYTHON (warm_python.py), but for those that are killed from outside: when the process
+in front of a fork is dead, the fork may live for a moment.
+"""
 
 import os
 import socket
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+from warm_python import warm_python
+
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+PYTHON = warm_python()
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": PYTHON}  # torchrun starts workers with it
+
+
+# after `python -c`: go on as `python SCRIPT [ARGUMENT ...]`
+RUN_THE_REST = ("import os, runpy, sys; sys.argv = sys.argv[1:]; sys.path[0] = os.path.dirname(sys.argv[0]); "
+                "runpy.run_path(sys.argv[0], run_name='__main__')")
 
 
 def arguments(flags, **overrides):
     return [f"--{key}={value}" for key, value in {**flags, **overrides}.items()]
 
 
-def command(flags, processes=1, script=ROOT / "train_gpt2.py", launcher=(), **overrides):
+def command(flags, processes=1, script=ROOT / "train_gpt2.py", launcher=(), python=PYTHON, **overrides):
     """The command line of a run; several processes are torchrun's, with `launcher` as its flags."""
     if processes > 1 or launcher:
         alone = [] if any("rdzv" in flag for flag in launcher) else ["--standalone"]
         launcher = ["-m", "torch.distributed.run", *alone, f"--nproc_per_node={processes}", *launcher]
-    return [sys.executable, *launcher, str(script), *arguments(flags, **overrides)]
+    return [python, *launcher, str(script), *arguments(flags, **overrides)]
 
 
 def attempt(flags, *where, **overrides):
