@@ -164,15 +164,6 @@ class Groups:
         return rows
 
 
-def count_targets(loader: WindowLoader, n_windows: int, n_vocab: int) -> np.ndarray:
-    """How often each id is a target in the first windows of a stream, int64 (n_vocab,)."""
-    counts = np.zeros(n_vocab, dtype=np.int64)
-    for first in range(0, n_windows, 1024):
-        _, y = loader.read_windows(np.arange(first, min(first + 1024, n_windows)))
-        counts += np.bincount(y.ravel(), minlength=n_vocab)
-    return counts
-
-
 def draw_windows(n: int, loader: WindowLoader, seed: int, run_seed: int, n_seen: int
                  ) -> tuple[np.ndarray, np.ndarray]:
     """`n` windows of the whole stream, each once, in file order, and whether a run has had them in a batch.
@@ -255,7 +246,7 @@ def measure(source: str | Path, data_dir: str, val_tokens: int | None, device: s
     val_tokens = val_tokens or config.get("val_tokens", DEFAULT_VAL_TOKENS)
     n_val = min(val_loader.n_windows, max(1, val_tokens // T))
     n_counted = min(train_loader.n_windows, COUNTED // T + 1)
-    groups = Groups(T, count_targets(train_loader, n_counted, tok.n_vocab), tok.token_bytes())
+    groups = Groups(T, train_loader.count_targets(n_counted), tok.token_bytes())
 
     sums = {name: Sums(len(groups.keys)) for name in ("val", "train", "train seen", "train unseen")}
     for _, losses, targets in window_losses(model, val_loader, np.arange(n_val), dev):

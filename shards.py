@@ -406,6 +406,14 @@ class WindowLoader:
                             f"tokenizer: build the data again with this run's, or raise --vocab_size")
         return tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
 
+    def count_targets(self, n_windows: int) -> np.ndarray:
+        """How often each id is a target in the first windows of the stream, int64 (n_vocab,)."""
+        counts = np.zeros(self.n_vocab, dtype=np.int64)
+        for first in range(0, n_windows, 1024):
+            _, y = self.read_windows(np.arange(first, min(first + 1024, n_windows)))
+            counts += np.bincount(y.ravel(), minlength=self.n_vocab)
+        return counts
+
     def batch(self, step: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Windows first to first + count of the step's windows_per_step, read: a rank's micro-batch."""
         if not 0 <= first <= first + count <= self.windows_per_step:

@@ -305,19 +305,10 @@ def fetch_batch(step, micro_step):
     return dev.to_device(x), dev.to_device(y)
 
 
-def count_targets(loader, n_windows):
-    """How often each id is a target in the first windows of a stream, int64 (n_vocab,)."""
-    counts = np.zeros(tok.n_vocab, dtype=np.int64)
-    for first in range(0, n_windows, 1024):
-        _, y = loader.read_windows(np.arange(first, min(first + 1024, n_windows)))
-        counts += np.bincount(y.ravel(), minlength=tok.n_vocab)
-    return counts
-
-
 def unigram_loss():
     """Val loss of a model that knows frequencies only: add-one counts of the first 2**24 train tokens."""
-    counts = 1 + count_targets(train_loader, min(train_loader.n_windows, 2**24 // T + 1))
-    val_counts = count_targets(val_loader, n_val_windows)
+    counts = 1 + train_loader.count_targets(min(train_loader.n_windows, 2**24 // T + 1))
+    val_counts = val_loader.count_targets(n_val_windows)
     return math.log(counts.sum()) - (val_counts * np.log(counts)).sum() / val_counts.sum()
 
 

@@ -400,6 +400,15 @@ def test_ids_beyond_the_vocabulary(tmp_path):
         assert word in str(error.value)
 
 
+def test_targets_are_counted(tmp_path):
+    make_folder(tmp_path, [40_000, 60_000])
+    loader = WindowLoader(TokenStream(tmp_path, "train"), 10, 10, 0, n_vocab=65_540)
+    for n_windows in (1, 1024, 1025, loader.n_windows):
+        counts = loader.count_targets(n_windows)
+        expected = np.bincount(np.arange(1, 10 * n_windows + 1) % 65_536, minlength=65_540)
+        assert counts.dtype == np.int64 and np.array_equal(counts, expected)  # token 0 is no target
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_memory_stays_flat(tmp_path):
     """320 MB of shards, read in random order: what is resident grows by less than 8 MB."""
