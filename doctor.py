@@ -85,8 +85,7 @@ class Peers:
         try:
             self.store.set(f"{what}/{self.rank}", json.dumps(value))
             keys = [f"{what}/{r}" for r in range(self.size)]
-            if not wait_for(self.store, keys, timeout):
-                absent = self.absent(self.store, what)
+            if not wait_for(self.store, keys, timeout) and (absent := self.absent(self.store, what)):
                 present = min(r for r in range(self.size) if r not in absent)  # says it
                 raise Unwell(f"{name_ranks(absent)} of {self.size} did not come to `{what}` within "
                              f"{timeout:g} s; read the output of their nodes, and {NETWORK}"
@@ -104,36 +103,39 @@ class Peers:
     def watch(self, what: str, device_type: str):
         """Around collectives: an exception becomes Unwell, and `timeout` seconds without an end exit 1."""
         store = self.store.clone()  # the store's own connection may be the one that hangs
-        self.store.set(f"begin {what}/{self.rank}", "")
 
         def give_up():
-            try:
+            with contextlib.suppress(RuntimeError):  # whoever serves the store has gone
                 absent, inside = self.absent(store, f"begin {what}"), self.absent(store, f"end {what}")
+                if self.rank not in inside:
+                    return  # it came out in this very moment
                 who = (f"{name_ranks(absent)} never began it" if absent else
                        f"{name_ranks(inside)} began it and did not come out")
-                if self.rank == min(set(inside) - set(absent)):  # one of those who wait says it
+                # one of those who wait says it; its clock may strike later than this one's, or not at all
+                if self.rank == min(set(inside) - set(absent)) or not wait_for(store, [f"said {what}"],
+                                                                               LAST_WORDS):
                     print(f"WRONG: {what} hangs: after {timeout:g} s {who}; {CURES[device_type]}", flush=True)
                     store.set(f"said {what}", "")
-                wait_for(store, [f"said {what}"], LAST_WORDS)  # its clock may strike later than this one
-            finally:  # also when whoever serves the store has gone
-                os._exit(1)
+            os._exit(1)
 
         timer = threading.Timer(timeout, give_up)
         timer.daemon = True
-        timer.start()
         try:
+            self.store.set(f"begin {what}/{self.rank}", "")
+            timer.start()
             yield
+            self.store.set(f"end {what}/{self.rank}", "")
         except RuntimeError as error:
             raise Unwell(f"{what} failed on rank {self.rank}, {socket.gethostname()}: {first_line(error)}; "
                          f"{CURES[device_type]}") from error
         finally:
             timer.cancel()
-        self.store.set(f"end {what}/{self.rank}", "")
 
     def leave(self) -> None:
-        """No rank ends before all have spoken: torchrun stops the others once it sees an exit code of 1.
+        """Let all ranks speak before one ends: torchrun stops the others once it sees an exit code of 1.
 
-        Rank 0, which may be serving the store, goes last, so that no other rank is cut off.
+        None waits longer than LAST_WORDS for one that hangs. Rank 0, which may be serving the store, goes
+        last, so that no other rank is cut off.
         """
         with contextlib.suppress(RuntimeError):
             self.store.set(f"said/{self.rank}", "")
@@ -392,32 +394,36 @@ def check_data(peers: Peers) -> tuple[str, list[str]]:
 # ---- the visit -------------------------------------------------------------------
 
 
-def visit(peers: Peers, wrong: list[str], notes: list[str]) -> None:
-    """Make all checks, add to `wrong` and `notes`; rank 0 prints what it sees as it goes."""
+def visit(peers: Peers, wrong: list[str]) -> None:
+    """Make all checks and add to `wrong`; rank 0 prints what it finds at once, as the next check may hang."""
     def say(what, line):
         if peers.rank == 0:
             print(f"{what:11s} {line}", flush=True)
 
+    def found(its_wrong, its_notes=()):
+        wrong.extend(its_wrong)
+        if peers.rank == 0:
+            for kind, findings in (("note", its_notes), ("WRONG", its_wrong)):
+                print("".join(f"{kind}: {finding}\n" for finding in findings), end="", flush=True)
+
     dev = resolve_device(device, "float32", local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     facts = peers.gather("start", describe_rank(dev))
-    wrong_ranks, notes_on_ranks = compare_ranks(facts)
-    wrong += wrong_ranks
-    notes += notes_on_ranks
     n_hosts = len({f["host"] for f in facts})
     backend = "nccl" if dev.type == "cuda" else "gloo"
     if peers.rank == 0:
         print_table(facts)
         print()
     say("processes", f"{peers.size} on {n_hosts} host(s), {backend}")
+    found(*compare_ranks(facts))
     if peers.size > 1:
         with peers.watch("connecting", dev.type):
             dist.init_process_group(backend, store=dist.PrefixStore("group", peers.store), rank=peers.rank,
                                     world_size=peers.size, timeout=timedelta(seconds=2 * timeout))
         with peers.watch("the all-reduce check", dev.type):
             mine = check_all_reduce(peers, dev)
-        found = [finding for theirs in peers.gather("sums", mine) for finding in theirs]
-        wrong += found
-        say("all-reduce", "wrong" if found else "sums of integers are exact")
+        sums = [finding for theirs in peers.gather("sums", mine) for finding in theirs]
+        say("all-reduce", "wrong" if sums else "sums of integers are exact")
+        found(sums)
 
         with peers.watch("the bandwidth check", dev.type):
             bandwidth = measure_bandwidth(peers, dev)
@@ -427,7 +433,7 @@ def visit(peers: Peers, wrong: list[str], notes: list[str]) -> None:
         say("bandwidth", f"{rates}: the gradients of GPT-2 124M take {seconds:.2g} s")
         slow = SLOW_GB_S["cpu" if dev.type != "cuda" else "one host" if n_hosts == 1 else "hosts"]
         if best < slow:
-            notes.append(f"{best:.3g} GB/s is slow, wanted {slow:g} or more; {CURES[dev.type]}")
+            found([], [f"{best:.3g} GB/s is slow, wanted {slow:g} or more; {CURES[dev.type]}"])
 
         with peers.watch("the clock check", dev.type):
             offsets, error = measure_clocks(peers, dev)
@@ -435,35 +441,30 @@ def visit(peers: Peers, wrong: list[str], notes: list[str]) -> None:
         say("clocks", f"at most {abs(farthest):.6f} s from rank 0's, known to {error:.6f} s")
         for rank, offset in enumerate(offsets):
             if abs(offset) - error > MAX_CLOCK_SECONDS:
-                wrong.append(f"the clock of rank {rank} on {facts[rank]['host']} is {abs(offset):.2f} s "
-                             f"{'ahead of' if offset > 0 else 'behind'} rank 0's; start chrony or ntpd there")
-    line, wrong_files, notes_on_files = check_files(peers)
+                side = "ahead of" if offset > 0 else "behind"
+                found([(f"the clock of rank {rank} on {facts[rank]['host']} is {abs(offset):.2f} s {side} "
+                        f"rank 0's; start chrony or ntpd there")])
+    line, *findings = check_files(peers)
     say("log_dir", line)
-    wrong += wrong_files
-    notes += notes_on_files
+    found(*findings)
     line, wrong_data = check_data(peers)
     say("data_dir", line)
-    wrong += wrong_data
+    found(wrong_data)
 
 
 def main() -> None:
     if timeout <= 0:
         raise UserError(f"timeout={timeout:g}: wanted more than 0 seconds; type --timeout=60")
-    rank, wrong, notes, last_word = int(os.environ.get("RANK", 0)), [], [], ""
-    peers = None
+    rank, wrong, peers = int(os.environ.get("RANK", 0)), [], None
     try:
         peers = Peers()
-        visit(peers, wrong, notes)
-    except Unwell as finding:
-        last_word = str(finding)  # no other rank may know of it
-        wrong.append(last_word)
-    if rank == 0:
-        print("".join(f"\nnote: {note}" for note in notes))
-    for finding in wrong if rank == 0 else [last_word]:
-        if finding:
+        visit(peers, wrong)
+    except Unwell as finding:  # no other rank may know of it
+        wrong.append(str(finding))
+        if wrong[-1]:
             print(f"WRONG: {finding}")
     if rank == 0:
-        print(f"{len(wrong)} thing(s) wrong" if wrong else "all well")
+        print(f"\n{len(wrong)} thing(s) wrong" if wrong else "\nall well")
     sys.stdout.flush()
     if peers:
         peers.leave()

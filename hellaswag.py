@@ -448,6 +448,8 @@ def main() -> None:
     if world_size > 1:
         dist.barrier()  # gloo aborts a process whose peers have left
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads outlive the group, and may abort a process that ends the long way
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from training import PYTHON
 
 import analyze_compute as study
 from analyze_compute import count_flops, count_memory, count_parameters, largest_batch_size
@@ -330,7 +329,7 @@ def test_run_a_and_what_its_author_states():
 
 
 def test_the_settings_are_those_of_train_gpt2():
-    done = subprocess.run([PYTHON, str(ROOT / "train_gpt2.py"), "--help"], check=True,
+    done = subprocess.run([sys.executable, str(ROOT / "train_gpt2.py"), "--help"], check=True,
                           capture_output=True, text=True, encoding="utf-8")
     shown = dict(re.findall(r"^  --(\w+)=(.*?)  +(?:bool|int|float|str)\b", done.stdout, re.M))
     assert shown == {key: str(value) for key, value in study.train_settings().items()}
@@ -366,7 +365,7 @@ def test_time_and_cost(monkeypatch):
 
 
 def test_the_script_writes_what_it_prints_and_overwrites_nothing(tmp_path):
-    command = [PYTHON, str(ROOT / "analyze_compute.py"), "config/rtx4050_15m.py", "--gpu_memory_gb=6",
+    command = [sys.executable, str(ROOT / "analyze_compute.py"), "config/rtx4050_15m.py", "--gpu_memory_gb=6",
                "--dtype=float32", "--out_dir=study"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr

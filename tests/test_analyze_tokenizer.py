@@ -3,13 +3,13 @@
 import csv
 import json
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
-from training import PYTHON
 
 import analyze_tokenizer as study
 from analyze_tokenizer import COLUMNS, GROUPS, groups_of, is_joined, listed, make_items, measure
@@ -180,7 +180,7 @@ def test_a_figure_that_does_not_exist_is_an_empty_cell():
 
 
 def run(cwd, *flags):
-    command = [PYTHON, str(ROOT / "analyze_tokenizer.py"), *flags]
+    command = [sys.executable, str(ROOT / "analyze_tokenizer.py"), *flags]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 import re
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ torch.__version__ = "1.0.0"
 """,
     "none": "",
 }
+FAULTS["version and hang"] = FAULTS["version"] + FAULTS["hang"]
 SLOW_TO_SPEAK = """
 import builtins
 real_print = builtins.print
@@ -65,7 +67,7 @@ def flags(folder, **settings):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def visit(folder, fault="none", rank_0="", **settings):
+def visit(folder, fault="none", rank_0="", python=PYTHON, **settings):
     """The doctor under torchrun with two processes, the second of which has the fault; rank_0: what the
     first one runs before."""
     script = folder / "patient.py"
@@ -73,9 +75,10 @@ def visit(folder, fault="none", rank_0="", **settings):
                       f"sys.path.insert(0, {str(ROOT)!r})\n"
                       f"exec({FAULTS[fault]!r} if os.environ['RANK'] == '1' else {rank_0!r}, globals())\n"
                       f"runpy.run_path({str(ROOT / 'doctor.py')!r}, run_name='__main__')\n", encoding="utf-8")
-    torchrun = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run([*torchrun, str(script), *flags(folder, **settings)], cwd=folder,
-                          capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+                          capture_output=True, text=True, timeout=120,
+                          env={**ENVIRONMENT, "PYTHON_EXEC": python})
 
 
 def free_port():
@@ -107,7 +110,7 @@ def make_data(folder, tokens=1000):
 
 def test_healthy_machines_pass(tmp_path):
     make_data(tmp_path / "data")
-    done = visit(tmp_path)
+    done = visit(tmp_path, python=sys.executable)
     assert done.returncode == 0, done.stdout + done.stderr
     out = done.stdout
     assert len(out.splitlines()) <= 15 and max(map(len, out.splitlines())) <= 200
@@ -130,7 +133,8 @@ def test_one_process_needs_no_launcher(tmp_path):
     ("one share is left out", {}, ["on rank 0", "on rank 1", "sums are wrong", "GLOO_SOCKET_IFNAME"]),
     ("a rank's result is another", {}, ["all-reduce of 1 x float32 on rank 1", "got 2, wanted 1"]),
     ("clock", {}, [r"the clock of rank 1 on \S+ is 7200\.\d\d s behind rank 0's; start chrony"]),
-    ("hang", {"timeout": 9}, ["all-reduce check hangs: after 9 s ranks 0-1 began it and did not come out"]),
+    ("version and hang", {"timeout": 9}, [
+        "torch differs", "all-reduce check hangs: after 9 s ranks 0-1 began it and did not come out"]),
     ("exception", {"timeout": 30}, ["the all-reduce check failed on rank 1, .*NCCL error: unhandled"]),
     ("version", {"rank_0": SLOW_TO_SPEAK},
      ["torch differs: .* on rank 0; 1.0.0 on rank 1; install one requirements.txt"]),
@@ -181,10 +185,10 @@ def test_a_log_dir_that_cannot_be_written(tmp_path):
 
 def test_a_rank_that_never_comes(tmp_path):
     port = free_port()
-    ranks = [start(tmp_path, rank, port, size=4, timeout=4) for rank in (0, 2)]
-    (out, code), (out_2, code_2) = finish(*ranks)
+    ranks = [start(tmp_path, rank, port, size=4, timeout=10) for rank in (2, 0)]  # rank 2 waits for rank 0
+    (out_2, code_2), (out, code) = finish(*ranks)
     assert (code, code_2) == (1, 1) and out_2 == "", out_2
-    assert "WRONG: ranks 1, 3 of 4 did not come to `start` within 4 s" in out and "1 thing(s) wrong" in out
+    assert "WRONG: ranks 1, 3 of 4 did not come to `start` within 10 s" in out and "1 thing(s) wrong" in out
 
 
 def test_rank_0_that_never_comes(tmp_path):

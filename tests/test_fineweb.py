@@ -481,7 +481,7 @@ def test_killed_worker_is_an_error_and_the_rerun_is_identical(tmp_path, large_in
         process = subprocess.Popen(fineweb_command(tmp_path / "out", **flags), stderr=subprocess.PIPE,
                                    text=True, encoding="utf-8")
         os.kill(wait_for(functools.partial(kill_build.children, process.pid))[0], signal.SIGKILL)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=120)
         assert process.returncode == 2 and "worker processes died" in stderr, stderr
         assert "--num_workers" in stderr
     expected = contents(build(tmp_path / "whole", **{**flags, "num_workers": 1}))

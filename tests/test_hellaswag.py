@@ -5,6 +5,7 @@ import http.server
 import json
 import math
 import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -461,8 +462,9 @@ def test_script_alone_and_under_torchrun(tmp_path, byte_tokenizer):
     flags = {"checkpoint": tmp_path, "data": path, "device": "cpu", "dtype": "float32", "batch_tokens": 400}
     outputs = []
     for processes in (1, 2):
-        done = subprocess.run(command(flags, processes, ROOT / "hellaswag.py"), capture_output=True,
-                              text=True, timeout=240, env=ENVIRONMENT)
+        done = subprocess.run(command(flags, processes, ROOT / "hellaswag.py", python=sys.executable),
+                              capture_output=True, text=True, timeout=240,
+                              env={**ENVIRONMENT, "PYTHON_EXEC": sys.executable})
         assert done.returncode == 0, done.stdout + done.stderr
         outputs.append([line for line in done.stdout.splitlines() if line])
     lines = [[" | ".join(line.split(" | ")[:4]) for line in output[1:]] for output in outputs]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training import PYTHON, ROOT, attempt, read_log, train
+from training import ROOT, attempt, read_log, train
 
 import loss_report
 import plot_log
@@ -300,7 +300,7 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path, state, monkeypatch):
 def test_the_val_loss_is_the_runs_own(flags, tmp_path, byte_tokenizer):
     log_dir = tmp_path / "log"
     train(flags, log_dir=log_dir)
-    command = [PYTHON, str(ROOT / "plot_log.py"), "--report", f"--log_dir={log_dir}", "--device=cpu",
+    command = [sys.executable, str(ROOT / "plot_log.py"), "--report", f"--log_dir={log_dir}", "--device=cpu",
                "--dtype=float32"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

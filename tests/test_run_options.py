@@ -208,7 +208,7 @@ def test_saving_does_not_stop_the_training(flags, tmp_path):
         import time, checkpoint
         save = checkpoint.torch.save
         def crawl(*args, **kwargs):
-            time.sleep(3)
+            time.sleep(20)
             return save(*args, **kwargs)
         checkpoint.torch.save = crawl
     """

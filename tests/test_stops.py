@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -193,7 +194,15 @@ def start_node(flags, port, script, nnodes="2"):
          "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test",
          f"--rdzv_conf={conf}", "--local_addr=127.0.0.1", str(script), *arguments(flags)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+        env={**ENVIRONMENT, "PYTHON_EXEC": sys.executable, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+
+
+def wait_for_port(port):
+    for _ in range(1200):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"nothing listens at port {port}")
 
 
 def kill_node(agent):
@@ -218,7 +227,7 @@ def test_a_node_dies(flags, tmp_path, replaced):
     flags |= {"log_dir": tmp_path / "two"}
     port, nnodes = free_port(), "2" if replaced else "1:2"
     first = start_node(flags, port, slow, nnodes)
-    time.sleep(1)  # so that it is the host of the rendezvous
+    wait_for_port(port)  # so that it is the host of the rendezvous
     nodes = [first, start_node(flags, port, slow, nnodes)]
     out = ""
     try:

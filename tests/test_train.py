@@ -424,7 +424,7 @@ def test_cuda_run_with_compile(flags, tmp_path, dtype):
 def test_own_vocabulary_from_text_to_samples(flags, tmp_path):
     """bpe.py trains it; fineweb.py, train_gpt2.py and generate.py take it, the last from the checkpoint."""
     def run(script, *arguments):
-        done = subprocess.run([PYTHON, str(ROOT / script), *arguments], capture_output=True,
+        done = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True,
                               text=True, encoding="utf-8", timeout=240, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from training import PYTHON, ROOT
+from training import ENVIRONMENT, PYTHON, ROOT
 
 SCRIPT = """
 import multiprocessing, os, sys
@@ -29,8 +29,14 @@ if __name__ == "__main__":
 
 
 def both(*arguments, **options):
-    return [subprocess.run([python, *arguments], capture_output=True, text=True, timeout=60, **options)
+    return [subprocess.run([python, *arguments], capture_output=True, text=True, timeout=60, env=ENVIRONMENT,
+                           preexec_fn=let_interrupt, **options)
             for python in (sys.executable, PYTHON)]
+
+
+def let_interrupt():
+    """Ctrl-C's signal is ignored by what a shell starts in the background, and by all below that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def outcome(done):
@@ -39,7 +45,7 @@ def outcome(done):
 
 @pytest.mark.parametrize("code", [
     "print('ok')", "import sys; sys.exit(3)", "import sys; sys.exit('said')", "1 / 0",
-    "raise KeyboardInterrupt",
+    "raise KeyboardInterrupt", "import sys; sys.exit(-1)", "class Final(BaseException): pass\nraise Final",
     "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
     "import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)",
@@ -55,14 +61,23 @@ def test_endings(code):
     assert outcome(real) == outcome(warm)
 
 
-def test_scripts_and_modules(tmp_path):
+@pytest.mark.parametrize("variable", ["", "1"])
+def test_unbuffered(monkeypatch, variable):
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONUNBUFFERED", variable)
+    real, warm = both("-c", "import os; print('kept?'); os._exit(5)")
+    assert outcome(real) == outcome(warm) == (5, "kept?\n" if variable else "", [])
+    real, warm = both("-u", "-c", "import os; print('kept'); os._exit(5)")
+    assert outcome(real) == outcome(warm) == (5, "kept\n", [])
+
+
+def test_scripts_and_modules(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    environment = {**os.environ, "GREETING": "hello", "PYTHONPATH": str(tmp_path)}
-    options = {"cwd": tmp_path / "here", "env": environment}
+    monkeypatch.setitem(ENVIRONMENT, "GREETING", "hello")
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
     for arguments in (["../script.py"], [str(tmp_path / "script.py"), "x"], ["-u", "../script.py", "-c", "y"],
                       ["-m", "script", "z"]):
-        real, warm = both(*arguments, input="typed", **options)
+        real, warm = both(*arguments, input="typed", cwd=tmp_path / "here")
         assert (real.returncode, warm.returncode) == (0, 0), warm.stderr
         assert real.stdout == warm.stdout and "hello typed\nAnswer(value=42) True" in warm.stdout, arguments
 
@@ -91,7 +106,8 @@ def test_a_signal_to_the_process_in_front(name):
             "print(os.getpid(), flush=True); time.sleep(60)")
     codes = []
     for python in (sys.executable, PYTHON):
-        process = subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   preexec_fn=let_interrupt)
         inside = int(process.stdout.readline())
         process.send_signal(getattr(signal, name))
         codes.append(process.wait(timeout=60))

@@ -1,7 +1,7 @@
 """How the tests run the training script: as its users do, in processes of its own, at times with a fault.
 
-They are started with PYTHON (warm_python.py), but for those that are killed from outside: when the process
-in front of a fork is dead, the fork may live for a moment.
+Most are started with PYTHON (warm_python.py). Not those that are killed from outside: when the process in
+front of a fork is dead, the fork may live for a moment. And one of each kind runs in a real interpreter.
 """
 
 import os

@@ -6,12 +6,17 @@ A server imports the libraries once, computes nothing and starts no thread; ever
 front stands a process of the caller's own, with which all is done as with a real interpreter: it hands over
 its arguments, environment, folder and open files, passes signals on, and ends as the fork ends; the fork dies
 with it. None of this repository's files are imported before the fork. Needs Linux; elsewhere, and with
-WARM_PYTHON=0, the path is sys.executable. What an import reads from the environment (OMP_NUM_THREADS) is the
-server's, so tests of that start the real one.
+WARM_PYTHON=0, the path is sys.executable.
+
+What is not as with a real one, and tests of it start that: the parent and the process group are others; what
+an import reads from the environment (OMP_NUM_THREADS, here 1; PYTHONHASHSEED) is the server's; a script that
+forgets to import a library's module finds it; the interpreter is not taken down at the end.
 """
 
 import atexit
+import contextlib
 import functools
+import io
 import json
 import os
 import runpy
@@ -36,9 +41,9 @@ def warm_python() -> str:
     if not hasattr(os, "pidfd_open") or os.environ.get("WARM_PYTHON") == "0":
         return sys.executable
     folder = Path(tempfile.mkdtemp(prefix="warm_python"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     server = subprocess.Popen([sys.executable, __file__, "--serve", str(folder / "socket")],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert server.stdout.read(1) == b"+", "the server of warm processes did not start"  # it still imports
     atexit.register(server.communicate)  # its input ends, and so does it
     python = folder / "python"
@@ -58,9 +63,13 @@ def stand_in(path: str, arguments: list[str]) -> None:
         request = json.dumps([arguments, dict(os.environ), os.getcwd()]).encode()
         socket.send_fds(server, [b"+"], [0, 1, 2])
         server.sendall(len(request).to_bytes(8, "big") + request)
+        def pass_on(number, frame):
+            with contextlib.suppress(OSError):  # the fork has ended
+                server.sendall(bytes([number]))
+
         for number in PASSED_ON:  # from here on; before, they end this process, and with it the fork
-            signal.signal(number, lambda number, frame: server.sendall(bytes([number])))
-        status = int(server.makefile().readline() or -signal.SIGKILL)
+            signal.signal(number, pass_on)
+        status = int(server.makefile().readline() or sys.exit("the server of warm processes has ended"))
     if status < 0:
         if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)
@@ -78,6 +87,7 @@ def serve(listener: socket.socket) -> tuple[list[str], dict[str, str], str]:
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
         if 0 in ready:
+            shutil.rmtree(Path(sys.argv[2]).parent)
             os._exit(0)
         client, _ = listener.accept()
         if os.fork():
@@ -85,17 +95,18 @@ def serve(listener: socket.socket) -> tuple[list[str], dict[str, str], str]:
             continue
         listener.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         _, files, _, _ = socket.recv_fds(client, 1, 3)
         size = int.from_bytes(read(client, 8), "big")
         request = json.loads(read(client, size))
         script = os.fork()
         if not script:
             client.close()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             for number, file in enumerate(files):
                 os.dup2(file, number)
                 os.close(file)
             return request
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         for file in (0, 1, 2, *files):
             os.close(file)
         os._exit(guard(script, client))
@@ -126,23 +137,24 @@ def run(arguments: list[str], environment: dict[str, str], folder: str) -> None:
     import numpy as np
     import torch
 
-    torch.seed()  # as an import does; or all forks would draw the same
+    torch.default_generator.seed()  # as an import does; or all forks would draw the same
     np.random.seed()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    unbuffered = arguments[0] == "-u"
+    unbuffered = arguments[0] == "-u" or bool(environment.get("PYTHONUNBUFFERED"))
     sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-    sys.stdout.reconfigure(write_through=unbuffered, line_buffering=os.isatty(1))
-    sys.stderr.reconfigure(write_through=unbuffered, line_buffering=True)
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(open(file, "wb", 0 if unbuffered else -1, closefd=False), "utf-8", errors,
+                         write_through=unbuffered, line_buffering=file == 2 or os.isatty(file))
+        for file, errors in ((1, "strict"), (2, "backslashreplace")))
 
-    kind, *sys.argv = arguments[unbuffered:]
+    kind, *sys.argv = arguments[arguments[0] == "-u":]
     sys.path[0] = folder if kind == "-m" else "" if kind == "-c" else os.path.dirname(os.path.realpath(kind))
     sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     main = sys.modules["__main__"] = sys.modules["__mp_main__"] = types.ModuleType("__main__")
     if kind == "-m":
+        sys.modules.pop(sys.argv[0], None)
         runpy._run_module_as_main(sys.argv[0])  # what the interpreter itself calls
         return
     if kind == "-c":
@@ -153,7 +165,7 @@ def run(arguments: list[str], environment: dict[str, str], folder: str) -> None:
     exec(compile(source, main.__dict__.get("__file__", "<string>"), "exec"), main.__dict__)
 
 
-def main(status=0) -> None:
+def main(status=1) -> None:
     """The server, and every fork of it. A fork ends as any Python does (threads, atexit) up to the point
     where the interpreter frees what it holds, which takes a second in a fork: each page is copied first."""
     def end():
@@ -175,11 +187,12 @@ def main(status=0) -> None:
     try:
         try:
             run(*request)
+            status = 0
         except (Exception, KeyboardInterrupt) as error:
             status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
             sys.excepthook(*sys.exc_info())  # a script's own may end it with another code
     except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        status = error.code & 255 if isinstance(error.code, int) else int(error.code is not None)
         raise
 
 
