@@ -504,11 +504,14 @@ def row_groups(repo: str, commit: str, files: list, column: str, unit: int = 0,
 
     import hub
     for u in range(unit, len(files)):
-        file = files[u]
+        file, remote = files[u], None
         try:
             with reading(file.path):
                 there = hub.in_cache(repo, commit, file)
-                parquet = pq.ParquetFile(there or hub.open_ranges(repo, commit, file))
+                if not there:
+                    remote = hub.open_ranges(repo, commit, file)
+                    remote.fetch_footer()
+                parquet = pq.ParquetFile(there or remote)
         except Damaged as error:
             yield u, 0, bad_chunk(file.path, f"no parquet file ({error})")
             continue
@@ -519,6 +522,10 @@ def row_groups(repo: str, commit: str, files: list, column: str, unit: int = 0,
             continue
         groups = range(metadata.num_row_groups)
         firsts = [0, *itertools.accumulate(metadata.row_group(group).num_rows for group in groups)]
+        spans = [column_span(metadata, group, column) for group in groups]
+
+        def fetch(group: int, remote=remote, spans=spans) -> bytes:
+            return remote.fetch(*spans[group]) if remote else b""
 
         def read(group: int, file=file, parquet=parquet, firsts=firsts) -> Chunk:
             try:
@@ -532,10 +539,21 @@ def row_groups(repo: str, commit: str, files: list, column: str, unit: int = 0,
             return Chunk(iter, ([arrow_documents(array, f"{file.path}, row ", start)
                                  for array, start in zip(arrays, starts)],))
 
-        with hub.Prefetcher(read, groups[index if u == unit else 0:]) as fetched:
-            for group, chunk in fetched:
-                yield u, group, chunk
+        with hub.Prefetcher(fetch, groups[index if u == unit else 0:]) as fetched:
+            for group, data in fetched:
+                if remote:
+                    remote.hold(spans[group][0], data)
+                yield u, group, read(group)
                 fetched.release()
+
+
+def column_span(metadata, group: int, column: str) -> tuple[int, int]:
+    """Where in the file the pages of a column of a row group are: [start, stop) in bytes."""
+    row_group = metadata.row_group(group)
+    part = next(part for part in map(row_group.column, range(metadata.num_columns))
+                if part.path_in_schema == column)
+    start = min(part.data_page_offset, part.dictionary_page_offset or part.data_page_offset)
+    return start, start + part.total_compressed_size
 
 
 def python_source(seed: int) -> Source:

@@ -12,6 +12,7 @@ connection reset, and HfFileSystem takes the answer of a server that ignores ran
 
 Imported by fineweb.py and convert_hf.py; nothing to run.
 """
+import atexit
 import contextlib
 import email.utils
 import errno
@@ -44,11 +45,17 @@ LONGEST_WAIT = 60.0    # seconds
 LONGEST_ASKED = 300.0  # seconds to wait when the hub says so; its rate limits count over five minutes
 LIST_TIMEOUT = 60.0    # seconds of silence; a listing of 30,000 files takes the hub a while
 COPIES = 3             # of a file that arrive damaged before it is given up
+FOOTER_BYTES = 1 << 16  # what Arrow reads first of a parquet file
 
 PASSING = (408, 416, 425, 429)  # statuses below 500 after which another attempt may succeed
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 # OSError, and the base of what the session raises: httpx's HTTPError, or its successor's in other versions
 NETWORK_ERRORS = (OSError, *HfHubHTTPError.__bases__)
+
+# set when the interpreter ends, before the client (imported above) closes the connections of threads that
+# still read: that is no failure of the network, to be told and repeated
+ENDING = threading.Event()
+atexit.register(ENDING.set)
 
 T = TypeVar("T")
 
@@ -125,6 +132,8 @@ def retry(what: str, attempt: Callable[[], T], progress: Callable[[], object] = 
         try:
             return attempt()
         except NETWORK_ERRORS as error:
+            if ENDING.is_set():
+                raise
             reason, asked = diagnose(what, error)
             if progress() > best:
                 best, failures = progress(), 0
@@ -398,13 +407,15 @@ class Prefetcher:
 class RangeFile(io.RawIOBase):
     """A file on the hub, to be read in parts: one request for each read, and never a short one.
 
-    What is read at the end of the file is kept, so that a parquet footer (whose length stands in its last
-    bytes) is fetched once.
+    What is read at the end of the file is kept, and so is the part that `hold` was given last: reads within
+    them ask the hub for nothing. So a background thread can fetch what Arrow is to read. It must not have
+    Arrow fetch it: Arrow, waiting in a call of `readinto` while the interpreter ends, aborts the process.
     """
 
     def __init__(self, url: str, file: HubFile):
         self._url, self._file, self._position = url, file, 0
         self._tail, self._tail_start = b"", file.size
+        self._held, self._held_start = b"", 0
 
     def readable(self) -> bool:
         return True
@@ -423,17 +434,33 @@ class RangeFile(io.RawIOBase):
     def readinto(self, buffer) -> int:
         start = self._position
         stop = max(start, min(start + len(buffer), self._file.size))
-        data = self._fetch(start, min(stop, self._tail_start))
-        if stop >= self._tail_start > start:
-            self._tail, self._tail_start = data + self._tail, start
-        if stop > self._tail_start:
-            data = self._tail[start - self._tail_start:stop - self._tail_start]
+        if self._held_start <= start and stop <= self._held_start + len(self._held):
+            data = memoryview(self._held)[start - self._held_start:stop - self._held_start]
+        else:
+            data = self.fetch(start, min(stop, self._tail_start))
+            if stop >= self._tail_start > start:
+                self._tail, self._tail_start = data + self._tail, start
+            if stop > self._tail_start:
+                data = self._tail[start - self._tail_start:stop - self._tail_start]
         buffer[:stop - start] = data
         self._position = stop
         return stop - start
 
-    def _fetch(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) from the hub; none if stop <= start."""
+    def hold(self, start: int, data: bytes) -> None:
+        """Answer reads within `data`, the file's bytes from `start` on, from there."""
+        self._held, self._held_start = data, start
+
+    def fetch_footer(self) -> None:
+        """Fetch what pq.ParquetFile reads first: the footer, whose length is in the file's last 8 bytes."""
+        self.seek(max(0, self._file.size - FOOTER_BYTES))
+        self.readinto(bytearray(FOOTER_BYTES))
+        length = 8 + int.from_bytes(self._tail[-8:-4], "little")
+        if self._tail.endswith(b"PAR1") and length > FOOTER_BYTES:
+            self.seek(max(0, self._file.size - length))
+            self.readinto(bytearray(min(length, self._file.size)))
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) from the hub, and nothing else changes; none if stop <= start."""
         got = bytearray()
 
         def attempt() -> None:

@@ -26,8 +26,9 @@ class Fault(NamedTuple):
 
     kind: "drop" (the connection is reset), "truncate" (it ends early), "stall" (nothing more comes, until the
     client leaves), each after `after` bytes of the body, under a Content-Length of the whole; "short" (an
-    honest Content-Length, of `after` bytes); "corrupt" (one wrong byte); "ignore_range" (200 and the whole
-    file); "other_range" (206 for one that starts a byte later); "status" (that status, with `headers`).
+    honest Content-Length, of `after` bytes); "drip" (a byte per millisecond); "none" (nothing); "corrupt"
+    (one wrong byte); "ignore_range" (200 and the whole file); "other_range" (206 for one that starts a byte
+    later); "status" (that status, with `headers`).
     """
     kind: str
     after: int = 0
@@ -177,9 +178,10 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.end_headers()
         try:
-            for start in range(0, len(body), 1 << 16):
-                self.wfile.write(body[start:start + (1 << 16)])
-                time.sleep(self.hub.pause)
+            step, pause = (1, 0.001) if kind == "drip" else (1 << 16, self.hub.pause)
+            for start in range(0, len(body), step):
+                self.wfile.write(body[start:start + step])
+                time.sleep(pause)
             self.wfile.flush()
             if kind == "stall":
                 self.connection.recv(1)  # comes back when the client leaves

@@ -23,6 +23,7 @@ from huggingface_hub import constants
 
 import hub
 from configurator import UserError
+from documents import column_span
 from hub import HubFile, Prefetcher, fetch, in_cache, list_files, need_space, open_ranges, remove
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -553,6 +554,36 @@ def test_a_long_footer_is_fetched_once(server):
     assert length > 2 * 65536  # Arrow asks for the last 64 kB first
     assert pq.ParquetFile(open_ranges(REPO, COMMIT, the_file(server))).metadata.num_row_groups == 400
     assert spans(server) == [(len(data) - 65536, len(data)), (len(data) - length - 8, len(data) - 65536)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dictionary": False}, {"data_page_size": 1000},
+                                      {"write_page_index": True}, {"compression": "none"}])
+@pytest.mark.parametrize("rows", [5, 125, 2000])
+def test_arrow_itself_asks_for_nothing(server, rows, settings):
+    """Footer and pages are fetched before: from a thread, Arrow must not wait for the network."""
+    data = server.files[NAME] = fineweb_parquet(2000, rows, **settings)
+    local = pq.ParquetFile(io.BytesIO(data))
+    part = open_ranges(REPO, COMMIT, the_file(server))
+    part.fetch_footer()
+    footer = spans(server)
+    remote = pq.ParquetFile(part)
+    for group in (local.metadata.num_row_groups - 1, 0):
+        start, stop = column_span(remote.metadata, group, "text")
+        part.hold(start, part.fetch(start, stop))
+        asked = len(spans(server))
+        assert remote.read_row_group(group, columns=["text"], use_threads=False).equals(
+            local.read_row_group(group, columns=["text"]))
+        assert len(spans(server)) == asked
+    assert spans(server)[:len(footer)] == footer and asked == len(footer) + 2
+
+
+@pytest.mark.parametrize("end", [b"", b"PAR1", b"\xff\xff\xff\x7fPAR1", b"\0\0\0\0PAR1"])
+def test_a_file_without_a_footer(server, end):
+    server.files[NAME] = b"no parquet file" + end
+    part = open_ranges(REPO, COMMIT, the_file(server))
+    part.fetch_footer()
+    with pytest.raises((OSError, pa.ArrowInvalid)):
+        pq.ParquetFile(part)
 
 
 @pytest.mark.parametrize("name", [*FAULTS, "ignore_range"])

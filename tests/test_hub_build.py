@@ -142,6 +142,18 @@ def test_max_tokens_fetches_only_what_it_needs(tmp_path, corpus, encoding):
     assert sent < 0.7 * sum(map(len, files.values())) and "003_00000.parquet" not in touched
 
 
+def test_the_end_does_not_wait_for_what_is_read_ahead(tmp_path, corpus):
+    """Nor does it abort: bytes of a row group, or of a footer, that is not needed come in all the while."""
+    files, _ = corpus
+    for passed in (3, 4):  # the footer, and row groups
+        with HubServer(files, REPO) as server:
+            server.faults += [Fault("none")] * passed + [Fault("drip")] * 20
+            done = run(server, tmp_path / "hf", tmp_path / str(passed), "--max_tokens=10000",
+                       "--val_fraction=0.3")
+            assert done.returncode == 0 and server.faults, (passed, done.stderr)
+            assert done.stderr.count("attempt") == 0, done.stderr
+
+
 def test_a_shard_is_made_again_from_its_file_alone(tmp_path, corpus):
     files, _ = corpus
     with HubServer(files, REPO) as server:
