@@ -86,10 +86,11 @@ class Peers:
             self.store.set(f"{what}/{self.rank}", json.dumps(value))
             keys = [f"{what}/{r}" for r in range(self.size)]
             if not wait_for(self.store, keys, timeout) and (absent := self.absent(self.store, what)):
-                present = min(r for r in range(self.size) if r not in absent)  # says it
+                if not self.speaks(self.store, what, min(set(range(self.size)) - set(absent))):
+                    raise Unwell("")
+                self.store.set(f"said {what}", "")  # it will be, before any rank ends
                 raise Unwell(f"{name_ranks(absent)} of {self.size} did not come to `{what}` within "
-                             f"{timeout:g} s; read the output of their nodes, and {NETWORK}"
-                             if self.rank == present else "")
+                             f"{timeout:g} s; read the output of their nodes, and {NETWORK}")
             return [json.loads(value) for value in self.store.multi_get(keys)]
         except RuntimeError as error:  # rank 0 or torchrun, which serves the store, has ended
             raise Unwell(f"rank {self.rank} has lost rank 0 ({first_line(error)}); read what rank 0 says"
@@ -99,33 +100,44 @@ class Peers:
         """Ranks that have not set a key; one by one, so for messages only."""
         return [r for r in range(self.size) if not store.check([f"{what}/{r}"])]
 
+    def speaks(self, store, what: str, expected: int) -> bool:
+        """Whether this rank is the one that says what all know: the expected one, or if that does not (its
+        clock may strike much later than this one's, or not at all), the first of the others."""
+        if self.rank != expected and wait_for(store, [f"said {what}"], LAST_WORDS):
+            return False
+        return store.add(f"speaks {what}", 1) == 1
+
     @contextlib.contextmanager
     def watch(self, what: str, device_type: str):
         """Around collectives: an exception becomes Unwell, and `timeout` seconds without an end exit 1."""
-        store = self.store.clone()  # the store's own connection may be the one that hangs
+        store, came_out = self.store, False
 
         def give_up():
-            with contextlib.suppress(RuntimeError):  # whoever serves the store has gone
+            nonlocal came_out
+            try:
                 absent, inside = self.absent(store, f"begin {what}"), self.absent(store, f"end {what}")
-                if self.rank not in inside:
-                    return  # it came out in this very moment
-                who = (f"{name_ranks(absent)} never began it" if absent else
-                       f"{name_ranks(inside)} began it and did not come out")
-                # one of those who wait says it; its clock may strike later than this one's, or not at all
-                if self.rank == min(set(inside) - set(absent)) or not wait_for(store, [f"said {what}"],
-                                                                               LAST_WORDS):
+                came_out = self.rank not in inside  # in this very moment
+                if not came_out and self.speaks(store, what, min(set(inside) - set(absent))):
+                    who = (f"{name_ranks(absent)} never began it" if absent else
+                           f"{name_ranks(inside)} began it and did not come out")
                     print(f"WRONG: {what} hangs: after {timeout:g} s {who}; {CURES[device_type]}", flush=True)
                     store.set(f"said {what}", "")
-            os._exit(1)
+            finally:  # also when whoever serves the store has gone
+                if not came_out:
+                    os._exit(1)
 
         timer = threading.Timer(timeout, give_up)
         timer.daemon = True
         try:
+            store = self.store.clone()  # the store's own connection may be the one that hangs
             self.store.set(f"begin {what}/{self.rank}", "")
             timer.start()
             yield
             self.store.set(f"end {what}/{self.rank}", "")
         except RuntimeError as error:
+            with contextlib.suppress(RuntimeError):
+                if self.store.check([f"said {what}"]):  # the others gave up, and so the connection was lost
+                    raise Unwell("") from error
             raise Unwell(f"{what} failed on rank {self.rank}, {socket.gethostname()}: {first_line(error)}; "
                          f"{CURES[device_type]}") from error
         finally:
@@ -348,12 +360,15 @@ def check_files(peers: Peers) -> tuple[str, list[str], list[str]]:
     path, seen = folder / name, False
     give_up = time.monotonic() + 5  # NFS shows a new file to other hosts when its cache of the folder is old
     while not seen and time.monotonic() < give_up:
-        seen = path.is_file() and path.read_text(encoding="utf-8") == token
+        with contextlib.suppress(OSError):  # a folder that this rank may not enter shows it no file
+            seen = path.read_text(encoding="utf-8") == token
         if not seen:
             time.sleep(0.1)
-    views = peers.gather("file seen", (seen, str(folder), socket.gethostname()))
-    if peers.rank == 0:
-        path.unlink(missing_ok=True)
+    try:
+        views = peers.gather("file seen", (seen, str(folder), socket.gethostname()))
+    finally:
+        if peers.rank == 0:
+            path.unlink(missing_ok=True)
     wrong = [f"rank {rank} on {host} does not see in {folder_r} what rank 0 wrote in {folder_0}; give all "
              f"ranks one --log_dir, absolute, on a shared file system"
              for rank, (seen, folder_r, host) in enumerate(views) if not seen]
@@ -459,10 +474,11 @@ def main() -> None:
     try:
         peers = Peers()
         visit(peers, wrong)
-    except Unwell as finding:  # no other rank may know of it
-        wrong.append(str(finding))
+    except (Unwell, RuntimeError, OSError) as error:  # no other rank may know of it
+        known = isinstance(error, Unwell)
+        wrong.append(str(error) if known else f"rank {rank} on {socket.gethostname()}: {first_line(error)}")
         if wrong[-1]:
-            print(f"WRONG: {finding}")
+            print(f"WRONG: {wrong[-1]}")
     if rank == 0:
         print(f"\n{len(wrong)} thing(s) wrong" if wrong else "\nall well")
     sys.stdout.flush()

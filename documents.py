@@ -511,7 +511,8 @@ def row_groups(repo: str, commit: str, files: list, column: str, unit: int = 0,
                 if not there:
                     remote = hub.open_ranges(repo, commit, file)
                     remote.fetch_footer()
-                parquet = pq.ParquetFile(there or remote)
+                with hub.READING:
+                    parquet = pq.ParquetFile(there or remote)
         except Damaged as error:
             yield u, 0, bad_chunk(file.path, f"no parquet file ({error})")
             continue
@@ -522,14 +523,14 @@ def row_groups(repo: str, commit: str, files: list, column: str, unit: int = 0,
             continue
         groups = range(metadata.num_row_groups)
         firsts = [0, *itertools.accumulate(metadata.row_group(group).num_rows for group in groups)]
-        spans = [column_span(metadata, group, column) for group in groups]
 
-        def fetch(group: int, remote=remote, spans=spans) -> bytes:
-            return remote.fetch(*spans[group]) if remote else b""
+        def fetch(group: int, remote=remote, metadata=metadata, size=file.size) -> tuple[int, bytes]:
+            start, stop = column_span(metadata, group, column, size) if remote else (0, 0)
+            return start, remote.fetch(start, stop) if remote else b""
 
         def read(group: int, file=file, parquet=parquet, firsts=firsts) -> Chunk:
             try:
-                with reading(file.path):
+                with reading(file.path), hub.READING:
                     table = parquet.read_row_group(group, columns=[column], use_threads=False)
             except Damaged as error:
                 rows = f"rows {firsts[group]} to {firsts[group + 1] - 1}"
@@ -540,20 +541,27 @@ def row_groups(repo: str, commit: str, files: list, column: str, unit: int = 0,
                                  for array, start in zip(arrays, starts)],))
 
         with hub.Prefetcher(fetch, groups[index if u == unit else 0:]) as fetched:
-            for group, data in fetched:
+            for group, (start, data) in fetched:
                 if remote:
-                    remote.hold(spans[group][0], data)
+                    remote.hold(start, data)
                 yield u, group, read(group)
                 fetched.release()
 
 
-def column_span(metadata, group: int, column: str) -> tuple[int, int]:
-    """Where in the file the pages of a column of a row group are: [start, stop) in bytes."""
+def column_span(metadata, group: int, column: str, size: int) -> tuple[int, int]:
+    """Where in a file of `size` bytes the pages of a column of a row group are: [start, stop).
+
+    Empty where the footer does not say it, or says what cannot be: Arrow, asked to read it, names the damage.
+    """
     row_group = metadata.row_group(group)
-    part = next(part for part in map(row_group.column, range(metadata.num_columns))
-                if part.path_in_schema == column)
-    start = min(part.data_page_offset, part.dictionary_page_offset or part.data_page_offset)
-    return start, start + part.total_compressed_size
+    for part in map(row_group.column, range(metadata.num_columns)):
+        if part.path_in_schema == column:
+            start, dictionary = part.data_page_offset, part.dictionary_page_offset or 0
+            if 0 < dictionary < start:
+                start = dictionary
+            stop = start + part.total_compressed_size
+            return (start, stop) if 0 <= start <= stop <= size else (0, 0)
+    return 0, 0
 
 
 def python_source(seed: int) -> Source:

@@ -52,10 +52,16 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPER
 # OSError, and the base of what the session raises: httpx's HTTPError, or its successor's in other versions
 NETWORK_ERRORS = (OSError, *HfHubHTTPError.__bases__)
 
-# set when the interpreter ends, before the client (imported above) closes the connections of threads that
-# still read: that is no failure of the network, to be told and repeated
-ENDING = threading.Event()
-atexit.register(ENDING.set)
+ENDING = threading.Event()  # the interpreter ends
+READING = threading.Lock()  # held by whoever has Arrow read a RangeFile
+
+
+@atexit.register
+def end() -> None:
+    """Before the client's own end, as it was imported above: that closes connections of threads that still
+    read, which is no failure of the network, to be told and repeated. And nobody has Arrow read any more."""
+    ENDING.set()
+    READING.acquire(timeout=5)
 
 T = TypeVar("T")
 
@@ -409,7 +415,8 @@ class RangeFile(io.RawIOBase):
 
     What is read at the end of the file is kept, and so is the part that `hold` was given last: reads within
     them ask the hub for nothing. So a background thread can fetch what Arrow is to read. It must not have
-    Arrow fetch it: Arrow, waiting in a call of `readinto` while the interpreter ends, aborts the process.
+    Arrow fetch it: Arrow, in a call of `readinto` while the interpreter ends, aborts the process. READING
+    keeps it out by then.
     """
 
     def __init__(self, url: str, file: HubFile):
@@ -455,9 +462,9 @@ class RangeFile(io.RawIOBase):
         self.seek(max(0, self._file.size - FOOTER_BYTES))
         self.readinto(bytearray(FOOTER_BYTES))
         length = 8 + int.from_bytes(self._tail[-8:-4], "little")
-        if self._tail.endswith(b"PAR1") and length > FOOTER_BYTES:
-            self.seek(max(0, self._file.size - length))
-            self.readinto(bytearray(min(length, self._file.size)))
+        if self._tail.endswith(b"PAR1") and FOOTER_BYTES < length <= self._file.size:
+            self.seek(self._file.size - length)
+            self.readinto(bytearray(length))
 
     def fetch(self, start: int, stop: int) -> bytes:
         """Bytes [start, stop) from the hub, and nothing else changes; none if stop <= start."""

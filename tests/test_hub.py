@@ -558,8 +558,8 @@ def test_a_long_footer_is_fetched_once(server):
 
 @pytest.mark.parametrize("settings", [{}, {"use_dictionary": False}, {"data_page_size": 1000},
                                       {"write_page_index": True}, {"compression": "none"}])
-@pytest.mark.parametrize("rows", [5, 125, 2000])
-def test_arrow_itself_asks_for_nothing(server, rows, settings):
+@pytest.mark.parametrize("rows, column", [(5, "text"), (125, "url"), (2000, "text")])
+def test_arrow_itself_asks_for_nothing(server, rows, column, settings):
     """Footer and pages are fetched before: from a thread, Arrow must not wait for the network."""
     data = server.files[NAME] = fineweb_parquet(2000, rows, **settings)
     local = pq.ParquetFile(io.BytesIO(data))
@@ -568,20 +568,38 @@ def test_arrow_itself_asks_for_nothing(server, rows, settings):
     footer = spans(server)
     remote = pq.ParquetFile(part)
     for group in (local.metadata.num_row_groups - 1, 0):
-        start, stop = column_span(remote.metadata, group, "text")
+        start, stop = column_span(remote.metadata, group, column, len(data))
         part.hold(start, part.fetch(start, stop))
         asked = len(spans(server))
-        assert remote.read_row_group(group, columns=["text"], use_threads=False).equals(
-            local.read_row_group(group, columns=["text"]))
+        assert remote.read_row_group(group, columns=[column], use_threads=False).equals(
+            local.read_row_group(group, columns=[column]))
         assert len(spans(server)) == asked
     assert spans(server)[:len(footer)] == footer and asked == len(footer) + 2
 
 
+@pytest.mark.parametrize("offset, dictionary, length, span", [
+    (100, None, 50, (100, 150)), (100, 0, 50, (100, 150)), (100, 60, 90, (60, 150)),
+    (100, -5, 50, (100, 150)), (100, 160, 50, (100, 150)), (100, None, 900, (100, 1000)),
+    (100, None, 901, (0, 0)), (-1, None, 50, (0, 0)), (100, None, -50, (0, 0))])
+def test_the_span_that_a_footer_names(offset, dictionary, length, span):
+    """A damaged one is not asked for."""
+    part = SimpleNamespace(path_in_schema="text", data_page_offset=offset, dictionary_page_offset=dictionary,
+                           total_compressed_size=length)
+    other = SimpleNamespace(path_in_schema="id", data_page_offset=4, dictionary_page_offset=None,
+                            total_compressed_size=9)
+    row_group = SimpleNamespace(column=lambda i: (other, part)[i])
+    metadata = SimpleNamespace(row_group=lambda group: row_group, num_columns=2)
+    assert column_span(metadata, 0, "text", 1000) == span
+    assert column_span(metadata, 0, "none", 1000) == (0, 0)
+
+
 @pytest.mark.parametrize("end", [b"", b"PAR1", b"\xff\xff\xff\x7fPAR1", b"\0\0\0\0PAR1"])
-def test_a_file_without_a_footer(server, end):
-    server.files[NAME] = b"no parquet file" + end
+@pytest.mark.parametrize("size", [15, 200_000])
+def test_a_file_without_a_footer(server, end, size):
+    server.files[NAME] = bytes(size) + end
     part = open_ranges(REPO, COMMIT, the_file(server))
     part.fetch_footer()
+    assert len(spans(server)) == 1 and server.bodies()[0].sent <= 65536
     with pytest.raises((OSError, pa.ArrowInvalid)):
         pq.ParquetFile(part)
 

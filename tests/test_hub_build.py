@@ -143,15 +143,13 @@ def test_max_tokens_fetches_only_what_it_needs(tmp_path, corpus, encoding):
 
 
 def test_the_end_does_not_wait_for_what_is_read_ahead(tmp_path, corpus):
-    """Nor does it abort: bytes of a row group, or of a footer, that is not needed come in all the while."""
+    """Nor does it abort: bytes of a row group that is not needed come in all the while."""
     files, _ = corpus
-    for passed in (3, 4):  # the footer, and row groups
-        with HubServer(files, REPO) as server:
-            server.faults += [Fault("none")] * passed + [Fault("drip")] * 20
-            done = run(server, tmp_path / "hf", tmp_path / str(passed), "--max_tokens=10000",
-                       "--val_fraction=0.3")
-            assert done.returncode == 0 and server.faults, (passed, done.stderr)
-            assert done.stderr.count("attempt") == 0, done.stderr
+    with HubServer(files, REPO) as server:
+        server.faults += [Fault("none")] * 3 + [Fault("drip")] * 20  # after the footer and two row groups
+        done = run(server, tmp_path / "hf", tmp_path / "out", "--max_tokens=10000", "--val_fraction=0.3")
+        assert 0 < len(server.faults) < 20
+    assert done.returncode == 0 and done.stderr.count("attempt") == 0, done.stderr
 
 
 def test_a_shard_is_made_again_from_its_file_alone(tmp_path, corpus):
