@@ -48,6 +48,11 @@ dist.all_reduce = all_reduce
     "version": """
 torch.__version__ = "1.0.0"
 """,
+    "device": """
+def broken():
+    raise RuntimeError("the driver is another than the library's")
+torch.get_num_threads = broken
+""",
     "none": "",
 }
 FAULTS["version and hang"] = FAULTS["version"] + FAULTS["hang"]
@@ -136,6 +141,7 @@ def test_one_process_needs_no_launcher(tmp_path):
     ("version and hang", {"timeout": 9}, [
         "torch differs", "all-reduce check hangs: after 9 s ranks 0-1 began it and did not come out"]),
     ("exception", {"timeout": 30}, ["the all-reduce check failed on rank 1, .*NCCL error: unhandled"]),
+    ("device", {"timeout": 30}, [r"rank 1 on \S+: the driver is another than the library's"]),
     ("version", {"rank_0": SLOW_TO_SPEAK},
      ["torch differs: .* on rank 0; 1.0.0 on rank 1; install one requirements.txt"]),
 ])
@@ -144,6 +150,7 @@ def test_a_fault_on_rank_1_is_named(tmp_path, fault, settings, words):
     assert done.returncode == 1 and "all well" not in done.stdout, done.stdout + done.stderr
     for word in words:
         assert re.search(f"WRONG: .*{word}", done.stdout), (word, done.stdout)
+    assert done.stdout.count("WRONG: the all-reduce check hangs") == ("hang" in fault)  # by one rank alone
     if "timeout" not in settings:
         last = done.stdout.splitlines()[-1]
         assert last == f"{done.stdout.count('WRONG: ')} thing(s) wrong" and done.stdout.count("WRONG") <= 2

@@ -63,6 +63,7 @@ def stand_in(path: str, arguments: list[str]) -> None:
         request = json.dumps([arguments, dict(os.environ), os.getcwd()]).encode()
         socket.send_fds(server, [b"+"], [0, 1, 2])
         server.sendall(len(request).to_bytes(8, "big") + request)
+
         def pass_on(number, frame):
             with contextlib.suppress(OSError):  # the fork has ended
                 server.sendall(bytes([number]))
