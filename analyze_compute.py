@@ -33,8 +33,8 @@ import torch
 from configurator import UserError, configure
 from device import GEFORCE, PEAK_TFLOPS
 from device import peak_tflops as known_peak  # peak_tflops is a setting
+from files import write_atomically
 from model import GPT, GPTConfig
-from shards import write_atomically
 
 gpus = ("NVIDIA GeForce RTX 4050 Laptop GPU,NVIDIA GeForce RTX 3060,NVIDIA GeForce RTX 4090,"
         "NVIDIA A100-SXM4-80GB,NVIDIA H100 80GB HBM3,NVIDIA H200,NVIDIA B200")  # names as in device.py

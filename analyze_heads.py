@@ -56,9 +56,10 @@ from checkpoint import build_model, checkpoint_tokenizer, describe_model, newest
 from configurator import UserError, configure
 from convert_hf import load_any
 from device import TOLERANCE, Device, resolve_device
+from files import write_atomically
 from loss_report import find_data_dir, open_stream
 from model import GPT, KVCache
-from shards import WindowLoader, write_atomically
+from shards import WindowLoader
 
 checkpoint = ""  # a checkpoint, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/
 data_dir = ""  # token shards of the checkpoint's tokenizer; empty = those it was trained on

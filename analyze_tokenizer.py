@@ -54,8 +54,8 @@ from bpe import (
 )
 from configurator import UserError, configure
 from documents import hash_documents, input_source
+from files import write_atomically
 from model import GPT, GPTConfig
-from shards import write_atomically
 
 input = ""  # PATH[,PATH...], each a file, a glob or a folder of .parquet, .jsonl[.gz|.zst] or .txt
 text_column = "text"  # the parquet column or jsonl field that holds the text

@@ -57,7 +57,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from configurator import UserError, configure
-from shards import write_atomically
+from files import write_atomically
 
 EOT_TEXT = "<|endoftext|>"
 # tiktoken's pattern of gpt2 and r50k_base; only to build the equivalent tiktoken.Encoding: the kernels

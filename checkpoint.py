@@ -54,8 +54,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bpe import GPT2_SHA256, Tokenizer, load_tokenizer, tokenizer_from_ranks
 from configurator import UserError
+from files import sync_folder, write_atomically
 from model import GPT, GPTConfig
-from shards import write_atomically
 
 FORMAT = "gpt2-checkpoint-2"
 OLD_FORMAT = "gpt2-checkpoint-1"  # one optimizer, its state by number: enough to generate, not to resume
@@ -332,17 +332,6 @@ def _save_and_sync(state, path):
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(path: str | Path) -> None:
-    """Make what was renamed into a folder last a power cut."""
-    if os.name == "nt":  # where a folder cannot be opened
-        return
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _remove(path):

@@ -22,8 +22,8 @@ import sys
 from pathlib import Path
 
 from configurator import UserError, configure
+from files import write_atomically
 from plot_log import parse_log
-from shards import write_atomically
 
 run = "log_demo"  # the run to judge: its folder, or its log
 ref = "reference/demo_cpu.log"  # the reference to hold it against, or to write

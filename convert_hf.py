@@ -47,11 +47,10 @@ from checkpoint import (
     holds_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    sync_folder,
 )
 from configurator import UserError, configure
+from files import sync_folder, write_atomically
 from model import GPT, GPTConfig
-from shards import write_atomically
 
 source = ""  # to import: gpt2|gpt2-medium|gpt2-large|gpt2-xl, or a folder with config.json, model.safetensors
 checkpoint = ""  # to export: a .pt file, or a folder whose newest is meant

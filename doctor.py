@@ -33,7 +33,8 @@ import torch.distributed as dist
 
 from configurator import UserError, configure
 from device import resolve_device
-from shards import TokenStream, write_atomically
+from files import write_atomically
+from shards import TokenStream
 
 data_dir = "edu_fineweb10B"  # every rank must see the same shards here; not there on any rank = not checked
 log_dir = "log"  # the folder that holds it must be one and the same for every rank

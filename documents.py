@@ -34,7 +34,7 @@ from numba import njit
 
 from bpe import U, load_word
 from configurator import UserError
-from shards import write_atomically
+from files import write_atomically
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 CHUNK_BYTES = 1 << 23  # text that a process works on at a time; enough to hide the pool's overhead

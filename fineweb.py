@@ -61,6 +61,7 @@ from documents import (
     pack,
     python_source,
 )
+from files import locked
 from shards import (
     SHARD_NAME,
     UNFINISHED,
@@ -663,26 +664,6 @@ def remove_unfinished(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def locked(folder: Path):
-    """Keep a second build out of the folder while this one lives; the system lets go of it when it dies."""
-    lock = None
-    try:
-        import fcntl
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another build is at work in {folder}; wait for it, or give another "
-                        f"--data_dir=...") from None
-    except (ImportError, OSError):
-        pass  # Windows, and file systems that cannot: they go without
-    try:
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
 def finish(plan: Plan, source: Source) -> dict:
     """Wait for the progress of all machines, and write the manifest."""
     parts, told = [], 0.0
@@ -973,7 +954,7 @@ def build(**settings) -> None:
     except OSError as error:
         raise UserError(f"cannot make the folder {plan.folder} ({error.strerror}); give another "
                         f"--data_dir=...") from error
-    with locked(plan.folder) if plan.ranks == 1 else contextlib.nullcontext():
+    with locked(plan.folder, "build") if plan.ranks == 1 else contextlib.nullcontext():
         manifest = build_locked(plan)
     hint = f"next: python train_gpt2.py --data_dir={shlex.quote(str(plan.folder))}"
     if manifest is None:

@@ -56,8 +56,8 @@ from checkpoint import build_model, checkpoint_tokenizer, newest_checkpoint
 from configurator import UserError, configure
 from convert_hf import load_any
 from device import Device, resolve_device
+from files import write_atomically
 from model import GPT
-from shards import write_atomically
 
 checkpoint = ""  # a .pt file, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/
 data = ""  # a .jsonl file in the format of the public one; empty = the public one

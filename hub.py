@@ -36,7 +36,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_s
 from tqdm import tqdm
 
 from configurator import UserError
-from shards import write_atomically
+from files import write_atomically
 
 ATTEMPTS = 10          # in a row without a byte more; with the waits below, about four minutes
 LIST_ATTEMPTS = 5      # for the list, the first thing that is asked: a quarter of a minute without a network

@@ -343,8 +343,8 @@ def make_report() -> None:
     log_path = folder / "log.txt"
     streams = parse_log(log_path) if log_path.is_file() else {}
 
+    from files import write_atomically
     from loss_report import along_training, measure
-    from shards import write_atomically
 
     found = measure(source, data_dir, val_tokens, device, dtype, seed)
     found.rows.extend(along_training(streams))

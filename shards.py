@@ -19,14 +19,12 @@ become int64 only in the batch.
 
 Imported by the other scripts; nothing to run. Opening 10,000 shards takes half a second.
 """
-import errno
 import hashlib
 import io
 import json
 import math
 import os
 import re
-import shutil
 from bisect import bisect_right
 from collections import OrderedDict
 from itertools import accumulate
@@ -35,6 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError
+from files import write_atomically
 
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256  # llm.c, dev/data/data_common.py
 TOKEN = np.dtype("<u2")     # on disk, whatever the machine's byte order
@@ -43,30 +42,6 @@ MANIFEST, UNFINISHED = "manifest.json", "build.json"  # fineweb.py writes the se
 SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)(?:_(?P<index>\d+))?\.(?:npy|bin)")
 
 # ---- one file ------------------------------------------------------------------
-
-
-def write_atomically(path: Path, *parts) -> None:
-    """Write the byte buffers `parts` to `path`: temporary name, fsync, rename.
-
-    Raises UserError when the disk is full or the folder cannot be written; nothing is left behind then.
-    """
-    # the process id keeps two builds that were started by mistake in one folder out of each other's files
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            wanted = sum(memoryview(part).nbytes for part in parts)
-            free = shutil.disk_usage(path.parent).free
-            raise UserError(f"no space for {path} ({error.strerror}): wanted {wanted:,} bytes, got {free:,} "
-                            f"on its disk; make room, or write to another disk") from error
-        raise UserError(f"cannot write {path} ({error.strerror or error}); check the rights of the folder, "
-                        f"or write to another one") from error
 
 
 def write_shard(path: Path, ids: np.ndarray) -> dict:

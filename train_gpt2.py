@@ -48,8 +48,9 @@ from bpe import load_tokenizer
 from configurator import UserError, configure
 from convert_hf import load_any
 from device import check_first_loss, resolve_device, self_test
+from files import write_atomically
 from model import GPT, GPTConfig, plain_attention
-from shards import TokenStream, WindowLoader, write_atomically
+from shards import TokenStream, WindowLoader
 
 # ---- data and output
 data_dir = "edu_fineweb10B"  # folder of token shards, *_train_*.npy|bin and *_val_*.npy|bin

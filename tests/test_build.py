@@ -30,6 +30,7 @@ from test_fineweb import (
 import documents
 import fineweb
 from configurator import UserError
+from files import locked
 from shards import TokenStream, list_shards, read_manifest
 
 # ---- bad input that is tolerated -----------------------------------------------
@@ -443,7 +444,7 @@ def test_killed_at_random_moments(tmp_path):
 def test_two_builds_at_once_are_refused(tmp_path):
     (tmp_path / "out").mkdir()
     source = write_input(tmp_path / "in", "jsonl", DOCUMENTS)
-    with fineweb.locked(tmp_path / "out"), pytest.raises(UserError, match="another build is at work"):
+    with locked(tmp_path / "out", "build"), pytest.raises(UserError, match="a build is at work"):
         build(tmp_path / "out", input=source)
     build(tmp_path / "out", input=source)
 

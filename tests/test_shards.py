@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import files
 import shards
 from configurator import UserError
 from shards import (
@@ -33,7 +34,7 @@ from shards import (
 def no_fsync():
     """Hundreds of tiny files: waiting for the disk would be all that these tests do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards.os, "fsync", lambda _: None)
+        patch.setattr(files.os, "fsync", lambda _: None)
         yield
 
 
@@ -138,7 +139,7 @@ def test_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(UserError, match="no space"):
         write_shard(path, np.arange(9))
     assert len(read_shard(path)) == 5 and len(list(tmp_path.iterdir())) == 1

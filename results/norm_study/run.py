@@ -38,8 +38,8 @@ except ImportError:  # Windows has none: there nobody looks after two studies in
 
 from bpe import available_cores
 from configurator import UserError, configure
+from files import write_atomically
 from plot_log import parse_log
-from shards import write_atomically
 
 train_config = "config/norm_cpu.py"  # the config file of train_gpt2.py that all runs share
 max_lrs = "5e-4,2e-3,8e-3"  # learning rates; min_lr is a tenth of each

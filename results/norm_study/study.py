@@ -35,8 +35,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, configure
+from files import write_atomically
 from plot_log import parse_log, smooth
-from shards import TokenStream, write_atomically
+from shards import TokenStream
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,0 +1,180 @@
+"""
+Files and folders that outlive a process: locked while one writes, written whole or not at all, and checked
+when they are read.
+
+    with locked("log", "run"):                           # no second run in this folder meanwhile
+    write_atomically(Path("log/log.txt"), b"...")        # temporary name, fsync, rename
+    record = read_json(path, {"format": OneOf(1), "files": [{"file": str, "tokens": Between(0, 2**40)}]})
+
+Imported by the other scripts; nothing to run.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from configurator import DISK_FULL, Between, OneOf, UserError, read_text
+
+LOCK_NAME = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path, what: str):
+    """Keep a second `what` ("run", "build") out of a folder while this block, or this process, lives.
+
+    The operating system drops the lock when the process ends, however it ends. Raises UserError while another
+    process holds it. Where the file system has no locks, a line on stderr says so, and the block runs.
+    """
+    path = Path(folder, LOCK_NAME)
+    file = open(path, "a+", encoding="utf-8", errors="replace")
+    try:
+        import fcntl  # Windows has none
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            raise BlockingIOError  # its holder has just removed it, and others may lock a new one
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read(1000).strip() or "another process"
+        file.close()
+        raise UserError(f"a {what} is at work in {folder}: {holder}; wait until it ends, stop it, or choose "
+                        f"another folder") from None
+    except (ImportError, OSError) as error:
+        print(f"warning: {folder} cannot be locked ({getattr(error, 'strerror', None) or error}); make sure "
+              f"that only one {what} at a time writes there", file=sys.stderr, flush=True)
+        yield
+        return
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {platform.node()}, since {since}\n")
+        file.flush()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def write_atomically(path: Path, *parts) -> None:
+    """Write the byte buffers `parts` to `path`: temporary name, fsync, rename.
+
+    Raises UserError when the disk is full or the folder cannot be written; nothing is left behind then.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines(parts)
+            sync_file(file)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise not_written(path, error, sum(memoryview(part).nbytes for part in parts)) from error
+
+
+def not_written(path: Path, error: OSError, n_bytes: int = 0) -> UserError:
+    """The UserError for a file that could not be written: only a full disk speaks of space."""
+    if error.errno not in DISK_FULL:
+        return UserError(f"cannot write {path} ({error.strerror or error}); check the permissions of the "
+                         f"folder, or write to another one")
+    size = f"{n_bytes:,} bytes needed" if n_bytes else "more is needed"
+    free = shutil.disk_usage(path.parent).free
+    return UserError(f"no space for {path} ({error.strerror}): {size}, {free:,} free on its disk; make room, "
+                     f"or write to another disk")
+
+
+def sync_file(file) -> None:
+    """Flush an open file to the disk."""
+    file.flush()
+    _sync(file.fileno())
+
+
+def sync_folder(path: str | Path) -> None:
+    """Make the renames in a folder survive a power cut."""
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        _sync(folder)
+    finally:
+        os.close(folder)
+
+
+def _sync(descriptor):
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # shared folders, SMB and FUSE often cannot; EIO is a failing disk
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+
+
+def read_json(path: str | Path, schema):
+    """The value of a JSON file that `check` accepts; UserError names the file and what is wrong with it."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error or 'nested too deeply'})") from error
+    return check(value, schema, str(path))
+
+
+def check(value, schema, place: str):
+    """Raise UserError, which speaks of `place`, unless `value` is what `schema` describes; returns `value`.
+
+    A schema is a type (float takes whole numbers too, and bool is no int), a Between (of whole numbers, if
+    both its ends are), a OneOf, None, a tuple of schemas of which one must fit, [schema] for a list of such,
+    {name: schema} for a dict with these names (those that end in ? may be missing, others may stand beside
+    them), or {str: schema} for a dict of any names.
+    """
+    def refuse(wanted):
+        text = repr(value)
+        raise UserError(f"{place}: {text[:80]}{'...' * (len(text) > 80)}, wanted {wanted}")
+
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            refuse("an object with " + ", ".join(str(name) for name in schema if name is not str))
+        for name, part in schema.items():
+            if name is str:
+                for key, item in value.items():
+                    check(key, str, f"{place}, a name")
+                    check(item, part, f"{place}, {key}")
+            elif name.rstrip("?") in value:
+                check(value[name.rstrip("?")], part, f"{place}, {name.rstrip('?')}")
+            elif not name.endswith("?"):
+                raise UserError(f"{place}: {name} is missing")
+    elif isinstance(schema, list):
+        if not isinstance(value, (list, tuple)):
+            refuse("a list")
+        for i, item in enumerate(value):
+            check(item, schema[0], f"{place}, number {i + 1}")
+    elif isinstance(schema, Between):
+        kinds = (int,) if isinstance(schema.low, int) and isinstance(schema.high, int) else (int, float)
+        if type(value) not in kinds or value not in schema:
+            refuse(f"{'a whole number' if kinds == (int,) else 'a number'}, {schema}")
+    elif isinstance(schema, OneOf):
+        if not any(type(value) is type(word) and value == word for word in schema):
+            refuse(schema)
+    elif isinstance(schema, tuple):
+        for part in schema:
+            with contextlib.suppress(UserError):
+                return check(value, part, place)
+        refuse(" or ".join(map(_describe, schema)))
+    elif schema is None:
+        if value is not None:
+            refuse("null")
+    elif type(value) is not schema and not (schema is float and type(value) is int):
+        refuse(_describe(schema))
+    return value
+
+
+def _describe(schema):
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", None: "null"}
+    if isinstance(schema, (dict, list)):
+        return "an object" if isinstance(schema, dict) else "a list"
+    return words.get(schema) or getattr(schema, "__name__", str(schema))
