@@ -20,7 +20,6 @@ as they are in every micro-step but a step's first. torch.compile fuses, and so 
 what DDP adds, another copy of the gradients, and what FSDP saves.
 """
 
-import ast
 import io
 import itertools
 import math
@@ -30,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from configurator import UserError, configure
+from configurator import Between, PathName, UserError, annotations_of, configure, settings_of
 from device import GEFORCE, PEAK_TFLOPS
 from device import peak_tflops as known_peak  # peak_tflops is a setting
 from files import write_atomically
@@ -38,10 +37,10 @@ from model import GPT, GPTConfig
 
 gpus = ("NVIDIA GeForce RTX 4050 Laptop GPU,NVIDIA GeForce RTX 3060,NVIDIA GeForce RTX 4090,"
         "NVIDIA A100-SXM4-80GB,NVIDIA H100 80GB HBM3,NVIDIA H200,NVIDIA B200")  # names as in device.py
-mfu = 0.4  # share of the peak that the run is assumed to reach
-dollars_per_hour = 0.0  # price of one GPU; 0 = costs are not shown
-gpu_memory_gb = 0.0  # the card that must hold the run, in GiB; 0 = the table of common ones
-out_dir = ""  # where the tables and the figure go; empty = they are only printed
+mfu: Between(0.001, 1) = 0.4  # assumed share of the peak that the run reaches
+dollars_per_hour: Between(0, 10**6) = 0.0  # price of one GPU; 0 = costs are not shown
+gpu_memory_gb: Between(0, 10**6) = 0.0  # size of the card to fit, in GiB; 0 = a table of common ones
+out_dir: PathName = ""  # where the tables and the figure go; empty = only print them
 
 NAMES = ("compute.txt", "compute.png")
 GIB, MIB = 2**30, 2**20
@@ -56,7 +55,6 @@ SIZES = {  # layers, heads, width: run A's model, and the four of GPT-2 (Radford
 }
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float32": torch.float32}
-OPTIMIZERS = ("adamw", "muon")
 
 RUN_A = GPTConfig(block_size=256, vocab_size=50304, n_layer=4, n_head=4, n_embd=256, dropout=0.7)
 RUN_A_PARAMS, RUN_A_TOK_S, RUN_A_TFLOPS = 15_103_616, 10_369, 70  # as its author states them
@@ -64,14 +62,10 @@ RUN_A_GPU = "NVIDIA GeForce RTX 4050 Laptop GPU"
 
 
 def train_settings() -> dict:
-    """{setting: default} of train_gpt2.py, read from its source, since importing it would train."""
-    path, settings = Path(__file__).with_name("train_gpt2.py"), {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign):
-            if ast.unparse(node) == "config = configure(globals())":
-                return settings
-            settings[node.targets[0].id] = ast.literal_eval(node.value)
-    raise RuntimeError(f"{path} has no line `config = configure(globals())`")
+    """The settings of train_gpt2.py, and the `__annotations__` of those and of the ones above."""
+    settings = settings_of(Path(__file__).with_name("train_gpt2.py"))
+    settings["__annotations__"] = annotations_of(globals()) | settings["__annotations__"]
+    return settings
 
 
 # ---- parameters and FLOPs ------------------------------------------------------
@@ -426,15 +420,6 @@ def format_power(value, position):
 
 def check_settings(settings: dict) -> tuple[GPTConfig, int, list[str]]:
     """(model, sequences of a step, names of GPUs) of the settings. Raises UserError for what cannot be."""
-    for key, low in (("batch_size", 1), ("batch_tokens", 1), ("max_steps", 1), ("loss_chunk", 0),
-                     ("peak_tflops", 0), ("dollars_per_hour", 0), ("gpu_memory_gb", 0)):
-        if settings[key] < low:
-            raise UserError(f"{key}={settings[key]}: wanted at least {low}; type --{key}=VALUE")
-    if not 0 < settings["mfu"] <= 1:
-        raise UserError(f"mfu={settings['mfu']}: wanted more than 0 and at most 1; type --mfu=0.4")
-    for key, choices in (("dtype", DTYPES), ("optimizer", OPTIMIZERS)):
-        if settings[key] not in choices:
-            raise UserError(f"{key}={settings[key]!r}: wanted {', '.join(choices)}")
     names = [name.strip() for name in settings["gpus"].split(",") if name.strip()]
     for name in names:
         if name not in PEAK_TFLOPS and name not in GEFORCE:

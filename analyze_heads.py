@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from analyze_tokenizer import to_csv
 from checkpoint import build_model, checkpoint_tokenizer, describe_model, newest_checkpoint, write_checkpoint
-from configurator import UserError, configure
+from configurator import Between, OneOf, PathName, UserError, configure
 from convert_hf import load_any
 from device import TOLERANCE, Device, resolve_device
 from files import write_atomically
@@ -61,21 +61,22 @@ from loss_report import find_data_dir, open_stream
 from model import GPT, KVCache
 from shards import WindowLoader
 
-checkpoint = ""  # a checkpoint, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/
-data_dir = ""  # token shards of the checkpoint's tokenizer; empty = those it was trained on
-out_dir = "heads"  # tables, figures and pruned models go here
-calibration_tokens = 65_536  # of the train split, spread over it: heads are measured, and chosen, on these
-val_tokens = 65_536  # the first of the val split: pruned models are judged on these
-similarity_threshold = 0.85  # pairs above it are listed
+checkpoint: PathName = ""  # a .pt file, a folder for its newest, gpt2, ...; empty = the newest under log*/
+data_dir: PathName = ""  # token shards of the checkpoint's tokenizer; empty = those it was trained on
+out_dir: PathName = "heads"  # tables, figures and pruned models go here
+calibration_tokens: Between(1, 10**12) = 65_536  # spread over the train split: heads are chosen on these
+val_tokens: Between(1, 10**12) = 65_536  # the first of the val split: pruned models are evaluated on these
+similarity_threshold: Between(-1, 1) = 0.85  # pairs above it are listed
 prune_fractions = "0,0.05,0.1,0.15,0.2,0.3,0.5"  # shares of the heads to remove; empty = none
 prune_heads = ""  # remove these instead: LAYER:HEAD,... counted from 0
-criterion = "ablation"  # whose pruned models are saved, timed and merged: one of CRITERIA
+criterion: OneOf("ablation", "importance", "redundancy_pattern", "redundancy_rest", "redundancy_output",
+                 "random") = "ablation"  # whose pruned models are saved, timed and merged
 merge = ""  # fold dropped heads into those that are left: any of mean,partner,layer
-random_seeds = 5  # random prunings of each size, seed, seed + 1, ...
-batch_size = 8  # sequences at a time
+random_seeds: Between(1, 10_000) = 5  # random prunings of each size, seed, seed + 1, ...
+batch_size: Between(1, 65_536) = 8  # sequences at a time
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
-dtype = "float32"  # auto|float32|bfloat16|float16, of matrix products
-seed = 1337  # of the null and of random pruning
+dtype: OneOf("auto", "float32", "bfloat16", "float16") = "float32"  # of matrix products
+seed: Between(0, 2**63 - 1) = 1337  # of the null and of random pruning
 
 MEASURES = {"pattern": "attention patterns", "rest": "patterns without diagonal and first token",
             "output": "head outputs"}
@@ -779,17 +780,9 @@ def check_settings() -> tuple[list[float], list[Head], list[str]]:
     merges = list(dict.fromkeys(part for part in merge.split(",") if part))
     if merges and not (shares or given):
         raise UserError(f"merge={merge}: got no heads to fold; give --prune_fractions or --prune_heads too")
-    for name, values, known in (("criterion", [criterion], CRITERIA), ("merge", merges, MERGES)):
-        for value in values:
-            if value not in known:
-                raise UserError(f"{name}={value}: wanted {', '.join(known)}")
-    for name, value, least in (("calibration_tokens", calibration_tokens, 1), ("val_tokens", val_tokens, 1),
-                               ("batch_size", batch_size, 1), ("random_seeds", random_seeds, 1),
-                               ("seed", seed, 0)):
-        if not least <= value < 2**63:
-            raise UserError(f"{name}={value}: wanted {least} or more, below 2**63")
-    if not -1 <= similarity_threshold <= 1:
-        raise UserError(f"similarity_threshold={similarity_threshold}: wanted a cosine, -1 to 1")
+    for how in merges:
+        if how not in MERGES:
+            raise UserError(f"merge={how}: wanted {', '.join(MERGES)}")
     folder = Path(out_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"out_dir={out_dir} is there already and not empty; give the name of a new folder "

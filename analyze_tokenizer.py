@@ -52,21 +52,21 @@ from bpe import (
     train_ranks,
     unicode_classes,
 )
-from configurator import UserError, configure
+from configurator import Between, PathName, UserError, configure
 from documents import hash_documents, input_source
 from files import write_atomically
 from model import GPT, GPTConfig
 
-input = ""  # PATH[,PATH...], each a file, a glob or a folder of .parquet, .jsonl[.gz|.zst] or .txt
+input: PathName = ""  # PATH[,PATH...], each a file, a glob or a folder of .parquet, .jsonl[.gz|.zst] or .txt
 text_column = "text"  # the parquet column or jsonl field that holds the text
 vocab_sizes = "512,1024,2048,4096,8192,16384,32768,50257"  # to train, <|endoftext|> counted
-tokenizer = "gpt2"  # what they are compared with: gpt2, or a rank file in tiktoken's format
-val_fraction = 0.1  # share of the documents to measure on; the others are trained on
-out_dir = "tokenizer_study"  # where the tables and the figure go
-n_layer = 12  # the model whose cost is counted: GPT-2 small
-n_head = 12  # heads
-n_embd = 768  # width
-block_size = 1024  # T
+tokenizer: PathName = "gpt2"  # what they are compared with: gpt2, or a rank file in tiktoken's format
+val_fraction: Between(0.0001, 0.9999) = 0.1  # share of the documents to measure on; the others are trained on
+out_dir: PathName = "tokenizer_study"  # where the tables and the figure go
+n_layer: Between(1, 10_000) = 12  # the model whose cost is counted: GPT-2 small
+n_head: Between(1, 10_000) = 12  # heads
+n_embd: Between(1, 10**8) = 768  # width
+block_size: Between(1, 2**20) = 1024  # T
 
 NAMES = ("tokenizer_study.txt", "tokenizer_study.csv", "tokenizer_study_groups.csv", "tokenizer_study.png")
 BANDS = ("unseen", "1-9", "10-99", "100-999", "1k-9,999", "10k+")  # by the number of digits
@@ -372,8 +372,6 @@ def check_settings() -> tuple[list[int], dict]:
     if len(sizes) != len(vocab_sizes.split(",")) or sizes[0] < 257 or sizes[-1] > 1 << 16:
         raise UserError(f"--vocab_sizes={vocab_sizes}: wanted different numbers with commas between them, "
                         f"from 257 (256 bytes and <|endoftext|>) to 65536 (ids are uint16)")
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction={val_fraction}: wanted more than 0 and less than 1, such as 0.1")
     if not input:
         raise UserError("got no text, wanted some to study; name it with --input=PATH")
     for path in (Path(out_dir, name) for name in NAMES):

@@ -56,25 +56,25 @@ from bpe import (
     tokenizer_from_ranks,
     train_ranks,
 )
-from configurator import UserError, configure
+from configurator import Between, OneOf, PathName, UserError, configure
 from shards import ShardWriter, TokenStream, WindowLoader, read_manifest
 
 only = "encode,shards,bpe_train,loader,open,train,scale,startup,generate,hellaswag"  # which to run
-turns = 5  # times each side is measured, after one warm-up turn
-input = ""  # encode, shards, bpe_train: a .txt or .parquet file (column text); empty = the standard library
-max_bytes = 8_000_000  # of it that are used
-build_bytes = 600_000_000  # shards: bytes of the text to build from, made of the text by perturbing it
-vocab_size = 32_768  # bpe_train: ids
-n_layer = 4  # train, scale, startup, generate and hellaswag: the model of config A
-n_head = 4  # heads
-n_embd = 256  # width
-block_size = 256  # T
-batch_size = 16  # train, scale and startup: sequences per step
-max_new_tokens = 512  # generate: tokens drawn
-hellaswag_data = ""  # hellaswag: a file in the format of the public one; empty = that, downloaded if need be
-hellaswag_examples = 100  # hellaswag: how many of it, evenly spaced
+turns: Between(1, 10_000) = 5  # times each side is measured, after one warm-up turn
+input: PathName = ""  # encode, shards, bpe_train: .txt or .parquet (column text); empty = Python's own source
+max_bytes: Between(1, 10**12) = 8_000_000  # of input: the first N bytes
+build_bytes: Between(1, 10**12) = 600_000_000  # shards: bytes to build from, made by perturbing the text
+vocab_size: Between(257, 65_536) = 32_768  # bpe_train: ids
+n_layer: Between(1, 10_000) = 4  # train, scale, startup, generate and hellaswag: the model of config A
+n_head: Between(1, 10_000) = 4  # heads
+n_embd: Between(1, 10**8) = 256  # width
+block_size: Between(1, 2**20) = 256  # T
+batch_size: Between(1, 65_536) = 16  # train, scale and startup: sequences per step
+max_new_tokens: Between(1, 10**6) = 512  # generate: tokens drawn
+hellaswag_data: PathName = ""  # hellaswag: a file like the public one; empty = the public one
+hellaswag_examples: Between(1, 10**6) = 100  # hellaswag: examples scored, evenly spaced
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
-dtype = "auto"  # train, hellaswag: auto|float32|bfloat16|float16, of ours (and train's compiled baseline)
+dtype: OneOf("auto", "float32", "bfloat16", "float16") = "auto"  # train, hellaswag: of ours
 
 
 def time_turns(runs: list, n: int) -> list[list[float]]:

@@ -56,7 +56,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from configurator import UserError, configure
+from configurator import Between, PathName, UserError, configure
 from files import write_atomically
 
 EOT_TEXT = "<|endoftext|>"
@@ -1432,9 +1432,6 @@ def train(dataset: str, input: str, text_column: str, vocab_size: int, out: str,
     if not path.parent.is_dir():
         raise UserError(f"got --out={out}, wanted a name in a folder that exists; make {path.parent}, or "
                         f"type another --out=...")
-    if num_workers < 0:
-        raise UserError(f"got --num_workers={num_workers}, wanted 0 (one per core) or more")
-    check_vocab_size(vocab_size)
     parts = tqdm(read_parts(dataset, input, text_column), unit=" parts", leave=False, disable=None)
     pieces, text_bytes = count_pieces(parts, num_workers)
     counted = time.perf_counter()
@@ -1458,13 +1455,13 @@ def train(dataset: str, input: str, text_column: str, vocab_size: int, out: str,
 
 
 # ---- settings: override with a config file and/or --key=value -----------------
-tokenizer = "gpt2"    # to check: gpt2, or the path of a rank file
-input = ""            # to train on: PATH[,PATH...], as in fineweb.py
-dataset = ""          # or python: the embedded corpus, the source of the Python installation itself
+tokenizer: PathName = "gpt2"  # to check: gpt2, or the path of a rank file
+input: PathName = ""  # to train on: PATH[,PATH...], as in fineweb.py
+dataset = ""  # or python: the embedded corpus, the source of the Python installation itself
 text_column = "text"  # the parquet column or jsonl field that holds the text
-vocab_size = 32_768   # ids of the new vocabulary, <|endoftext|> among them: 257 to 65,536
-out = ""              # the new rank file
-num_workers = 0       # threads that count; 0 = one per core
+vocab_size: Between(257, 65_536) = 32_768  # ids of the new vocabulary: 256 bytes, merges, <|endoftext|>
+out: PathName = ""  # the new rank file
+num_workers: Between(0, 1024) = 0  # threads that count; 0 = one per core
 
 
 def check(tokenizer: str) -> None:

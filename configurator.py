@@ -1,39 +1,40 @@
 """
-Settings for scripts: module globals, overridden by config files and --key=value flags, all checked first.
+Settings of scripts: module globals, overridden by config files and --key=value flags, all checked first.
 
-    batch_size = 16    # sequences per process per micro-step
+    batch_size: Between(1, 65_536) = 16                # sequences per process per micro-step
+    val_tokens: Between(1, 2**40) | None = None        # a number, or none
+    optimizer: OneOf("adamw", "muon") = "adamw"        # one of these words
+    data_dir: PathName = "edu_fineweb10B"              # a leading ~ is your home folder
     config = configure(globals())
 
     python train_gpt2.py config/demo_cpu.py --batch_size=8 --max-lr=1e-3   # later wins
-    python train_gpt2.py --help                                            # every key, type, default, comment
+    python train_gpt2.py --help                                            # every key, default, type, range
 
 A setting is a lower-case global without a leading underscore whose value is a bool, int, float or str, or
-that is annotated `name: TYPE | None`. What it may be stands beside it:
-
-    batch_size: Between(1, 65_536) = 32           # numbers, both ends included
-    optimizer: OneOf("adamw", "muon") = "adamw"   # one of these words
-    data_dir: PathName = "edu_fineweb10B"         # ~ is the home folder
-
-Nothing is ever guessed: an unknown key is an error in files and flags alike, and so is a value of another
-type or out of its range. A whole float fills an int (1e3 -> 1000), an int fills a float, text is taken as it
-stands. Reads the config files named on the command line and, for --help, the script's own comments. A config
-file is Python and runs with your rights: read one before you use it. Writes nothing.
+None where its annotation allows that. Nothing is guessed: an unknown key is an error in files and flags
+alike, and so is a value of another type or out of its range. A whole float fills an int (1e3 -> 1000), an int
+fills a float, text is taken as it stands. Reads the config files named on the command line and, for --help,
+the script's own comments. A config file is Python and runs with your rights: read it before you use it.
 """
 
+import ast
+import contextlib
 import difflib
 import errno
 import math
 import os
 import re
+import reprlib
 import sys
 import tokenize
+import traceback
 import types
 import typing
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no more room
-TYPES = (bool, int, float, str)
-TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
 
 class UserError(ValueError):
@@ -55,9 +56,13 @@ class Between(typing.NamedTuple):
     """Annotation of a number: from `low` to `high`, both included."""
     low: float
     high: float
+    optional: bool = False  # Between(1, 9) | None: or None
 
     def __contains__(self, value) -> bool:
         return self.low <= value <= self.high  # False for nan
+
+    def __or__(self, none: None) -> "Between":
+        return self._replace(optional=True)
 
     def __str__(self) -> str:
         return f"{self.low:,} to {self.high:,}"
@@ -70,7 +75,8 @@ class OneOf(tuple):
         return super().__new__(cls, words)
 
     def __str__(self) -> str:
-        return " or ".join(map(str, self))
+        *others, last = (str(word) or "nothing" for word in self)
+        return f"{', '.join(others)} or {last}" if others else last
 
 
 class PathName:
@@ -79,8 +85,8 @@ class PathName:
 
 class Setting(typing.NamedTuple):
     kind: type
-    optional: bool = False  # may be None
-    legal: Between | OneOf | type | None = None  # what its annotation says
+    optional: bool  # may be None
+    legal: Between | OneOf | type | None  # what its annotation says
 
 
 def configure(namespace: dict, argv: list[str] | None = None) -> dict:
@@ -102,103 +108,82 @@ def configure(namespace: dict, argv: list[str] | None = None) -> dict:
     for arg in argv:
         if arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")  # the first = only: a value may hold others
-            key = key.replace("-", "_")
-            _check_known(key, settings, f"flag {arg}")
-            if not equals and settings[key].kind is not bool:
-                raise UserError(f"flag {arg}: needs a value; type --{key}={namespace[key]!r} "
-                                f"or another {_kind(settings[key])}")
-            resolved[key] = _from_text(key, text if equals else "true", settings[key])
+            key, where = key.replace("-", "_"), f"flag {arg}"
+            setting = _find(key, settings, where)
+            if not equals and setting.kind is not bool:
+                raise UserError(f"{where}: needs a value; type --{key}={namespace[key]}, for example")
+            resolved[key] = _check(_parse(text if equals else "true", setting), setting, where)
         elif arg.startswith("-"):
             raise UserError(f"got {arg!r}, wanted --key=value or a config file; --help lists the keys")
         else:
             for key, value in _read_config_file(arg, namespace).items():
-                _check_known(key, settings, f"config file {arg}")
-                resolved[key] = _from_python(key, value, settings[key], arg)
-    for key, (_, _, legal) in settings.items():
-        if legal is PathName:
-            resolved[key] = ",".join(os.path.expanduser(name) for name in resolved[key].split(","))
+                setting = _find(key, settings, f"config file {arg}")
+                resolved[key] = _check(value, setting, f"config file {arg}: {key} = {reprlib.repr(value)}")
+    for key, setting in settings.items():
+        if setting.legal is PathName:
+            resolved[key] = ",".join(map(os.path.expanduser, resolved[key].split(",")))
     namespace.update(resolved)
     return resolved
 
 
 def _settings(namespace):
     """{key: Setting} of the settings among a script's globals, in the order they are written."""
-    if "__annotate__" in namespace:  # Python 3.14 and later: annotations are computed when asked for
-        annotations = namespace["__annotate__"](1)
-    else:
-        annotations = namespace.get("__annotations__", {})
-    settings = {}
+    annotations, settings = annotations_of(namespace), {}
     for key, value in namespace.items():
-        if not key.islower() or key.startswith("_"):
-            continue
-        hint = annotations.get(key)
-        args = typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
-        if len(args) == 2 and args[0] in TYPES and args[1] is types.NoneType:
-            settings[key] = Setting(args[0], optional=True)
-        elif type(value) in TYPES:
-            limited = isinstance(hint, (Between, OneOf)) or hint is PathName
-            settings[key] = Setting(type(value), legal=hint if limited else None)
+        if key.islower() and not key.startswith("_"):
+            legal = annotations.get(key)
+            if isinstance(legal, Between):
+                whole = isinstance(legal.low, int) and isinstance(legal.high, int)
+                kind = (int if whole else float) if value is None else type(value)
+                settings[key] = Setting(kind, legal.optional, legal)
+            elif isinstance(legal, types.UnionType):  # int | None
+                settings[key] = Setting(legal.__args__[0], True, None)
+            elif type(value) in TYPES:
+                settings[key] = Setting(type(value), False, legal)
     return settings
 
 
-def _check_known(key, settings, where):
-    if key not in settings:
-        near = difflib.get_close_matches(key, settings, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(settings)}"
-        raise UserError(f"{where}: unknown setting {key!r}; {hint} (--help lists all)")
+def annotations_of(namespace: dict) -> dict:
+    """{name: annotation} of a module's globals."""
+    annotate = namespace.get("__annotate__")  # Python 3.14 and later compute them when asked
+    return namespace.get("__annotations__") or (annotate(1) if annotate else {})
 
 
-def _kind(setting):
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return words[setting.kind] + (" or none" if setting.optional else "")
+def _find(key, settings, where):
+    if key in settings:
+        return settings[key]
+    near = difflib.get_close_matches(key, settings, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(settings)}"
+    raise UserError(f"{where}: unknown setting {key!r}; {hint} (--help lists all)")
 
 
-def _from_text(key, text, setting):
-    """The value of a flag. Text settings are taken verbatim; the words true, false and none in any case."""
-    word, where = text.strip().lower(), f"flag --{key}={text}"
+def _parse(text, setting):
+    """The value that a flag's text stands for; text that stands for none is left to _check."""
+    word = text.strip().lower()
     if setting.optional and word == "none":
         return None
-    if setting.kind is str:
-        return _in_range(key, text, setting, where)
-    if setting.kind is bool and word in TRUE_WORDS + FALSE_WORDS:
-        return word in TRUE_WORDS
-    if setting.kind in (int, float):
+    if setting.kind is bool:
+        return BOOLS.get(word, text)
+    if setting.kind is not str:
         for convert in (int, float):  # int first: a float would round above 2**53
-            try:
-                number = _as_kind(convert(word), setting)
-            except (ValueError, OverflowError):
-                continue
-            return _in_range(key, number, setting, where)
-    raise UserError(f"{where}: got {text!r}, wanted {_kind(setting)}; type --{key}=VALUE")
+            with contextlib.suppress(ValueError):
+                return convert(word)
+    return text
 
 
-def _from_python(key, value, setting, path):
-    """The value of an assignment in a config file, checked: True is no int here, and 1 is no bool."""
-    if value is None and setting.optional:
-        return value
-    try:
-        value = _as_kind(value, setting)
-    except (ValueError, OverflowError):
-        raise UserError(f"config file {path}: {key} = {value!r} is {type(value).__name__}, "
-                        f"wanted {_kind(setting)}") from None
-    return _in_range(key, value, setting, f"config file {path}")
-
-
-def _as_kind(value, setting):
-    """`value` as the setting's type where that loses nothing; else ValueError or OverflowError."""
-    kind = setting.kind
-    if kind is float and type(value) is int:
-        value = float(value)
-    elif kind is int and type(value) is float and value.is_integer():
-        value = int(value)
+def _check(value, setting, where):
+    """`value` as the setting's type, where that loses nothing: True is no int, and 1 is no bool."""
+    kind, optional, legal = setting
+    if value is None and optional:
+        return None
+    with contextlib.suppress(OverflowError, ValueError):  # an int too large for a float, inf, nan
+        if {type(value), kind} == {int, float} and kind(value) == value:
+            value = kind(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ValueError
-    return value
-
-
-def _in_range(key, value, setting, where):
-    if isinstance(setting.legal, (Between, OneOf)) and value not in setting.legal:
-        raise UserError(f"{where}: {key}={value!r}: wanted {setting.legal}; type --{key}=VALUE")
+        raise UserError(f"{where}: wanted {TYPES[kind]}{f', {legal}' if isinstance(legal, Between) else ''}"
+                        f"{' or none' if optional else ''}")
+    if isinstance(legal, (Between, OneOf)) and value not in legal:
+        raise UserError(f"{where}: wanted {legal}")
     return value
 
 
@@ -222,8 +207,7 @@ def read_text(path: str | Path) -> str:
 
 
 def _read_config_file(arg, namespace):
-    """{name: value} that a config file assigns; it runs in its own namespace and sees none of the
-    script's."""
+    """{name: value} that a config file assigns; it runs by itself and sees nothing of the script."""
     folder = Path(namespace.get("__file__", ".")).resolve().parent
     path = next((p for p in (Path(arg), folder / arg) if p.is_file()), None)
     if path is None:
@@ -231,20 +215,36 @@ def _read_config_file(arg, namespace):
         near = difflib.get_close_matches(arg, known, n=1) or known
         raise UserError(f"config file {arg}: not found; try {', '.join(near) or 'another path'}, "
                         f"or --key=value for a setting")
-    scope = {}
+    text, scope = read_text(path), {}
     try:
-        exec(compile(read_text(path), str(path), "exec"), scope)
-    except UserError:
-        raise
+        exec(compile(text, str(path), "exec"), scope)
     except (Exception, SystemExit) as error:  # exit() in it must not end the script as if all were well
-        line = error.lineno if isinstance(error, SyntaxError) else error.__traceback__.tb_next.tb_lineno
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == str(path)]
+        line = lines[0] if lines else getattr(error, "lineno", None)  # it did not compile
         raise UserError(f"config file {path}, line {line}: {type(error).__name__}: {error}") from error
     return {key: value for key, value in scope.items() if not key.startswith("_")}
 
 
+def settings_of(path: str | Path) -> dict:
+    """The settings that a script's source assigns, and their `__annotations__`: the script does not run."""
+    nodes = []
+    for node in ast.parse(read_text(path)).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
+            if ast.unparse(node.value) == "configure(globals())":
+                break
+            plain = not any(isinstance(part, ast.Name) for part in ast.walk(node.value))
+            if name.islower() and (plain or isinstance(node, ast.AnnAssign)):
+                nodes.append(node)
+    scope = {"__file__": str(path), "Between": Between, "OneOf": OneOf, "PathName": PathName, "Path": Path}
+    exec(compile(ast.Module(nodes, []), str(path), "exec"), scope)
+    return {key: value for key, value in scope.items() if key.islower() and not key.startswith("_")} | {
+        "__annotations__": annotations_of(scope)}
+
+
 def help_text(namespace: dict, settings: dict) -> str:
-    """The script's docstring and one line per setting: --key=default, type, the comment beside it in the
-    source."""
+    """The script's docstring and a line per setting: --key=default, type and range, the comment beside it."""
     comments = {}
     with tokenize.open(namespace["__file__"]) as file:
         line_start = None
@@ -253,18 +253,20 @@ def help_text(namespace: dict, settings: dict) -> str:
                 line_start = token.string
             elif token.type == tokenize.COMMENT and token.start[1] > 0:
                 comments.setdefault(line_start, token.string.lstrip("# "))
-    lines = [(namespace.get("__doc__") or "").strip(), "", "settings (default; type):"]
+    rows = []
     for key, (kind, optional, legal) in settings.items():
-        flag = f"--{key}={namespace[key]}"
-        type_name = kind.__name__ + (" or none" if optional else "")
-        comment = comments.get(key, "")
-        if isinstance(legal, (Between, OneOf)):
-            comment = f"{comment} [{legal}]"
-        lines.append(f"  {flag:38s} {type_name:6s} {comment}".rstrip())
-    return "\n".join(lines)
+        what = "path" if legal is PathName else kind.__name__
+        if isinstance(legal, Between):
+            what += f", {legal.low:,} or more" if legal.high >= 10**9 else f", {legal}"
+        elif isinstance(legal, OneOf):
+            what = str(legal)
+        rows.append((f"--{key}={namespace[key]}", what + " or none" * optional, comments.get(key, "")))
+    wide, wider = (min(most, max(len(row[i]) for row in rows)) for i, most in ((0, 30), (1, 24)))
+    lines = [f"  {flag:{wide}}  {what:{wider}}  {comment}".rstrip() for flag, what, comment in rows]
+    return "\n".join([(namespace.get("__doc__") or "").strip(), "", "settings:", *lines])
 
 
-def _exit_with_message(kind, error, traceback):
+def _exit_with_message(kind, error, trace):
     if kind is BrokenPipeError:  # `... | head` has read enough
         os._exit(1)
     if kind is KeyboardInterrupt:
@@ -275,7 +277,7 @@ def _exit_with_message(kind, error, traceback):
     elif issubclass(kind, OSError) and error.filename is not None:
         error = f"{error.filename}: {error.strerror}; name another path, or fix this one"
     elif not issubclass(kind, UserError):
-        return sys.__excepthook__(kind, error, traceback)
+        return sys.__excepthook__(kind, error, trace)
     # not sys.stderr: torch.distributed calls this hook with a buffer there, which a SystemExit would lose
     print(f"error: {error}", file=sys.__stderr__, flush=True)
     sys.exit(2)

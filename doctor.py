@@ -31,15 +31,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, configure
+from configurator import Between, PathName, UserError, configure
 from device import resolve_device
 from files import write_atomically
 from shards import TokenStream
 
-data_dir = "edu_fineweb10B"  # every rank must see the same shards here; not there on any rank = not checked
-log_dir = "log"  # the folder that holds it must be one and the same for every rank
+data_dir: PathName = "edu_fineweb10B"  # the same shards for every rank; not there on any rank = not checked
+log_dir: PathName = "log"  # its parent folder must be the same for every rank
 device = "auto"  # auto|cpu|cuda|mps
-timeout = 60.0  # seconds that the others wait for a rank, at every check
+timeout: Between(1, 86_400) = 60.0  # seconds that each check waits for a missing rank
 
 MESSAGE_MB = (1, 16, 64, 256)  # float32 gradients of GPT-2 124M are 498 MB, which DDP sends in pieces of 25
 REPEATS = 5  # all-reduces per message size
@@ -469,8 +469,6 @@ def visit(peers: Peers, wrong: list[str]) -> None:
 
 
 def main() -> None:
-    if timeout <= 0:
-        raise UserError(f"timeout={timeout:g}: wanted more than 0 seconds; type --timeout=60")
     rank, wrong, peers = int(os.environ.get("RANK", 0)), [], None
     try:
         peers = Peers()

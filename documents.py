@@ -378,7 +378,7 @@ def input_files(input: str) -> list[Path]:
     """The files named by --input, in the order given, each once; those of a folder or glob sorted by name."""
     files: dict[Path, Path] = {}  # by where they really are
     for name in filter(None, input.split(",")):
-        path = Path(name).expanduser()
+        path = Path(name)
         if path.is_dir():  # may hold other files too; what is named itself must be of a known kind
             found = [file for file in walk(path, set()) if file.name.endswith(SUFFIXES)]
         else:

@@ -46,7 +46,7 @@ import numpy as np
 from numba import njit
 
 from bpe import available_cores, load_tokenizer
-from configurator import UserError, configure
+from configurator import Between, OneOf, PathName, UserError, configure
 from documents import (
     Borrowed,
     Chunk,
@@ -76,22 +76,22 @@ from shards import (
 )
 
 # ---- settings: override with a config file and/or --key=value -----------------
-dataset = "fineweb-edu"     # fineweb-edu or fineweb from the hub; python; OWNER/NAME of ready-made shards
-subset = "sample-10BT"      # of the hub's: sample-10BT, sample-100BT, sample-350BT, default, or CC-MAIN-...
-revision = "main"           # branch, tag or commit on the hub
-input = ""                  # your own files instead: PATH[,PATH...], each a file, a glob or a folder
-text_column = "text"        # the parquet column or jsonl field that holds the text
-data_dir = "edu_fineweb10B"  # where the shards go
-tokenizer = "gpt2"          # gpt2, or a rank file in tiktoken's format
-shard_tokens = 100_000_000  # tokens per shard: 200 MB
-val_fraction = 0.01         # share of documents for validation; 0 = none
-max_tokens = 0              # stop after the document that reaches this many; 0 = all
-num_workers = 0             # processes; 0 = one per core
-shard_format = "npy"        # npy, or bin with llm.c's header
-skip_bad = 0                # leave out up to this many bad documents or files (each machine), and list them
-keep_downloads = False      # keep parquet files in the hub's cache when their shards are done
-verify = False              # build nothing: read data_dir's shards and check them against its manifest
-seed = 1337                 # order of the documents of --dataset=python
+dataset = "fineweb-edu"  # fineweb-edu or fineweb from the hub; python; OWNER/NAME of ready-made shards
+subset = "sample-10BT"  # of the hub's: sample-10BT, sample-100BT, sample-350BT, default, or CC-MAIN-...
+revision = "main"  # branch, tag or commit on the hub
+input: PathName = ""  # your own files instead: PATH[,PATH...], each a file, a glob or a folder
+text_column = "text"  # the parquet column or jsonl field that holds the text
+data_dir: PathName = "edu_fineweb10B"  # where the shards go
+tokenizer: PathName = "gpt2"  # gpt2, or a rank file in tiktoken's format
+shard_tokens: Between(1, 2**31 - 1) = 100_000_000  # tokens per shard: 200 MB; llm.c's header ends at 2**31
+val_fraction: Between(0, 1 - 1e-9) = 0.01  # share of documents for validation; 0 = none
+max_tokens: Between(0, 10**15) = 0  # stop after the document that reaches this many; 0 = all
+num_workers: Between(0, 1024) = 0  # processes; 0 = one per core
+shard_format: OneOf("npy", "bin") = "npy"  # bin: with llm.c's header
+skip_bad: Between(0, 10**9) = 0  # leave out up to N bad documents or files (each machine), and list them
+keep_downloads = False  # keep parquet files in the hub's cache when their shards are done
+verify = False  # build nothing: read data_dir's shards and check them against its manifest
+seed: Between(0, 2**63 - 1) = 1337  # order of the documents of --dataset=python
 
 HUB_NAMES = {"fineweb-edu": "edufineweb", "fineweb": "fineweb"}  # of HuggingFaceFW: name of its shards
 RANK_SHARDS = 10_000        # of several machines, rank r numbers its shards from r * 10,000
@@ -850,13 +850,6 @@ def make_plan(dataset: str, subset: str, revision: str, input: str, text_column:
     if dataset not in (*HUB_NAMES, "python") and "/" not in dataset:
         raise UserError(f"got dataset={dataset!r}, wanted {', '.join(HUB_NAMES)}, python, or the OWNER/NAME "
                         f"of ready-made shards; your own files go into --input=PATH[,PATH...]")
-    if not 0 <= val_fraction < 1 or shard_tokens < 1 or min(max_tokens, num_workers, skip_bad) < 0:
-        raise UserError(f"got --val_fraction={val_fraction} --shard_tokens={shard_tokens} "
-                        f"--max_tokens={max_tokens} --num_workers={num_workers} --skip_bad={skip_bad}, "
-                        f"wanted 0 <= val_fraction < 1, shard_tokens of 1 or more, the others 0 or more")
-    if shard_format not in ("npy", "bin") or shard_tokens >= 1 << 31:
-        raise UserError(f"got --shard_format={shard_format} --shard_tokens={shard_tokens}, wanted npy or "
-                        f"bin, and fewer than 2,147,483,648 tokens, which is what llm.c's header can say")
     if input and dataset == "python":
         raise UserError(f"got --input={input} and --dataset=python, wanted one of them")
     ranks = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
@@ -877,7 +870,7 @@ def make_plan(dataset: str, subset: str, revision: str, input: str, text_column:
     if tok.n_vocab > 1 << 16:
         raise UserError(f"tokenizer {tok.name} has {tok.n_vocab:,} tokens, wanted at most 65,536, as ids are "
                         f"uint16; choose another --tokenizer=...")
-    folder = Path(data_dir).expanduser()
+    folder = Path(data_dir)
     settings = {**origin, "tokenizer": tokenizer, "tokenizer_sha256": tok.sha256, "max_tokens": max_tokens}
     if name:  # shards that we make
         settings |= {"shard_tokens": shard_tokens, "val_fraction": val_fraction, "shard_format": shard_format}
@@ -947,7 +940,7 @@ def build(**settings) -> None:
     """Build or verify data_dir; the arguments are the settings at the top of this file. Raises UserError."""
     began = time.perf_counter()
     if settings["verify"]:
-        return verify_folder(Path(settings["data_dir"]).expanduser())
+        return verify_folder(Path(settings["data_dir"]))
     plan = make_plan(**settings)
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ from tqdm import tqdm
 import checkpoint
 import hellaswag
 from bpe import load_tokenizer
-from configurator import UserError, configure
+from configurator import Between, OneOf, PathName, UserError, configure
 from convert_hf import load_any
 from device import check_first_loss, resolve_device, self_test
 from files import write_atomically
@@ -53,85 +53,69 @@ from model import GPT, GPTConfig, plain_attention
 from shards import TokenStream, WindowLoader
 
 # ---- data and output
-data_dir = "edu_fineweb10B"  # folder of token shards, *_train_*.npy|bin and *_val_*.npy|bin
-tokenizer = "gpt2"  # gpt2 or a rank file: the one the shards were made with
-log_dir = "log"  # log.txt, runs.jsonl and checkpoints go here
-resume = False  # continue the run in log_dir from its newest whole checkpoint
-init_from = ""  # begin with these weights, and their shape: a checkpoint, gpt2, a folder of Hugging Face's
-eval_only = False  # judge init_from, or log_dir's newest, on data_dir and HellaSwag; writes nothing
+data_dir: PathName = "edu_fineweb10B"  # folder of token shards, *_train_*.npy|bin and *_val_*.npy|bin
+tokenizer: PathName = "gpt2"  # gpt2 or a rank file: the one the shards were made with
+log_dir: PathName = "log"  # log.txt, runs.jsonl and checkpoints go here
+resume = False  # continue the run in log_dir from its newest valid checkpoint
+init_from: PathName = ""  # weights to start from, with their shape: a checkpoint, gpt2, a Hugging Face folder
+eval_only = False  # evaluate init_from, or log_dir's newest, on data_dir and HellaSwag; writes nothing
 dry_run = False  # two steps: memory, speed, time for the whole run; writes nothing
-tensorboard = False  # log into log_dir/tensorboard as well
-wandb = False  # log to Weights & Biases as well; a resumed run goes on there
+tensorboard = False  # log to log_dir/tensorboard as well
+wandb = False  # log to Weights & Biases as well; a resumed run continues there
 # ---- model: GPT-2 small, 124M
-n_layer = 12  # blocks
-n_head = 12  # attention heads per block
-n_embd = 768  # C, width of the residual stream
-block_size = 1024  # T, tokens per sequence
-vocab_size = 0  # rows of wte; 0 = the tokenizer's ids rounded up to a multiple of 128, 50304 for gpt2
-dropout = 0.0  # 0 is right for one epoch of web text
-norm_position = "pre"  # pre (GPT-2) or post (the original transformer)
+n_layer: Between(1, 10_000) = 12  # blocks
+n_head: Between(1, 10_000) = 12  # attention heads per block
+n_embd: Between(1, 10**8) = 768  # C, width of the residual stream
+block_size: Between(1, 2**20) = 1024  # T, tokens per sequence
+vocab_size: Between(0, 10**6) = 0  # rows of wte; 0 = the tokenizer's ids, padded to a multiple of 128
+dropout: Between(0, 1 - 1e-9) = 0.0  # 0 is right for one epoch of web text
+norm_position: OneOf("pre", "post") = "pre"  # pre: GPT-2; post: the original transformer
 # ---- batch
-batch_size = 32  # sequences per process per micro-step; halve it when memory runs out: same tokens per step
-batch_tokens = 524_288  # tokens per optimizer step over all processes, 2**19; accumulation is derived
+batch_size: Between(1, 65_536) = 32  # sequences per process per micro-step; halve it if memory runs out
+batch_tokens: Between(1, 2**32) = 524_288  # tokens per optimizer step over all processes, 2**19
 # ---- schedule
-max_steps = 19_073  # optimizer steps; 10B tokens / batch_tokens
-num_epochs = 0.0  # passes over the training tokens; above 0 it replaces max_steps
-target_loss = 0.0  # stop when a step's train loss is this low; 0 = never
-max_hours = 0.0  # save and stop, exit code 0, when this process is so old; 0 = never
-schedule = "cosine"  # cosine, or wsd: warm-up, stable, decay
-warmup_steps = 715  # linear warm-up; 375M tokens, GPT-3 appendix B
-decay_fraction = 0.2  # wsd: the last share of max_steps, in which the rate falls on a line
-max_lr = 6e-4  # GPT-3 table 2.1, 125M row
-min_lr = 6e-5  # where the schedule ends; GPT-3 decays to 10%
+max_steps: Between(1, 10**9) = 19_073  # optimizer steps; 10B tokens / batch_tokens
+num_epochs: Between(0, 10**6) = 0.0  # passes over the training tokens; above 0 it replaces max_steps
+target_loss: Between(0, 100) = 0.0  # stop when the train loss of a step is this low; 0 = never
+max_hours: Between(0, 10**5) = 0.0  # wall-clock limit in hours; saves and exits 0; 0 = none
+schedule: OneOf("cosine", "wsd") = "cosine"  # wsd: warm-up, stable, decay
+warmup_steps: Between(0, 10**9) = 715  # linear warm-up; 375M tokens, GPT-3 appendix B
+decay_fraction: Between(0, 1) = 0.2  # wsd: the last share of max_steps, in which the rate decays linearly
+max_lr: Between(0, 100) = 6e-4  # GPT-3 table 2.1, 125M row
+min_lr: Between(0, 100) = 6e-5  # where the schedule ends; GPT-3 decays to 10%
 # ---- optimizer
-optimizer = "adamw"  # adamw, or muon: Muon on the matrices of the blocks, AdamW on the rest
-weight_decay = 0.1  # on matrices and embeddings only; GPT-3 appendix B
-beta1 = 0.9  # GPT-3 appendix B
-beta2 = 0.95  # GPT-3 appendix B
-grad_clip = 1.0  # global L2 norm; 0 = no clipping
-max_z_score = 0.0  # skip a step whose loss or gradient norm is so many deviations above the recent; 0 = off
-max_bad_steps = 10  # so many skipped steps in a row, not finite or spiking, stop the run
-# ---- judging and saving
-val_interval = 250  # steps between validations; 0 = only at the end
-val_tokens = 10_485_760  # the first so many tokens of the val split; less where it is shorter
-hellaswag_interval = 250  # steps between HellaSwag scores, and at the end; 0 = never
-hellaswag_data = ""  # its validation set (.jsonl); empty = the public file, downloaded once into hellaswag/
-checkpoint_interval = 1000  # steps between checkpoints; 0 = only at the end
-keep_checkpoints = 2  # the newest so many, and the best by val loss
-sample_interval = 1000  # steps between printed samples; 0 = never
+optimizer: OneOf("adamw", "muon") = "adamw"  # muon: Muon on the matrices of the blocks, AdamW on the rest
+weight_decay: Between(0, 100) = 0.1  # on matrices and embeddings only; GPT-3 appendix B
+beta1: Between(0, 1 - 1e-9) = 0.9  # GPT-3 appendix B
+beta2: Between(0, 1 - 1e-9) = 0.95  # GPT-3 appendix B
+grad_clip: Between(0, 10**6) = 1.0  # global L2 norm; 0 = no clipping
+max_z_score: Between(0, 10**6) = 0.0  # skip steps whose loss or norm is this many deviations high; 0 = off
+max_bad_steps: Between(1, 10**9) = 10  # abort after this many consecutive skipped steps
+# ---- evaluating and saving
+val_interval: Between(0, 10**9) = 250  # steps between validations; 0 = only at the end
+val_tokens: Between(1, 10**12) = 10_485_760  # the first N tokens of the val split; less where it is shorter
+hellaswag_interval: Between(0, 10**9) = 250  # steps between HellaSwag scores, and at the end; 0 = never
+hellaswag_data: PathName = ""  # its validation set (.jsonl); empty = download the public file once
+checkpoint_interval: Between(0, 10**9) = 1000  # steps between checkpoints; 0 = only at the end
+keep_checkpoints: Between(1, 10**6) = 2  # keep the newest N, and the best by val loss
+sample_interval: Between(0, 10**9) = 1000  # steps between printed samples; 0 = never
 prompt = "Hello, I'm a language model,"  # what samples begin with
-num_samples = 2  # samples printed each time
-max_new_tokens = 48  # tokens per sample
-grad_norm_interval = 0  # steps between logs of each layer's gradient norm, norm_h0 and so on; 0 = never
+num_samples: Between(1, 10_000) = 2  # samples printed each time
+max_new_tokens: Between(1, 10**6) = 48  # tokens per sample
+grad_norm_interval: Between(0, 10**9) = 0  # steps between logs of each layer's gradient norm; 0 = never
 # ---- machine
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
-dtype = "auto"  # auto|float32|bfloat16|float16, of matrix products; weights stay float32
-parallel = "ddp"  # ddp, or fsdp: weights, gradients and moments are split over the processes
+dtype: OneOf("auto", "float32", "bfloat16", "float16") = "auto"  # of matrix products; weights stay float32
+parallel: OneOf("ddp", "fsdp") = "ddp"  # fsdp: weights, gradients and moments are split over the processes
 activation_checkpointing = False  # compute each block twice instead of keeping its activations
-loss_chunk = 0  # rows of logits (tokens) held at once; 0 = what is fastest on the device, on a GPU all
+loss_chunk: Between(0, 2**31) = 0  # rows of logits held at once; 0 = the fastest on the device, on a GPU all
 compile = True  # torch.compile the training step; off by itself, with a line, where it does not work
-peak_tflops = 0.0  # dense peak of one device for the MFU; 0 = from the table in device.py, or n/a
+peak_tflops: Between(0, 10**6) = 0.0  # dense peak of one device, for the MFU; 0 = device.py's table, or n/a
 deterministic = False  # the same log on every run on one machine: slower kernels on CUDA, no times in the log
-seed = 1337  # of initial weights, data order, dropout and samples
+seed: Between(0, 2**63 - 1) = 1337  # of initial weights, data order, dropout and samples
 config = configure(globals())
-LEGAL = {  # lowest and highest value of the settings that nothing else checks
-    (1, math.inf): "batch_size block_size max_steps keep_checkpoints val_tokens num_samples max_new_tokens "
-                   "max_bad_steps",
-    (0, math.inf): "vocab_size num_epochs target_loss warmup_steps min_lr weight_decay grad_clip peak_tflops "
-                   "val_interval hellaswag_interval checkpoint_interval sample_interval max_hours "
-                   "max_z_score loss_chunk grad_norm_interval",
-    (min_lr, math.inf): "max_lr",
-    (0, 1 - 1e-9): "beta1 beta2",
-    (0, 1): "decay_fraction",
-    (0, 2**63 - 1): "seed",
-}
-for (low, high), keys in LEGAL.items():
-    for key in keys.split():
-        if not low <= config[key] <= high:
-            raise UserError(f"{key}={config[key]}: wanted {low} to {high}; type --{key}=VALUE")
-for key, choices in {"schedule": "cosine wsd", "optimizer": "adamw muon", "parallel": "ddp fsdp"}.items():
-    if config[key] not in choices.split():
-        raise UserError(f"{key}={config[key]!r}: wanted {choices.replace(' ', ' or ')}")
+if max_lr < min_lr:
+    raise UserError(f"max_lr={max_lr}: wanted {min_lr} or more, which is min_lr; type --min_lr=VALUE too")
 if eval_only and dry_run:
     raise UserError("eval_only and dry_run: the one makes no step, the other two; leave one of them out")
 for package in ("tensorboard", "wandb"):

@@ -37,18 +37,18 @@ except ImportError:  # Windows has none: there nobody looks after two studies in
     fcntl = None
 
 from bpe import available_cores
-from configurator import UserError, configure
+from configurator import Between, PathName, UserError, configure
 from files import write_atomically
 from plot_log import parse_log
 
-train_config = "config/norm_cpu.py"  # the config file of train_gpt2.py that all runs share
+train_config: PathName = "config/norm_cpu.py"  # the config file of train_gpt2.py that all runs share
 max_lrs = "5e-4,2e-3,8e-3"  # learning rates; min_lr is a tenth of each
 warmups = "0,200"  # steps of warm-up
 seeds = "1,2,3"  # of weights and order of the data
 depths = "3,6,24"  # n_layer of more models, for the gradient at initialisation alone; empty = none
 flags = ""  # more flags of train_gpt2.py, for all runs: "--max_steps=5000 --batch_size=16"
-parallel_runs = 0  # at a time; 0 = one per core; 1 on a GPU
-log_dir = "log_norm_study"  # one folder per run, and the results
+parallel_runs: Between(0, 1024) = 0  # at a time; 0 = one per core; 1 on a GPU
+log_dir: PathName = "log_norm_study"  # one folder per run, and the results
 report_only = False  # start nothing: the results of the runs that are finished so far
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -34,7 +34,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configurator import UserError, configure
+from configurator import PathName, UserError, configure
 from files import write_atomically
 from plot_log import parse_log, smooth
 from shards import TokenStream
@@ -42,7 +42,7 @@ from shards import TokenStream
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-folder = str(Path(__file__).parent)  # where streams.txt is, and where the results go
+folder: PathName = str(Path(__file__).parent)  # where streams.txt is, and where the results go
 
 LAST = 100  # steps whose mean train loss a run is judged by
 MARGIN = 0.1  # nats below a unigram model's loss, by which a run has learned something
