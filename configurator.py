@@ -219,10 +219,9 @@ def _read_config_file(arg, namespace):
     try:
         exec(compile(text, str(path), "exec"), scope)
     except (Exception, SystemExit) as error:  # exit() in it must not end the script as if all were well
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-                 if frame.filename == str(path)]
-        line = lines[0] if lines else getattr(error, "lineno", None)  # it did not compile
-        raise UserError(f"config file {path}, line {line}: {type(error).__name__}: {error}") from error
+        lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
+                 if frame.f_code.co_filename == str(path)] or [getattr(error, "lineno", None)]
+        raise UserError(f"config file {path}, line {lines[-1]}: {type(error).__name__}: {error}") from error
     return {key: value for key, value in scope.items() if not key.startswith("_")}
 
 
@@ -231,11 +230,12 @@ def settings_of(path: str | Path) -> dict:
     nodes = []
     for node in ast.parse(read_text(path)).body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
             if ast.unparse(node.value) == "configure(globals())":
                 break
-            plain = not any(isinstance(part, ast.Name) for part in ast.walk(node.value))
-            if name.islower() and (plain or isinstance(node, ast.AnnAssign)):
+            annotated = isinstance(node, ast.AnnAssign)
+            name = ast.unparse(node.target if annotated else node.targets[0])
+            literal = not any(isinstance(part, ast.Name) for part in ast.walk(node.value))
+            if name.islower() and (annotated or literal):
                 nodes.append(node)
     scope = {"__file__": str(path), "Between": Between, "OneOf": OneOf, "PathName": PathName, "Path": Path}
     exec(compile(ast.Module(nodes, []), str(path), "exec"), scope)

@@ -331,8 +331,10 @@ def test_run_a_and_what_its_author_states():
 def test_the_settings_are_those_of_train_gpt2():
     done = subprocess.run([sys.executable, str(ROOT / "train_gpt2.py"), "--help"], check=True,
                           capture_output=True, text=True, encoding="utf-8")
-    shown = dict(re.findall(r"^  --(\w+)=(.*?)  +(?:bool|int|float|str)\b", done.stdout, re.M))
-    assert shown == {key: str(value) for key, value in study.train_settings().items()}
+    shown = dict(re.findall(r"^  --(\w+)=(.*?)  +\w", done.stdout, re.M))
+    settings = study.train_settings()
+    assert settings.pop("__annotations__").keys() > {"mfu", "n_layer"}
+    assert shown == {key: str(value) for key, value in settings.items()}
     own = {"gpus", "mfu", "dollars_per_hour", "gpu_memory_gb", "out_dir"}
     assert len(shown) > 30 and not own & shown.keys()
 
@@ -379,12 +381,12 @@ def test_the_script_writes_what_it_prints_and_overwrites_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--mfu=0"], "at most 1"), (["--mfu=40"], "at most 1"), (["--batch_size=0"], "batch_size=0"),
-    (["--batch_size=3"], "try --batch_tokens=525312"), (["--dtype=half"], "wanted auto, bfloat16"),
+    (["--mfu=0"], "mfu=0: wanted 0.001 to 1"), (["--mfu=40"], "to 1"), (["--batch_size=0"], "batch_size=0"),
+    (["--batch_size=3"], "try --batch_tokens=525312"), (["--dtype=half"], "wanted auto, float32"),
     (["--gpus=RTX 4050"], "try NVIDIA GeForce RTX 4050 Laptop GPU"), (["--gpus=Voodoo"], "--peak_tflops=VAL"),
     (["--n_head=7"], "multiple of n_head"), (["--vocab_size=100"], "50257 ids"),
-    (["--loss_chunk=-1"], "at least 0"), (["--dollars_per_hour=-1"], "at least 0"),
-    (["--batchsize=4"], "did you mean batch_size"), (["--optimizer=sgd"], "wanted adamw, muon")])
+    (["--loss_chunk=-1"], "wanted 0 to"), (["--dollars_per_hour=-1"], "wanted 0 to"),
+    (["--batchsize=4"], "did you mean batch_size"), (["--optimizer=sgd"], "wanted adamw or muon")])
 def test_mistakes_are_named(flags, words, monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     with pytest.raises(UserError, match=words):

@@ -353,7 +353,7 @@ def test_a_vocabulary_of_the_embedded_corpus(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("flags", "message"), [
     ({"vocab_size": 256}, "wanted 257"), ({"vocab_size": 65_537}, "to 65,536"),
     ({"vocab_size": 32_768}, "type --vocab_size="), ({"out": ""}, "--out=my.tiktoken"),
-    ({"input": ""}, "--input=PATH"), ({"num_workers": -1}, "num_workers=-1"),
+    ({"input": ""}, "--input=PATH"),
     ({"out": "nowhere/my.tiktoken"}, "make .*nowhere"), ({"input": "missing.txt"}, "missing.txt"),
     ({"input": "empty.txt"}, "corpus without text"), ({"dataset": "python"}, "leave out one of them"),
     ({"dataset": "fineweb", "input": ""}, "wanted python"),

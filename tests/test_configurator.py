@@ -1,5 +1,7 @@
 """Settings: every trap that users of nanoGPT's configurator fell into, and every shipped config file."""
 
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,23 +9,26 @@ from pathlib import Path
 import pytest
 from training import PYTHON
 
-from configurator import UserError, configure
+from configurator import Between, OneOf, PathName, UserError, configure, settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("results/*/*.py")])
+           if re.search(r"^from configurator import .*\bconfigure\b", path.read_text(encoding="utf-8"), re.M)]
 SCRIPT = '''
 """A script."""
-batch_size = 16  # sequences
-learning_rate = 6e-4  # peak
+from configurator import Between, OneOf, PathName, configure
+batch_size: Between(1, 65_536) = 16  # sequences
+learning_rate: Between(0, 10**9) = 6e-4  # peak
+optimizer: OneOf("adamw", "muon") = "adamw"
 grad_clip = 1.0
 compile = True
 wandb_run_name = "gpt2"  # name # with a hash
-out_dir = "out"
+out_dir: PathName = "out"
 start = "\\n"
 top_p: float | None = None  # nucleus
 stop_at: int | None = 5
 CONSTANT = 3
 _private = 1
-from configurator import configure
 config = configure(globals())
 for key, value in config.items():
     print(f"{key}={value!r}")
@@ -116,16 +121,20 @@ def test_order_later_wins(namespace, tmp_path):
     ("batchsize = 8", "unknown setting 'batchsize'; did you mean batch_size"),
     ("Batch_Size = 8", "unknown setting"),
     ("import os", "unknown setting 'os'"),
-    ("batch_size = '8'", "batch_size = '8' is str, wanted a whole number"),
-    ("batch_size = True", "is bool, wanted a whole number"),
-    ("batch_size = 1.5", "is float"),
-    ("batch_size = None", "is NoneType"),
-    ("compile = 1", "is int, wanted true or false"),
-    ("out_dir = 1", "is int, wanted text"),
-    ("learning_rate = [1]", "is list, wanted a number"),
-    ("learning_rate = float('nan')", "is float, wanted a number"),
+    ("batch_size = '8'", "batch_size = '8': wanted a whole number"),
+    ("batch_size = True", "batch_size = True: wanted a whole number"),
+    ("batch_size = 1.5", "1.5: wanted a whole number"),
+    ("batch_size = None", "None: wanted a whole number"),
+    ("compile = 1", "compile = 1: wanted true or false"),
+    ("out_dir = 1", "out_dir = 1: wanted text"),
+    ("learning_rate = [1]", "learning_rate = .1.: wanted a number"),
+    ("learning_rate = float('nan')", "learning_rate = nan: wanted a number"),
     ("\nbatch_size = (", "line 2"),
     ("\n\nbatch_size = 1 / 0", "line 3: ZeroDivisionError"),
+    ("\n\nexit()", "line 3: SystemExit"),  # not the quiet end of a script that did nothing
+    ("import sys\nsys.exit(0)", "line 2: SystemExit"),
+    ("def f():\n    raise KeyError('x')\n\n\nf()", "line 2: KeyError"),
+    ("batch_size = 8\0", "null bytes"),
 ])
 def test_bad_config_files(namespace, tmp_path, text, words):
     path = tmp_path / "bad.py"
@@ -134,6 +143,120 @@ def test_bad_config_files(namespace, tmp_path, text, words):
     with pytest.raises(UserError, match=words) as error:
         configure(namespace, [str(path)])
     assert str(path) in str(error.value) and namespace == before
+
+
+def test_text_of_config_files(namespace, tmp_path):
+    path = tmp_path / "a.py"
+    path.write_bytes(b"\xef\xbb\xbfbatch_size = 7\n")  # as Notepad saves it
+    assert configure(namespace, [str(path)])["batch_size"] == 7
+    for data, words in [("batch_size = 7\n".encode("utf-16"), "UTF-16; convert it"),
+                        (b"batch_size = 7  # caf\xe9\n", "byte 21 is not UTF-8")]:
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=words):
+            configure(namespace, [str(path)])
+
+
+@pytest.mark.parametrize("how", ["__annotations__", "__annotate__"])  # the latter: Python 3.14
+def test_annotations_are_checked_in_flags_and_files(namespace, tmp_path, how):
+    limits = {"batch_size": Between(1, 99), "grad_clip": Between(0, 1 - 1e-9),
+              "top_p": Between(0, 1.0) | None, "stop_at": Between(2, 9) | None,
+              "wandb_run_name": OneOf("gpt2", "gpt3", "")}
+    del namespace["__annotations__"]
+    namespace[how] = limits if how == "__annotations__" else {1: limits}.__getitem__  # 1: values, no strings
+    path = tmp_path / "a.py"
+    for key, text, value in [("batch_size", "99.0", 99), ("grad_clip", "0", 0.0), ("top_p", "1", 1.0),
+                             ("top_p", "None", None), ("stop_at", "9", 9), ("stop_at", "None", None)]:
+        path.write_text(f"{key} = {text}", encoding="utf-8")
+        for arg in (f"--{key}={text}", str(path)):
+            found = configure(dict(namespace), [arg])[key]
+            assert found == value and type(found) is type(value)
+    assert configure(dict(namespace), ["--wandb_run_name="])["wandb_run_name"] == ""
+    for key, text, wanted in [
+        ("batch_size", "0", "1 to 99"), ("batch_size", "1" * 4000, "1 to 99"),
+        ("batch_size", "1.5", "a whole number, 1 to 99"), ("batch_size", "None", "a whole number, 1 to 99"),
+        ("grad_clip", "-1e-300", "0 to 0.999999999"), ("grad_clip", "1", "0 to 0.999999999"),
+        ("grad_clip", "1e310", "a number, 0 to 0.999999999"), ("top_p", "1.5", "0 to 1.0"),
+        ("stop_at", "1", "2 to 9"), ("stop_at", "2.5", "a whole number, 2 to 9 or none"),
+        ("wandb_run_name", "gpt4", "gpt2, gpt3 or nothing"),
+    ]:
+        path.write_text(f"{key} = {text!r}" if text == "gpt4" else f"{key} = {text}", encoding="utf-8")
+        for arg, where in ((f"--{key}={text}", f"flag --{key}={text}"), (str(path), rf"a\.py: {key} = .*")):
+            with pytest.raises(UserError, match=f"{where}: wanted {wanted}$"):
+                configure(namespace, [arg])
+
+
+def test_home_folder(namespace, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    namespace.update(out_dir="~/default", __annotations__={"out_dir": PathName})
+    for flags, path in [([], "/home/me/default"), (["--out_dir=~"], "/home/me"), (["--out_dir=gpt2"], "gpt2"),
+                        (["--out_dir=~/a/*.txt,b~,~/c"], "/home/me/a/*.txt,b~,/home/me/c")]:
+        assert configure(dict(namespace), flags)["out_dir"] == path
+    assert configure(namespace, ["--start=~/a,~/b"])["start"] == "~/a,~/b"  # a prompt is no path
+
+
+# ---- the settings of all scripts
+
+PATHS = {"checkpoint", "data_dir", "hellaswag_data", "init_from", "input", "log_dir", "out", "out_dir",
+         "tokenizer"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_every_number_has_a_range_that_its_default_keeps(path):
+    settings = settings_of(path)
+    limits = settings.pop("__annotations__")
+    assert settings and limits.keys() <= settings.keys()
+    for key, value in settings.items():
+        limit = limits.get(key)
+        assert isinstance(limit, Between) or type(value) in (bool, str), f"{key}: no Between stands beside it"
+        assert limit is PathName or key not in PATHS, f"{key}: no PathName stands beside it"
+        assert isinstance(limit, OneOf) or key != "dtype"
+        if isinstance(limit, (Between, OneOf)) and value is not None:
+            assert value in limit, key
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_what_is_outside_of_a_range_is_refused(path):
+    settings = settings_of(path)
+    before = ["--min_lr=0"] if "min_lr" in settings else []  # which once switched the other checks off
+
+    def value_of(key, value):
+        return configure(dict(settings), [*before, f"--{key}={value}"])[key]
+
+    for key, limit in settings["__annotations__"].items():
+        if isinstance(limit, Between):
+            whole = type(settings[key]) is not float
+            below = limit.low - 1 if whole else math.nextafter(limit.low, -math.inf)
+            above = limit.high + 1 if whole else math.nextafter(limit.high, math.inf)
+            for value, limited in ((below, True), (above, True), (limit.low, False), (limit.high, False)):
+                if not limited:
+                    assert value_of(key, value) == value
+                    continue
+                with pytest.raises(UserError, match=re.escape(f"flag --{key}={value}: wanted {limit}")):
+                    value_of(key, value)
+        elif isinstance(limit, OneOf):
+            assert [value_of(key, word) for word in limit] == list(limit)
+            with pytest.raises(UserError, match=f"flag --{key}=sgd,: wanted {limit}"):
+                value_of(key, "sgd,")
+
+
+@pytest.mark.parametrize(("script", "flags"), [
+    ("train_gpt2.py", ["--min_lr=0", "--grad_clip=-1"]), ("train_gpt2.py", ["--n_layer=2147483648"]),
+    ("train_gpt2.py", ["--batch_tokens=1e12"]), ("train_gpt2.py", ["--max_lr=1e310"]),
+    ("fineweb.py", ["--num_workers=1e6"]), ("bpe.py", ["--num_workers=1e6"])])
+def test_nonsense_that_hung_or_exploded(script, flags):
+    with pytest.raises(UserError, match=f"flag {flags[-1]}: wanted"):
+        configure(settings_of(ROOT / script), flags)
+    configure(settings_of(ROOT / "train_gpt2.py"), ["--n_embd=10000000"])  # --dry_run tells what that takes
+
+
+def test_a_setting_without_a_range_is_found(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text("import math\nseed = 2**10\nX = math.pi\nconfig = configure(globals())\nlate = 1\n",
+                    encoding="utf-8")
+    assert settings_of(path) == {"seed": 1024, "__annotations__": {}}
+    with pytest.raises(AssertionError, match="seed: no Between"):
+        test_every_number_has_a_range_that_its_default_keeps(path)
 
 
 def test_config_file_beside_the_script_from_any_folder(namespace, tmp_path, monkeypatch):
@@ -180,8 +303,10 @@ def test_help_lists_key_type_default_and_comment(tmp_path):
     done = run(tmp_path, "--help")
     assert done.returncode == 0
     lines = {line.split("=")[0].strip(): line for line in done.stdout.splitlines() if line.startswith("  --")}
-    assert len(lines) == 9
-    assert lines["--batch_size"].split() == ["--batch_size=16", "int", "sequences"]
+    assert len(lines) == 10
+    assert re.fullmatch(" +--batch_size=16 +int, 1 to 65,536 +sequences", lines["--batch_size"])
+    assert "  float, 0 or more  peak" in lines["--learning_rate"]  # a huge bound says nothing
+    assert lines["--optimizer"].endswith("  adamw or muon") and lines["--out_dir"].endswith("  path")
     assert lines["--wandb_run_name"].endswith("name # with a hash")
     assert "float or none" in lines["--top_p"]
     assert lines["--grad_clip"].split() == ["--grad_clip=1.0", "float"]

@@ -323,9 +323,6 @@ def good_parquet(path):
     ("a.parquet", good_parquet, {"text_column": "n"}, ["type int64", "--text_column"]),
     ("a.pdf", b"x", {}, ["got a.pdf", ".parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt"]),
     ("b.txt", b"x", {"input": "nowhere/*.txt"}, ["nowhere/*.txt", "no such files"]),
-    ("a.txt", b"x", {"shard_format": "csv"}, ["shard_format=csv", "npy or bin"]),
-    ("a.txt", b"x", {"val_fraction": 1.0}, ["val_fraction=1.0"]),
-    ("a.txt", b"x", {"shard_tokens": 0}, ["shard_tokens=0"]),
     ("a.txt", b"x", {"dataset": "wiki"}, ["'wiki'", "fineweb-edu, fineweb, python", "--input"]),
 ])
 def test_bad_input_is_named_and_nothing_is_left(tmp_path, name, content, flags, words):
