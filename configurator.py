@@ -25,6 +25,7 @@ import errno
 import math
 import os
 import re
+import signal
 import sys
 import tokenize
 import types
@@ -264,6 +265,13 @@ def help_text(namespace: dict, settings: dict) -> str:
     return "\n".join(lines)
 
 
+def end_launcher() -> None:
+    """End torchrun, if it would start this process again only for it to fail in the same way."""
+    left = os.environ.get("TORCHELASTIC_MAX_RESTARTS") != os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if "TORCHELASTIC_RUN_ID" in os.environ and left:
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
 def _exit_with_message(kind, error, traceback):
     if kind is BrokenPipeError:  # `... | head` has read enough
         os._exit(1)
@@ -278,4 +286,5 @@ def _exit_with_message(kind, error, traceback):
         return sys.__excepthook__(kind, error, traceback)
     # not sys.stderr: torch.distributed calls this hook with a buffer there, which a SystemExit would lose
     print(f"error: {error}", file=sys.__stderr__, flush=True)
+    end_launcher()
     sys.exit(2)
