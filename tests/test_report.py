@@ -54,8 +54,8 @@ def pick(found, kind, split="val"):
 def report(monkeypatch, folder, *flags):
     """plot_log.py --report in this process, in `folder`: what it would do as a command."""
     monkeypatch.chdir(folder)
-    defaults = {"log_dir": "log", "out": "", "model_size": "", "checkpoint": "", "data_dir": "",
-                "val_tokens": None, "device": "cpu", "dtype": "float32", "seed": 1337, "report": True}
+    defaults = {"log_dir": "log", "log": "", "val_baseline": False, "out": "", "model_size": "",
+                "checkpoint": "", "data_dir": "", "val_tokens": None, "device": "cpu", "dtype": "float32", "seed": 1337, "report": True}
     for key, value in {**defaults, **dict(flags)}.items():
         monkeypatch.setattr(plot_log, key, value)
     plot_log.main()
@@ -388,7 +388,8 @@ def test_mistakes_are_named(tmp_path, state, monkeypatch, tiny_data, byte_tokeni
     refused("report is of one run; type --report --log_dir=log$", ("log_dir", "log,log_b"))
     refused("leave one of the two out", ("log_dir", "log_b"), ("checkpoint", str(path)))
     refused("val_tokens=0: wanted 1 or more; type --val_tokens=", ("val_tokens", 0))
-    refused("model_size=124M", ("model_size", "124M"))
+    for flag in (("model_size", "124M"), ("log", "log.txt"), ("val_baseline", True)):
+        refused("log, model_size and val_baseline are for figures of logs", flag)
     refused("out=a.csv: wanted a figure; type --out=FIGURE.png", ("out", "a.csv"))
     refused("got no val shards in .*nosuch", ("data_dir", "nosuch"))
 
