@@ -11,13 +11,13 @@ Or measure what the loss is made of: --report.
 
 Reads LOG_DIR/log.txt (`step stream value` per line; where a step occurs twice the later line counts), also
 the logs of build-nanogpt. Writes one figure and prints its path and the last values. Takes a few seconds.
-Values of nan and inf enter no mean and no minimum. Crosses at the foot of a panel mark their steps, and those
-that the guard of train_gpt2.py skipped.
+Curves, means and minima leave out nan and inf. Crosses at the foot of the loss panel mark the steps where a
+loss is nan or inf, and those that the guard of train_gpt2.py skipped.
 
---model_size draws what OpenAI published. The HellaSwag accuracies hold whatever a run was trained on. The val
-loss is of FineWeb-Edu, so it is drawn only if every run was trained on that: runs.jsonl beside the log names
-the data_dir, and fineweb-edu must be the dataset in its manifest or, without one, part of the folder's name.
-Otherwise a note says why the line is missing; --val_baseline draws it anyway.
+--model_size draws the results of OpenAI's models. Their HellaSwag accuracies do not depend on a run's data.
+Their val loss is on FineWeb-Edu, so it is drawn only if every run was trained on that: runs.jsonl beside the
+log names the data_dir; the dataset in its manifest counts or, if it has none, the folder's name: it must
+contain "fineweb" and "edu". Otherwise a note says why the line is missing; --val_baseline draws it anyway.
 
 A report is of one checkpoint, by default the newest in log_dir, and takes as long as two validations:
 
@@ -50,7 +50,7 @@ from files import check, read_json, write_atomically
 from shards import MANIFEST
 
 log_dir: PathName = "log"  # a run's folder with log.txt, or a log file itself; several separated by commas
-log: PathName = ""  # log files, in place of log_dir
+log: PathName = ""  # a log file, or several separated by commas, in place of log_dir
 out: PathName = ""  # the figure, .png, .svg or .pdf; empty = log_plot.png or report.png beside the first log
 model_size: OneOf("", "124M", "350M", "774M", "1558M") = ""  # draw OpenAI's results for it; empty = none
 val_baseline = False  # draw OpenAI's val loss on FineWeb-Edu even if the runs are not known to use that data
@@ -59,7 +59,7 @@ checkpoint: PathName = ""  # a .pt file, a folder whose newest is meant, gpt2, .
 data_dir: PathName = ""  # folder of token shards; empty = the one that the checkpoint was trained on
 val_tokens: int | None = None  # the first so many of val, and as many of train; none = as the run, or 2**20
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
-dtype: OneOf("auto", "float32", "bfloat16", "float16") = "auto"
+dtype: OneOf("auto", "float32", "bfloat16", "float16") = "auto"  # of matrix products
 seed = 1337  # of the choice of train windows
 
 # Quoted from build-nanogpt's notebook: loss of OpenAI's checkpoint on FineWeb-Edu's val shard; HellaSwag of
