@@ -145,7 +145,8 @@ def test_the_val_loss_of_gpt2_is_drawn_beside_fineweb_edu_alone(tmp_path, monkey
              "made": {"data_dir": "data"}, "misnamed": {"data_dir": "edu_fineweb_python"}, "unknown": None}
     for folder, dataset in (("data", "fineweb-edu"), ("edu_fineweb_python", "python")):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "manifest.json").write_text(json.dumps({"settings": {"dataset": dataset}}))
+        (tmp_path / folder / "manifest.json").write_text(
+            json.dumps({"settings": {"dataset": dataset}}), encoding="utf-8")
     for name, config in cases.items():
         write_lines(tmp_path / name, *lines, config=config)
     line = "OpenAI GPT-2 124M on FineWeb-Edu val (3.29)"
