@@ -21,13 +21,13 @@ import statistics
 import sys
 from pathlib import Path
 
-from configurator import UserError, configure
-from files import write_atomically
-from plot_log import parse_log
+from configurator import PathName, UserError, configure
+from files import read_json, write_atomically
+from plot_log import find_log, last_start, parse_log
 
-run = "log_demo"  # the run to judge: its folder, or its log
-ref = "reference/demo_cpu.log"  # the reference to hold it against, or to write
-make = ""  # folders of runs that differ by the seed alone, separated by commas: write ref from them
+run: PathName = "log_demo"  # the run to judge: its folder, or its log
+ref: PathName = "reference/demo_cpu.log"  # the reference to hold it against, or to write
+make: PathName = ""  # folders of runs that differ by the seed alone, separated by commas: write ref from them
 
 # The streams that are judged, each with the one whose mean its least band is a share of: val_minus_unigram
 # itself crosses zero.
@@ -41,20 +41,12 @@ CURVE = ("tokenizer n_layer n_head n_embd block_size vocab_size dropout norm_pos
 
 def read_run(name: str) -> tuple[dict[str, dict[int, float]], dict]:
     """({stream: {step: value}} with val_minus_unigram, the last record of runs.jsonl or {}) of a run."""
-    path = next((path for path in (Path(name, "log.txt"), Path(name)) if path.is_file()), None)
-    if path is None:
-        raise UserError(f"got {name}, which is no log and no folder with a log.txt; give --run=FOLDER of a "
-                        f"run (make demo makes log_demo)")
+    path = find_log(name)
     streams = parse_log(path)
     if 0 in streams.get("unigram", {}):
         streams["val_minus_unigram"] = {step: value - streams["unigram"][0]
                                         for step, value in streams.get("val", {}).items()}
-    records = path.with_name("runs.jsonl")
-    lines = records.read_text(encoding="utf-8").splitlines() if records.is_file() else []
-    try:
-        return streams, json.loads(lines[-1]) if lines else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{records}, last line: {error}; remove the line") from error
+    return streams, last_start(path)
 
 
 def differing_settings(a: dict, b: dict) -> list[str]:
@@ -94,6 +86,10 @@ def make_reference(names: list[str], path: Path) -> None:
         if missing or not record:
             raise UserError(f"{name} has no {', '.join(missing) or 'runs.jsonl'}; give folders that "
                             f"train_gpt2.py has written")
+        bad = [f"{stream} at step {step}" for stream in ("val", *JUDGED)
+               for step, value in streams[stream].items() if not math.isfinite(value)]
+        if bad:
+            raise UserError(f"{name} has nan or inf for {', '.join(bad)}; make the reference of other runs")
         differing = differing_settings(runs[0][1]["config"], record["config"])
         if runs[0][1]["data"] != record["data"]:
             differing.append(f"data {runs[0][1]['data']} and {record['data']}")
@@ -133,7 +129,7 @@ def compare(name: str, path: Path) -> bool:
         raise UserError(f"ref={path}: wanted a reference and its .json; give --ref=reference/NAME.log, or "
                         f"make one with --make=log_a,log_b,log_c")
     (streams, record), reference = read_run(name), parse_log(path)
-    facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    facts = read_json(path.with_suffix(".json"), {"data": str, "settings": {}, "band": str})
     differing = differing_settings(facts["settings"], record.get("config", {}))
     if differing:
         raise UserError(f"{path} and {name} have different settings: {'; '.join(differing)}; compare with a "

@@ -25,10 +25,10 @@ import math
 import os
 import re
 import reprlib
+import signal
 import sys
 import tokenize
 import traceback
-import types
 import typing
 from pathlib import Path
 
@@ -40,16 +40,12 @@ BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false"
 class UserError(ValueError):
     """A mistake the user can fix: the message says what is wrong and what to type next.
 
-    In a script that called `configure`, it ends the process with that message and exit code 2.
+    In a script that called `configure`, it ends the process with that message and exit code 2. Of a URL
+    https://user:password@host the message has only https://host.
     """
 
     def __init__(self, message: object):
-        super().__init__(without_passwords(str(message)))
-
-
-def without_passwords(text: str) -> str:
-    """`text` with https://host in place of every https://user:password@host."""
-    return re.sub(r"(?<=://)[^/\s@]*@", "", text)
+        super().__init__(re.sub(r"(?<=://)[^/\s@]*@", "", str(message)))
 
 
 class Between(typing.NamedTuple):
@@ -65,7 +61,7 @@ class Between(typing.NamedTuple):
         return self._replace(optional=True)
 
     def __str__(self) -> str:
-        return f"{self.low:,} to {self.high:,}"
+        return f"{self.low:,} to {self.high:,}{' or none' * self.optional}"
 
 
 class OneOf(tuple):
@@ -81,12 +77,6 @@ class OneOf(tuple):
 
 class PathName:
     """Annotation of a text that names a file or folder, or several with commas: a leading ~ is expanded."""
-
-
-class Setting(typing.NamedTuple):
-    kind: type
-    optional: bool  # may be None
-    legal: Between | OneOf | type | None  # what its annotation says
 
 
 def configure(namespace: dict, argv: list[str] | None = None) -> dict:
@@ -110,36 +100,32 @@ def configure(namespace: dict, argv: list[str] | None = None) -> dict:
             key, equals, text = arg[2:].partition("=")  # the first = only: a value may hold others
             key, where = key.replace("-", "_"), f"flag {arg}"
             setting = _find(key, settings, where)
-            if not equals and setting.kind is not bool:
+            if not equals and setting[0] is not bool:
                 raise UserError(f"{where}: needs a value; type --{key}={namespace[key]}, for example")
-            resolved[key] = _check(_parse(text if equals else "true", setting), setting, where)
+            resolved[key] = _check(_parse(text if equals else "true", *setting), *setting, where)
         elif arg.startswith("-"):
             raise UserError(f"got {arg!r}, wanted --key=value or a config file; --help lists the keys")
         else:
             for key, value in _read_config_file(arg, namespace).items():
                 setting = _find(key, settings, f"config file {arg}")
-                resolved[key] = _check(value, setting, f"config file {arg}: {key} = {reprlib.repr(value)}")
-    for key, setting in settings.items():
-        if setting.legal is PathName:
+                resolved[key] = _check(value, *setting, f"config file {arg}: {key} = {reprlib.repr(value)}")
+    for key, (_, legal) in settings.items():
+        if legal is PathName:
             resolved[key] = ",".join(map(os.path.expanduser, resolved[key].split(",")))
     namespace.update(resolved)
     return resolved
 
 
 def _settings(namespace):
-    """{key: Setting} of the settings among a script's globals, in the order they are written."""
+    """{key: (type, annotation or None)} of the settings among a script's globals, in the order written."""
     annotations, settings = annotations_of(namespace), {}
     for key, value in namespace.items():
         if key.islower() and not key.startswith("_"):
             legal = annotations.get(key)
-            if isinstance(legal, Between):
-                whole = isinstance(legal.low, int) and isinstance(legal.high, int)
-                kind = (int if whole else float) if value is None else type(value)
-                settings[key] = Setting(kind, legal.optional, legal)
-            elif isinstance(legal, types.UnionType):  # int | None
-                settings[key] = Setting(legal.__args__[0], True, None)
+            if value is None and isinstance(legal, Between):
+                settings[key] = float if float in map(type, legal[:2]) else int, legal
             elif type(value) in TYPES:
-                settings[key] = Setting(type(value), False, legal)
+                settings[key] = type(value), legal
     return settings
 
 
@@ -157,31 +143,29 @@ def _find(key, settings, where):
     raise UserError(f"{where}: unknown setting {key!r}; {hint} (--help lists all)")
 
 
-def _parse(text, setting):
-    """The value that a flag's text stands for; text that stands for none is left to _check."""
+def _parse(text, kind, legal):
+    """The value that a flag's text stands for; where it stands for none, _check refuses the text."""
     word = text.strip().lower()
-    if setting.optional and word == "none":
+    if word == "none" and getattr(legal, "optional", False):
         return None
-    if setting.kind is bool:
+    if kind is bool:
         return BOOLS.get(word, text)
-    if setting.kind is not str:
+    if kind is not str:
         for convert in (int, float):  # int first: a float would round above 2**53
             with contextlib.suppress(ValueError):
                 return convert(word)
     return text
 
 
-def _check(value, setting, where):
+def _check(value, kind, legal, where):
     """`value` as the setting's type, where that loses nothing: True is no int, and 1 is no bool."""
-    kind, optional, legal = setting
-    if value is None and optional:
+    if value is None and getattr(legal, "optional", False):
         return None
     with contextlib.suppress(OverflowError, ValueError):  # an int too large for a float, inf, nan
         if {type(value), kind} == {int, float} and kind(value) == value:
             value = kind(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UserError(f"{where}: wanted {TYPES[kind]}{f', {legal}' if isinstance(legal, Between) else ''}"
-                        f"{' or none' if optional else ''}")
+        raise UserError(f"{where}: wanted {TYPES[kind]}{f', {legal}' if isinstance(legal, Between) else ''}")
     if isinstance(legal, (Between, OneOf)) and value not in legal:
         raise UserError(f"{where}: wanted {legal}")
     return value
@@ -254,16 +238,22 @@ def help_text(namespace: dict, settings: dict) -> str:
             elif token.type == tokenize.COMMENT and token.start[1] > 0:
                 comments.setdefault(line_start, token.string.lstrip("# "))
     rows = []
-    for key, (kind, optional, legal) in settings.items():
-        what = "path" if legal is PathName else kind.__name__
+    for key, (kind, legal) in settings.items():
+        what = "path" if legal is PathName else str(legal) if isinstance(legal, OneOf) else kind.__name__
         if isinstance(legal, Between):
-            what += f", {legal.low:,} or more" if legal.high >= 10**9 else f", {legal}"
-        elif isinstance(legal, OneOf):
-            what = str(legal)
-        rows.append((f"--{key}={namespace[key]}", what + " or none" * optional, comments.get(key, "")))
+            huge = f", {legal.low:,} or more{' or none' * legal.optional}"
+            what += huge if legal.high >= 10**9 else f", {legal}"
+        rows.append((f"--{key}={namespace[key]}", what, comments.get(key, "")))
     wide, wider = (min(most, max(len(row[i]) for row in rows)) for i, most in ((0, 30), (1, 24)))
     lines = [f"  {flag:{wide}}  {what:{wider}}  {comment}".rstrip() for flag, what, comment in rows]
     return "\n".join([(namespace.get("__doc__") or "").strip(), "", "settings:", *lines])
+
+
+def end_launcher() -> None:
+    """End torchrun, if it would start this process again only for it to fail in the same way."""
+    left = os.environ.get("TORCHELASTIC_MAX_RESTARTS") != os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if "TORCHELASTIC_RUN_ID" in os.environ and left:
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _exit_with_message(kind, error, trace):
@@ -280,4 +270,5 @@ def _exit_with_message(kind, error, trace):
         return sys.__excepthook__(kind, error, trace)
     # not sys.stderr: torch.distributed calls this hook with a buffer there, which a SystemExit would lose
     print(f"error: {error}", file=sys.__stderr__, flush=True)
+    end_launcher()
     sys.exit(2)

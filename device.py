@@ -12,17 +12,25 @@ device can do is found out by doing it on a toy, not from its name or from the o
 only where something is off that could have been expected on.
 """
 
+import contextlib
 import ctypes
 import math
 import os
 import platform
+import re
 import shutil
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import UserError
+
+_for_this_process = contextlib.ExitStack()  # never closed
+# what scaled_dot_product_attention may use on CUDA; the first that can do it is taken
+ATTENTION = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
+             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -166,6 +174,11 @@ class Device:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
+    def use(self) -> None:
+        """Make this the device of the calling thread, which is otherwise the first GPU."""
+        if self.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def synchronize(self) -> None:
         """Wait for queued work, before a clock is read."""
         if self.type == "cuda":
@@ -200,14 +213,15 @@ class Device:
 
 
 def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = False, local_rank: int = 0,
-                   deterministic: bool = False) -> Device:
+                   deterministic: bool = False, attention: str = "auto") -> Device:
     """Device for `device` (auto|cpu|cuda|cuda:N|mps) and `dtype` (auto|float32|bfloat16|float16).
 
     `local_rank` picks the GPU of a process under torchrun; only 0 prints. auto dtype: bfloat16 where the
     hardware multiplies it, float16 on older CUDA cards, float32 on MPS, whose 16-bit attention has leaked
     future tokens (pytorch #195910), and on other CPUs. A CPU takes any dtype that is asked for, also where it
     is slow, so that a GPU's path can be tried without one. ROCm is "cuda" to torch, and so it is here.
-    `deterministic` holds for the process, and for good: call this before anything else computes.
+    `attention` (auto, or one of ATTENTION) is tried first on CUDA; auto is cuDNN's on Hopper, torch's order
+    elsewhere. `deterministic` and `attention` hold for the process: call this before anything else computes.
 
     Raises UserError for a device or dtype that is not there, that this torch has no kernels for, and for
     bfloat16 on a CUDA card that would emulate it.
@@ -220,6 +234,8 @@ def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = Fa
         if device == "cpu" and not _built_for_gpus() and shutil.which("nvidia-smi") and local_rank == 0:
             print(f"device: cpu, the GPU is not used: torch {torch.__version__} is built without CUDA; "
                   f"pytorch.org/get-started has the one with it", flush=True)
+        if device == "cpu" and torch.xpu.is_available() and local_rank == 0:
+            print("device: cpu, the Intel GPU is not used: nothing here was tried on one", flush=True)
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
@@ -235,7 +251,15 @@ def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = Fa
             raise UserError(f"device={device}: wanted GPU {index}, but torch sees {count}; try --device=cpu, "
                             f"or torchrun with at most {count} processes")
         resolved = torch.device("cuda", index)
+        if platform.system() == "Linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
         torch.cuda.set_device(resolved)
+        if attention == "auto" and torch.cuda.get_device_capability(resolved)[0] == 9:
+            attention = "cudnn"
+        if attention != "auto":
+            order = sorted(ATTENTION, key=lambda name: name != attention)
+            _for_this_process.enter_context(
+                sdpa_kernel([ATTENTION[name] for name in order], set_priority=True))
         name = torch.cuda.get_device_name(resolved)
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         auto_dtype = "bfloat16" if has_bf16 else "float16"
@@ -251,6 +275,8 @@ def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = Fa
         name = _cpu_name()
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         auto_dtype = "bfloat16" if has_bf16 else "float32"
+    elif resolved.type == "xpu":
+        raise UserError(f"device={device}: Intel GPUs are not supported; try --device=cpu")
     else:
         raise UserError(f"device={device!r}: wanted auto, cpu, cuda, cuda:1 or mps")
     dtype = auto_dtype if dtype == "auto" else dtype
@@ -266,6 +292,13 @@ def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = Fa
         if reason is not None and local_rank == 0:
             print(f"compile: off, torch.compile does not work here ({reason})", flush=True)
     return dev
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory ran out: torch's words for it differ from device to device."""
+    words = ("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|"
+             "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
 
 
 def _built_for_gpus():

@@ -116,12 +116,26 @@ def _sync(descriptor):
 
 def read_json(path: str | Path, schema):
     """The value of a JSON file that `check` accepts; UserError names the file and what is wrong with it."""
-    text = read_text(path)
+    return check(_parse(read_text(path), path), schema, str(path))
+
+
+def read_jsonl(path: str | Path, schema) -> list:
+    """The values of a file with one JSON value a line, each of which `check` accepts; [] where there is no
+    file. Half a last line, left by a kill, is passed over."""
+    if not Path(path).exists():
+        return []
+    values = []
+    for number, line in enumerate(read_text(path).splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            values.append(check(_parse(line, f"{path}, line {number}"), schema, f"{path}, line {number}"))
+    return values
+
+
+def _parse(text, place):
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error or 'nested too deeply'})") from error
-    return check(value, schema, str(path))
+        raise UserError(f"{place}: not valid JSON ({error or 'nested too deeply'})") from error
 
 
 def check(value, schema, place: str):

@@ -37,12 +37,10 @@ import hashlib
 import http.client
 import json
 import math
-import os
 import re
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +56,7 @@ from convert_hf import load_any
 from device import Device, resolve_device
 from files import write_atomically
 from model import GPT
+from ranks import Ranks
 
 checkpoint = ""  # a .pt file, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/
 data = ""  # a .jsonl file in the format of the public one; empty = the public one
@@ -325,8 +324,9 @@ def make_batches(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
     return batches
 
 
-def add_scores(scores: np.ndarray, model: GPT, batch: list[Row], dev: Device) -> None:
-    """Put the log-likelihoods of a batch's endings into their slots of `scores` (4n,), float64."""
+def score_batch(model: GPT, batch: list[Row], dev: Device) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+    """Of a batch: whether a token is scored, for which slot, and its loss in nats, (B, T) each. The losses
+    stay on the device: a GPU that is asked for its results stands still."""
     B, T = len(batch), batch[0].length
     idx, position, target, slot, segment = np.zeros((5, B, T), np.int64)
     target.fill(-100)
@@ -346,30 +346,22 @@ def add_scores(scores: np.ndarray, model: GPT, batch: list[Row], dev: Device) ->
     mask = ((key == query) | (key == 0)) & (column <= column[:, None])  # (B, T, T)
     losses = model(dev.to_device(idx), dev.to_device(target), reduction="none",
                    position=dev.to_device(position), mask=mask[:, None])  # (B, T)
-    scored = target != -100
-    np.subtract.at(scores, slot[scored], losses.cpu().numpy()[scored].astype(np.float64))
-
-
-def never() -> bool:
-    """What to ask where nothing stops the judging."""
-    return False
+    return target != -100, slot, losses
 
 
 @torch.no_grad()
-def evaluate(model: GPT, examples: Examples, dev: Device, batch_tokens: int = 16_384,
-             stop: Callable[[], bool] = never) -> Result | None:
-    """The score of a model, in eval mode meanwhile, in the dtype of `dev`; None if `stop` said so.
+def evaluate(model: GPT, examples: Examples, dev: Device, batch_tokens: int = 16_384) -> Result:
+    """The score of a model, in eval mode meanwhile, in the dtype of `dev`.
 
     Where torch.distributed is initialised, all processes must call this with the same examples: each scores a
     part of the batches, and all return the same. `model` is not a compiled one, whose shapes are fixed.
-    `stop` is asked by all of them before each batch, and must answer all the same. Raises UserError where a
-    score is not finite.
+    Raises UserError where a score is not finite.
     """
     together = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     rows, slots, lengths = make_rows(examples.items, model.config.block_size)
     batches = make_batches(rows, batch_tokens)
-    scores, unused = np.zeros((2, len(slots)))  # (4n,) each
+    scored = []
     was_training = model.training
     model.eval()
     try:
@@ -378,14 +370,13 @@ def evaluate(model: GPT, examples: Examples, dev: Device, batch_tokens: int = 16
             for i in tqdm(range(rank, math.ceil(len(batches) / world_size) * world_size, world_size),
                           desc=examples.protocol, unit="batch", leave=False,
                           disable=rank != 0 or not sys.stderr.isatty()):
-                if stop():
-                    return None
-                if i < len(batches):
-                    add_scores(scores, model, batches[i], dev)
-                else:
-                    add_scores(unused, model, batches[-1], dev)
+                batch = score_batch(model, batches[min(i, len(batches) - 1)], dev)
+                scored += [batch] if i < len(batches) else []
     finally:
         model.train(was_training)
+    scores = np.zeros(len(slots))  # (4n,)
+    for is_scored, slot, losses in scored:
+        np.subtract.at(scores, slot[is_scored], losses.cpu().numpy()[is_scored].astype(np.float64))
     if together:
         on_device = torch.from_numpy(scores).to(dev.device if dev.type == "cuda" else "cpu")
         dist.all_reduce(on_device)
@@ -421,12 +412,12 @@ def main() -> None:
         raise UserError(f"protocol={protocol!r}: wanted {', '.join(PROTOCOLS)} or both")
     if batch_tokens < 1 or limit < 0:
         raise UserError(f"batch_tokens={batch_tokens}, limit={limit}: wanted at least 1 and at least 0")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    ranks = Ranks()
+    rank, world_size = ranks.rank, ranks.world_size
     if world_size > 1 and ":" in device:
         raise UserError(f"device={device} is one device for {world_size} processes; give --device=cuda")
-    dev = resolve_device(device, dtype, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
-    if world_size > 1:
-        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+    dev = resolve_device(device, dtype, local_rank=ranks.local_rank)
+    ranks.connect(dev.device)
     path = find_data(data)
     source = checkpoint or newest_checkpoint()
     state = load_any(source)
@@ -445,11 +436,8 @@ def main() -> None:
     if rank == 0:
         for note in dict.fromkeys(note for examples in sets for note in examples.notes):
             print(f"note: {note}")
-    if world_size > 1:
-        dist.barrier()  # gloo aborts a process whose peers have left
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)  # gloo's threads outlive the group, and may abort a process that ends the long way
+    ranks.shutdown()
+    ranks.exit()
 
 
 if __name__ == "__main__":

@@ -275,8 +275,9 @@ def train_around(steps: np.ndarray, losses: np.ndarray, step: float) -> tuple[fl
     """Mean loss of the steps within 5% of `step`, and its standard error; nan where there are too few.
 
     A share, because a loss falls ever more slowly. After the last step of a run there are only those before.
+    Losses of nan and inf, of steps that the guard skipped, are left out.
     """
-    near = losses[np.abs(steps - step) <= max(1, step / 20)]
+    near = losses[(np.abs(steps - step) <= max(1, step / 20)) & np.isfinite(losses)]
     return (float(near.mean()) if len(near) else math.nan,
             float(near.std(ddof=1)) / math.sqrt(len(near)) if len(near) > 1 else math.nan)
 
@@ -284,13 +285,14 @@ def train_around(steps: np.ndarray, losses: np.ndarray, step: float) -> tuple[fl
 def along_training(streams: dict[str, dict[int, float]]) -> list[Row]:
     """Rows of kind log, for each step with a val loss: that, the train loss around it, and the difference.
 
-    The error of the difference is that of the train loss; a log does not know that of val.
+    A val loss of nan or inf has no rows. The error of the difference is that of the train loss; a log does
+    not know that of val.
     """
     rows = []
     steps, losses = np.array(list(streams.get("train", {}).items())).reshape(-1, 2).T
     for step, val in sorted(streams.get("val", {}).items()):
         train, se = train_around(steps, losses, step)
-        if not math.isnan(train):
+        if math.isfinite(val) and not math.isnan(train):
             rows += [Row("log", "val", str(step), math.nan, val, math.nan),
                      Row("log", "train", str(step), math.nan, train, se),
                      Row("log", "gap", str(step), math.nan, val - train, se)]

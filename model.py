@@ -319,10 +319,10 @@ class GPT(nn.Module):
             x = x[:, -1:] if only_last else x
             # padding ids do not exist for who samples
             return self.lm_head(x)[..., : self.config.n_vocab]
-        # whoever judges the model judges what it says, and what it is after an export: no padding ids either
-        weight = self.lm_head.weight if self.training else self.lm_head.weight[: self.config.n_vocab]
-        loss = linear_cross_entropy(x.view(B * T, -1), weight, targets.reshape(-1), self.loss_chunk,
-                                    reduction)
+        # an evaluated model is what it is after an export: without padding ids
+        n_vocab = None if self.training else self.config.n_vocab
+        loss = linear_cross_entropy(x.view(B * T, -1), self.lm_head.weight, targets.reshape(-1),
+                                    self.loss_chunk, reduction, n_vocab)
         return loss.view(B, T) if reduction == "none" else loss
 
     @torch.no_grad()
@@ -437,11 +437,12 @@ class GPT(nn.Module):
 
 
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int,
-                         reduction: str = "mean") -> torch.Tensor:
+                         reduction: str = "mean", n_vocab: int | None = None) -> torch.Tensor:
     """F.cross_entropy(F.linear(x, weight), targets), with at most `chunk` rows of logits alive at a time.
 
     x (N, C), weight (V, C), targets (N,); chunk 0 is all rows at once. `reduction` is mean or sum (a scalar)
-    or none (N,), in nats; rows whose target is -100 count nothing. Can be differentiated once.
+    or none (N,), in nats; rows whose target is -100 count nothing. Of the logits the first n_vocab count: the
+    product itself is of all V, whose multiple of 128 tensor cores need. Can be differentiated once.
     """
     if reduction == "none" and not torch.is_grad_enabled():  # to judge: there, such rows cost nothing either
         kept = (targets != -100).nonzero()[:, 0]
@@ -450,19 +451,20 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
         # never all logits at once, however large the batch
         parts = zip(x[kept].split(chunk or 2048), targets[kept].split(chunk or 2048))
         losses = torch.zeros(len(targets), dtype=torch.float32, device=x.device)
-        losses[kept] = torch.cat([row_losses(x_c, weight, targets_c).float() for x_c, targets_c in parts])
+        losses[kept] = torch.cat([row_losses(x_c, weight, targets_c, n_vocab).float()
+                                  for x_c, targets_c in parts])
         return losses
     if chunk == 0:
-        return F.cross_entropy(F.linear(x, weight), targets, reduction=reduction)
+        return F.cross_entropy(F.linear(x, weight)[:, :n_vocab], targets, reduction=reduction)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    if torch.is_grad_enabled() and reduction != "none" and dtype != torch.float16:
+    if torch.is_grad_enabled() and reduction != "none" and dtype != torch.float16 and n_vocab is None:
         total = ChunkedCrossEntropy.apply(x.to(dtype), weight, targets, chunk, torch.compiler.is_compiling())
     else:
         # nothing to differentiate; or a factor for each row, or one that keeps float16 from underflowing,
         # known in the backward pass only: the logits are computed there again
-        losses = torch.cat([checkpoint(row_losses, x_c, weight, targets_c, use_reentrant=False,
+        losses = torch.cat([checkpoint(row_losses, x_c, weight, targets_c, n_vocab, use_reentrant=False,
                                        preserve_rng_state=False)
                             for x_c, targets_c in zip(x.split(chunk), targets.split(chunk))])  # (N,)
         if reduction == "none":
@@ -471,8 +473,8 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     return total / (targets != -100).sum() if reduction == "mean" else total
 
 
-def row_losses(x, weight, targets):
-    return F.cross_entropy(F.linear(x, weight), targets, reduction="none")
+def row_losses(x, weight, targets, n_vocab):
+    return F.cross_entropy(F.linear(x, weight)[:, :n_vocab], targets, reduction="none")
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -505,19 +507,21 @@ def cross_entropy_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: 
     w_columns = w.T.contiguous()  # (C, V), whose transpose oneDNN multiplies from the left 10% faster than w
     loss = torch.zeros((), dtype=torch.float32, device=x.device)
     dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
-    for x_c, targets_c, dx_c in zip(x.split(chunk), targets.split(chunk), dx.split(chunk)):
-        kept = (targets_c != -100)[:, None]  # (n, 1)
-        at_target = torch.arange(len(x_c), device=x.device), targets_c.clamp_min(0)
-        logits = x_c @ w.T  # (n, V)
-        target_logit = logits[at_target].float()[:, None]  # (n, 1)
-        e, total, top = exp_rows(logits)  # (n, V), (n, 1), (n, 1)
-        loss += ((total.log() + top - target_logit) * kept).sum()
-        # softmax - 1 at the target, times the sum, and before rounding: it may be close to 0
-        e[at_target] = ((target_logit - top).exp() - total)[:, 0].to(e.dtype)
-        scale = kept / total  # (n, 1)
-        dx_c.copy_((e @ w_columns.T) * scale)
-        add(dweight, e.T @ (x_c * scale).to(x.dtype))  # (V, C)
-        del logits, e  # before the next are made
+    # else the passes are compiled twice: autograd's state, which they depend on, differs in the first call
+    with torch.inference_mode():
+        for x_c, targets_c, dx_c in zip(x.split(chunk), targets.split(chunk), dx.split(chunk)):
+            kept = (targets_c != -100)[:, None]  # (n, 1)
+            at_target = torch.arange(len(x_c), device=x.device), targets_c.clamp_min(0)
+            logits = x_c @ w.T  # (n, V)
+            target_logit = logits[at_target].float()[:, None]  # (n, 1)
+            e, total, top = exp_rows(logits)  # (n, V), (n, 1), (n, 1)
+            loss += ((total.log() + top - target_logit) * kept).sum()
+            # softmax - 1 at the target, times the sum, and before rounding: it may be close to 0
+            e[at_target] = ((target_logit - top).exp() - total)[:, 0].to(e.dtype)
+            scale = kept / total  # (n, 1)
+            dx_c.copy_((e @ w_columns.T) * scale)
+            add(dweight, e.T @ (x_c * scale).to(x.dtype))  # (V, C)
+            del logits, e  # before the next are made
     return loss, dx, dweight
 
 
@@ -585,13 +589,20 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: fl
     # below 1e-6 the likeliest id is the only one, and smaller numbers may round to 0
     probs = F.softmax(logits / max(temperature, 1e-6), dim=-1, dtype=precise)  # (B, k)
     if top_p < 1.0:  # drop an id when the likelier ones before it already reach top_p
-        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)
+        probs = probs.masked_fill(cumulative_sum(probs) - probs >= top_p, 0.0)
     if ids is not None:  # by id: in the order of probability, the last digit of a logit would swap neighbours
         ids, order = ids.sort(dim=-1)
         probs = probs.gather(1, order)
     # by the inverse of the cumulative distribution: one number per row; torch.multinomial draws one per id
-    cumulative = probs.cumsum(dim=-1)
+    cumulative = cumulative_sum(probs)
     u = torch.rand(len(probs), 1, dtype=precise, device=probs.device, generator=generator)  # below 1
     choice = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)  # (B, 1)
     choice = choice.clamp(max=probs.size(-1) - 1)  # the product may round up to the sum
     return (choice if ids is None else ids.gather(1, choice))[:, 0]
+
+
+def cumulative_sum(probs):
+    """probs.cumsum(dim=-1); on the CPU where a deterministic kernel is wanted, as CUDA has none."""
+    if probs.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return probs.cpu().cumsum(dim=-1).to(probs.device)
+    return probs.cumsum(dim=-1)

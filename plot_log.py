@@ -5,11 +5,19 @@ Or measure what the loss is made of: --report.
     python plot_log.py --log_dir=log                                 # -> log/log_plot.png
     python plot_log.py --log_dir=log --model_size=124M               # with the published baselines as lines
     python plot_log.py --log_dir=log,log_b --out=plots/compare.png   # several runs in one figure
+    python plot_log.py --log=log/log.txt --out=plots/log_plot.png    # a log file by its name
     python plot_log.py --report --log_dir=log                        # -> log/report.png, log/report.csv
     python plot_log.py --report --checkpoint=gpt2 --data_dir=edu_fineweb10B
 
 Reads LOG_DIR/log.txt (`step stream value` per line; where a step occurs twice the later line counts), also
 the logs of build-nanogpt. Writes one figure and prints its path and the last values. Takes a few seconds.
+Curves, means and minima leave out nan and inf. Crosses at the foot of the loss panel mark the steps where a
+loss is nan or inf, and those that the guard of train_gpt2.py skipped.
+
+--model_size draws the results of OpenAI's models. Their HellaSwag accuracies do not depend on a run's data.
+Their val loss is on FineWeb-Edu, so it is drawn only if every run was trained on that: runs.jsonl beside the
+log names the data_dir; the dataset in its manifest counts or, if it has none, the folder's name: it must
+contain "fineweb" and "edu". Otherwise a note says why the line is missing; --val_baseline draws it anyway.
 
 A report is of one checkpoint, by default the newest in log_dir, and takes as long as two validations:
 
@@ -31,24 +39,28 @@ The figure of a log is drawn anew where there is one. A report was measured: its
 
 import csv
 import io
+import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError, configure
+from configurator import Between, OneOf, PathName, UserError, configure, read_text
+from files import check, read_json, write_atomically
+from shards import MANIFEST
 
-log_dir = "log"  # a run's folder with log.txt, or a log file itself; several separated by commas
-out = ""  # the figure, .png, .svg or .pdf; empty = log_plot.png, or report.png, beside the first log
-model_size = ""  # 124M|350M|774M|1558M: draw that size's published baselines, for FineWeb; empty = none
+log_dir: PathName = "log"  # a run's folder with log.txt, or a log file itself; several separated by commas
+log: PathName = ""  # a log file, or several separated by commas, in place of log_dir
+out: PathName = ""  # the figure, .png, .svg or .pdf; empty = log_plot.png or report.png beside the first log
+model_size: OneOf("", "124M", "350M", "774M", "1558M") = ""  # draw OpenAI's results for it; empty = none
+val_baseline = False  # draw OpenAI's val loss on FineWeb-Edu even if the runs are not known to use that data
 report = False  # measure what a checkpoint's loss is made of; the settings below are for this
-checkpoint = ""  # a .pt file, a folder whose newest is meant, gpt2, ...; empty = the newest in log_dir
-data_dir = ""  # folder of token shards; empty = the one that the checkpoint was trained on
-val_tokens: int | None = None  # the first so many of val, and as many of train; none = as the run, or 2**20
+checkpoint: PathName = ""  # a .pt file, a folder whose newest is meant, gpt2, ...; empty = newest in log_dir
+data_dir: PathName = ""  # folder of token shards; empty = the one that the checkpoint was trained on
+val_tokens: Between(1, 10**12) | None = None  # the first N of val, N of train; none = as the run, or 2**20
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
-dtype = "auto"  # auto|float32|bfloat16|float16
-seed = 1337  # of the choice of train windows
+dtype: OneOf("auto", "float32", "bfloat16", "float16") = "auto"  # of matrix products
+seed: Between(0, 2**63 - 1) = 1337  # of the choice of train windows
 
 # Quoted from build-nanogpt's notebook: loss of OpenAI's checkpoint on FineWeb-Edu's val shard; HellaSwag of
 # OpenAI's GPT-2 in completion style, and of GPT-3 (Brown et al. 2020, table H.1), whose 350M is GPT-3 Medium.
@@ -65,15 +77,17 @@ COLORS = {"val": "C1", "train": "C0", "train seen": "C2", "train unseen": "C4"}
 def parse_log(path: Path) -> dict[str, dict[int, float]]:
     """{stream: {step: value}} of a log file; raises UserError naming the line that does not parse."""
     streams = {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_text(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()  # half a line: the run was killed while it wrote
     for number, line in enumerate(lines, start=1):
         try:
             step, stream, value = line.split()
+            if int(step) not in Between(0, 2**53):
+                raise ValueError
             streams.setdefault(stream, {})[int(step)] = float(value)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: got {line.rstrip()!r}, wanted `step stream value`; "
+            raise UserError(f"{path}, line {number}: got {line.rstrip()[:80]!r}, wanted `step stream value`; "
                             f"remove the line") from error
     return streams
 
@@ -84,58 +98,103 @@ def find_log(name: str) -> Path:
     for candidate in (path / "log.txt", path):
         if candidate.is_file():
             return candidate
-    raise UserError(f"log_dir={name}: no log.txt there; give --log_dir=FOLDER of a run (make demo makes one)")
+    raise UserError(f"{name or 'an empty name'} is no log and no folder with a log.txt; name a run's folder "
+                    f"(make demo makes log_demo)")
+
+
+def last_start(log_path: Path) -> dict:
+    """The newest start in the runs.jsonl beside a log: settings, data, versions; {} if there is none."""
+    path = log_path.with_name("runs.jsonl")
+    lines = read_text(path).splitlines() if path.exists() else []
+    if not lines:
+        return {}
+    place = f"{path}, line {len(lines)}"
+    try:
+        record = json.loads(lines[-1])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not valid JSON ({error}); remove the line") from error
+    return check(record, {"config": {"data_dir?": str, "seed": int}, "data": str}, place)
+
+
+def why_no_val_baseline(log_paths: list[Path]) -> str:
+    """Why FineWeb-Edu's val loss is no baseline for these runs; empty if all of them were trained on that."""
+    for path in log_paths:
+        folder = last_start(path).get("config", {}).get("data_dir", "")
+        if not folder:
+            return f"no runs.jsonl beside {path} names its data"
+        manifest = Path(folder, MANIFEST)
+        known = read_json(manifest, {"settings?": {"dataset?": str}}) if manifest.exists() else {}
+        data = known.get("settings", {}).get("dataset") or Path(folder).name
+        if "fineweb" not in data.lower() or "edu" not in data.lower():
+            return f"{path} is of a run on {data}"
+    return ""
+
+
+def finite(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps in order, and the values at them, without those that are nan or inf."""
+    steps, values = np.array(sorted(values.items()), dtype=float).reshape(-1, 2).T
+    return steps[np.isfinite(values)], values[np.isfinite(values)]
+
+
+def marked_steps(streams: dict[str, dict[int, float]]) -> dict[str, list[int]]:
+    """{what: steps} that a figure of losses marks: skipped ones, and those with a loss of nan or inf."""
+    bad = {stream: {step for step, value in streams.get(stream, {}).items() if not math.isfinite(value)}
+           for stream in ("train", "val")}
+    skipped = set(streams.get("skipped", {}))
+    found = {"skipped": skipped, "train nan or inf": bad["train"] - skipped, "val nan or inf": bad["val"]}
+    return {what: sorted(steps) for what, steps in found.items() if steps}
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of the last `width` values at each place (fewer at the beginning)."""
-    sums = np.cumsum(np.insert(values, 0, 0.0))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    """Mean of the `width` values centred on each place, an odd number; of fewer at both ends."""
+    half = width // 2
+    return np.array([values[max(0, i - half):i + half + 1].mean() for i in range(len(values))])
 
 
-def draw(logs: dict[str, dict], out_path: Path) -> None:
+def draw(logs: dict[str, dict], out_path: Path, with_val_baseline: bool) -> None:
     """One panel of losses, and one of HellaSwag accuracy if any log has it."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    has_hella = any("hella" in streams for streams in logs.values())
+    has_hella = any(len(finite(streams.get("hella", {}))[0]) for streams in logs.values())
     figure, axes = plt.subplots(1, 1 + has_hella, figsize=(14 if has_hella else 8, 5), squeeze=False,
                                 layout="constrained")
     loss_axis = axes[0, 0]
     for i, (name, streams) in enumerate(logs.items()):
         color = f"C{i}"
-        if "train" in streams:
-            steps, values = np.array(sorted(streams["train"].items())).T
-            width = max(1, len(values) // 100)
-            loss_axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            loss_axis.plot(steps, smooth(values, width), color=color, linewidth=1.2,
+        val_color = "black" if len(logs) == 1 else color
+        train_steps, train = finite(streams.get("train", {}))
+        if len(train):
+            width = len(train) // 100 | 1  # odd, to be centred
+            loss_axis.plot(train_steps, train, color=color, alpha=0.25, linewidth=0.8)
+            loss_axis.plot(train_steps, smooth(train, width), color=color, linewidth=1.2,
                            label=f"{name} train (mean of {width} steps)")
-        if "val" in streams:
-            steps, values = np.array(sorted(streams["val"].items())).T
-            loss_axis.plot(steps, values, color="black" if len(logs) == 1 else color, linestyle="--",
-                           marker="o", markersize=3,
-                           label=f"{name} val (last {values[-1]:.3f}, best {values.min():.3f})")
-        if "hella" in streams:
-            steps, values = np.array(sorted(streams["hella"].items())).T
-            axes[0, 1].plot(steps, values, color=color, marker="o", markersize=3,
-                            label=f"{name} (last {values[-1]:.3f})")
-        if "unigram" in streams:
-            loss_axis.axhline(streams["unigram"][0], color="gray", linestyle=":",
-                              label=f"unigram model on {name}'s val ({streams['unigram'][0]:.2f})")
-    if model_size in VAL_LOSS_GPT2:
+        val_steps, val = finite(streams.get("val", {}))
+        if len(val):
+            loss_axis.plot(val_steps, val, color=val_color, linestyle="--", marker="o", markersize=3,
+                           label=f"{name} val (last {val[-1]:.3f}, best {val.min():.3f})")
+        hella_steps, hella = finite(streams.get("hella", {}))
+        if len(hella):
+            axes[0, 1].plot(hella_steps, hella, color=color, marker="o", markersize=3,
+                            label=f"{name} (last {hella[-1]:.3f})")
+        unigram = streams.get("unigram", {}).get(0, math.nan)
+        if math.isfinite(unigram):
+            loss_axis.axhline(unigram, color="gray", linestyle=":",
+                              label=f"unigram model on {name}'s val ({unigram:.2f})")
+        draw_marks(loss_axis, streams, color, val_color, f"{name} ", i)
+    if with_val_baseline:
         loss_axis.axhline(VAL_LOSS_GPT2[model_size], color="red", linestyle=":",
-                          label=f"OpenAI GPT-2 {model_size} on FineWeb val ({VAL_LOSS_GPT2[model_size]:.2f})")
+                          label=f"OpenAI GPT-2 {model_size} on FineWeb-Edu val "
+                                f"({VAL_LOSS_GPT2[model_size]:.2f})")
     log_scale(loss_axis)
     loss_axis.set(xlabel="optimizer step", ylabel="loss (nats per token, log scale)", title="Loss")
     if has_hella:
         if model_size:
-            axes[0, 1].axhline(HELLASWAG_GPT2[model_size], color="red", linestyle=":",
-                               label=f"OpenAI GPT-2 {model_size}")
-            axes[0, 1].axhline(HELLASWAG_GPT3[model_size], color="green", linestyle=":",
-                               label=f"OpenAI GPT-3 {model_size}")
+            for who, accuracy, color in (("GPT-2", HELLASWAG_GPT2[model_size], "red"),
+                                         ("GPT-3", HELLASWAG_GPT3[model_size], "green")):
+                axes[0, 1].axhline(accuracy, color=color, linestyle=":",
+                                   label=f"OpenAI {who} {model_size} on HellaSwag ({accuracy:.3f})")
         axes[0, 1].set(xlabel="optimizer step", ylabel="acc_norm, completion (chance is 0.25)",
                        title="HellaSwag")
     for axis in axes[0]:
@@ -144,17 +203,25 @@ def draw(logs: dict[str, dict], out_path: Path) -> None:
     save_figure(figure, out_path)
 
 
+def draw_marks(axis, streams: dict, train_color: str, val_color: str, name: str = "", row: int = 0) -> None:
+    """Crosses at the foot of a panel where a step was skipped or a loss is nan or inf; a row for each run."""
+    for what, steps in marked_steps(streams).items():
+        color, marker = (val_color, "+") if what == "val nan or inf" else (train_color, "x")
+        axis.plot(steps, [0.02 + 0.03 * row] * len(steps), color=color, marker=marker, linestyle="none",
+                  transform=axis.get_xaxis_transform(), label=f"{name}{what} ({len(steps)})")
+
+
 def save_figure(figure, out_path: Path) -> None:
-    """Write a figure under a temporary name, and rename it; UserError for a suffix that is no picture's."""
+    """Write a figure; UserError for a suffix that is no picture's."""
     import matplotlib.pyplot as plt
 
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out_path.with_name(f"{out_path.stem}.tmp{out_path.suffix}")
+    picture = io.BytesIO()
     try:
-        figure.savefig(temporary, dpi=120)
+        figure.savefig(picture, format=out_path.suffix[1:], dpi=120)
     except ValueError as error:  # matplotlib lists the suffixes it knows
         raise UserError(f"out={out_path}: {error}; type --out=FIGURE.png") from error
-    os.replace(temporary, out_path)
+    write_atomically(out_path, picture.getbuffer())
     plt.close(figure)
 
 
@@ -188,11 +255,11 @@ def draw_report(found, title: str, streams: dict, out_path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    log = pick(found.rows, "log", "val")
-    panels = [["loss", "position"], ["gap", "band"]] if log else [["position", "band"]]
-    figure, axes = plt.subplot_mosaic(panels, figsize=(14, 9.5 if log else 5.5), layout="constrained")
+    has_log = bool(pick(found.rows, "log", "val"))
+    panels = [["loss", "position"], ["gap", "band"]] if has_log else [["position", "band"]]
+    figure, axes = plt.subplot_mosaic(panels, figsize=(14, 9.5 if has_log else 5.5), layout="constrained")
     figure.suptitle(title)
-    if log:
+    if has_log:
         draw_training(axes["loss"], axes["gap"], found, streams)
     draw_positions(axes["position"], found)
     draw_bands(axes["band"], found)
@@ -206,7 +273,7 @@ def draw_training(loss_axis, gap_axis, found, streams: dict) -> None:
     """The losses in the log; and val less train, from the log and as measured."""
     from loss_report import train_around
 
-    steps, values = np.array(sorted(streams["train"].items())).T
+    steps, values = finite(streams["train"])
     loss_axis.plot(steps, values, color=COLORS["train"], alpha=0.25, linewidth=0.8)
     shown = np.unique(np.geomspace(1, len(steps), 200).astype(int)) - 1
     loss_axis.plot(steps[shown], [train_around(steps, values, step)[0] for step in steps[shown]],
@@ -214,6 +281,7 @@ def draw_training(loss_axis, gap_axis, found, streams: dict) -> None:
     points = pick(found.rows, "log", "val")
     loss_axis.plot([int(row.key) for row in points], [row.loss for row in points], color=COLORS["val"],
                    marker="o", linestyle="none", label="val")
+    draw_marks(loss_axis, streams, COLORS["train"], COLORS["val"])
     log_scale(loss_axis)
     loss_axis.set(xlabel="optimizer step", ylabel="loss (nats per token, log scale)",
                   title="Loss along training, from the log")
@@ -329,8 +397,9 @@ def find_model() -> tuple[str, Path]:
 
 
 def make_report() -> None:
-    if model_size:
-        raise UserError(f"model_size={model_size}: a report has no baselines; leave that or --report out")
+    if log or model_size or val_baseline:
+        raise UserError("log, model_size and val_baseline are for figures of logs; leave these or --report "
+                        "out")
     source, folder = find_model()
     figure_path = Path(out) if out else folder / "report.png"
     csv_path = figure_path.with_suffix(".csv")
@@ -343,7 +412,6 @@ def make_report() -> None:
     log_path = folder / "log.txt"
     streams = parse_log(log_path) if log_path.is_file() else {}
 
-    from files import write_atomically
     from loss_report import along_training, measure
 
     found = measure(source, data_dir, val_tokens, device, dtype, seed)
@@ -368,21 +436,35 @@ def main() -> None:
         return make_report()
     if checkpoint or data_dir or val_tokens is not None:
         raise UserError("checkpoint, data_dir and val_tokens are for a report; type --report beside them")
-    if model_size and model_size not in HELLASWAG_GPT2:
-        raise UserError(f"model_size={model_size!r}: wanted one of {', '.join(HELLASWAG_GPT2)}, "
-                        f"or nothing for no baselines")
-    paths = [find_log(name) for name in log_dir.split(",")]
+    if log and log_dir != "log":
+        raise UserError(f"log={log} and log_dir={log_dir}: both name the logs to draw; leave one of them out")
+    if val_baseline and model_size not in VAL_LOSS_GPT2:
+        raise UserError(f"val_baseline: no val loss is known of model_size={model_size!r}; type "
+                        f"--model_size={' or '.join(VAL_LOSS_GPT2)}")
+    paths = [find_log(name) for name in (log or log_dir).split(",")]
     logs = {str(path.parent if path.name == "log.txt" else path): parse_log(path) for path in paths}
+    for path, streams in zip(paths, logs.values()):
+        if not {"train", "val", "hella"} & streams.keys():
+            raise UserError(f"{path}: no line of train, val or hella, so nothing to draw; wait until the run "
+                            f"has made a step, or name another log")
+    reason = why_no_val_baseline(paths) if model_size in VAL_LOSS_GPT2 and not val_baseline else ""
     out_path = Path(out) if out else paths[0].parent / "log_plot.png"
-    draw(logs, out_path)
+    draw(logs, out_path, model_size in VAL_LOSS_GPT2 and not reason)
     for name, streams in logs.items():
-        last = {stream: f"{list(values.values())[-1]:.6g}" for stream, values in streams.items()}
-        norms = {stream.removeprefix("norm_"): last.pop(stream) for stream in streams
-                 if stream.startswith("norm_")}  # of the layers
-        for what, values in {"last values": last, "last gradient norms": norms}.items():
+        lines = {"last values": {}, "last gradient norms": {}, "steps marked": {
+            what: len(steps) for what, steps in marked_steps(streams).items()}}
+        for stream in streams:
+            values = finite(streams[stream])[1]
+            if len(values):
+                what = "last gradient norms" if stream.startswith("norm_") else "last values"  # of the layers
+                lines[what][stream.removeprefix("norm_")] = f"{values[-1]:.6g}"
+        for what, values in lines.items():
             text = ", ".join(f"{stream} {value}" for stream, value in values.items())
             if text or what == "last values":
                 print(f"{name}, {what}: {text or 'none yet'}")
+    if reason:
+        print(f"note: OpenAI GPT-2 {model_size}'s val loss on FineWeb-Edu is not drawn: {reason}; "
+              f"--val_baseline draws it anyway")
     print(f"figure: {out_path}")
 
 

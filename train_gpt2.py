@@ -20,36 +20,38 @@ so the run is the same for any number of processes, and a resumed run is the run
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import math
 import os
-import platform
-import re
 import signal
 import subprocess
 import sys
 import time
 import warnings
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch._dynamo.utils import counters
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
 import hellaswag
 from bpe import load_tokenizer
-from configurator import Between, OneOf, PathName, UserError, configure
+from configurator import Between, OneOf, PathName, UserError, configure, end_launcher, read_text
 from convert_hf import load_any
-from device import check_first_loss, resolve_device, self_test
-from files import write_atomically
+from device import check_first_loss, is_out_of_memory, resolve_device, self_test
+from files import locked, read_jsonl, write_atomically
 from model import GPT, GPTConfig, plain_attention
+from ranks import Ranks
 from shards import TokenStream, WindowLoader
 
 # ---- data and output
@@ -108,6 +110,7 @@ device = "auto"  # auto|cpu|cuda|cuda:1|mps
 dtype: OneOf("auto", "float32", "bfloat16", "float16") = "auto"  # of matrix products; weights stay float32
 parallel: OneOf("ddp", "fsdp") = "ddp"  # fsdp: weights, gradients and moments are split over the processes
 activation_checkpointing = False  # compute each block twice instead of keeping its activations
+attention: OneOf("auto", "cudnn", "flash", "efficient", "math") = "auto"  # CUDA; auto: cudnn on Hopper
 loss_chunk: Between(0, 2**31) = 0  # rows of logits held at once; 0 = the fastest on the device, on a GPU all
 compile = True  # torch.compile the training step; off by itself, with a line, where it does not work
 peak_tflops: Between(0, 10**6) = 0.0  # dense peak of one device, for the MFU; 0 = device.py's table, or n/a
@@ -123,35 +126,29 @@ for package in ("tensorboard", "wandb"):
         raise UserError(f"--{package} needs a package that is not installed: pip install {package}")
 
 
-# ---- processes and device: the only block that reads RANK and friends
+# a line of runs.jsonl, and one of skipped.jsonl: what is read of them
+START = {"config": {str: (bool, int, float, str)}, "launchers?": [str], "arguments": [str]}
+SKIPPED = {"step": Between(0, 2**63)}
+
+# ---- processes and device
 start_time = time.monotonic()
-world_size = int(os.environ.get("WORLD_SIZE", 1))
-rank = int(os.environ.get("RANK", 0))
-ddp = world_size > 1
+ranks = Ranks()
+rank, world_size, master_process = ranks.rank, ranks.world_size, ranks.master
+ddp = ranks.many
 fsdp = ddp and parallel == "fsdp"
-master_process = rank == 0
-nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-# torchrun's agents share a store that outlives a restart: old addresses would be found in it
-shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-if nodes > 1 and shared_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-    raise UserError("--max-restarts on several nodes: torchrun's shared store keeps the addresses of dead "
-                    "processes; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes")
 if ddp and ":" in device:
     raise UserError(f"device={device} is one device for {world_size} processes; give --device=cuda")
-dev = resolve_device(device, dtype, compile and not eval_only, int(os.environ.get("LOCAL_RANK", 0)),
-                     deterministic)
+dev = resolve_device(device, dtype, compile and not eval_only, ranks.local_rank, deterministic, attention)
 if fsdp and (optimizer == "muon" or dev.dtype == torch.float16):
     raise UserError(f"parallel=fsdp splits the matrices that muon needs whole, and has no loss scaling for "
                     f"float16; got {optimizer} and {dev.dtype}: type --parallel=ddp, or "
                     f"--optimizer=adamw and --dtype=bfloat16")
-if ddp:
-    store = next(dist.rendezvous("env://"))[0]
-    if shared_store and nodes == 1:  # where all processes count the same restarts
-        store = dist.PrefixStore(f"restart {restarts}", store)
-    dist.init_process_group("nccl" if dev.type == "cuda" else "gloo", store=store, rank=rank,
-                            world_size=world_size)
+ranks.connect(dev.device)
+code = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in sorted(Path(__file__).parent.glob("*.py"))}
+ranks.require_equal("settings or code", {**config, **code})
 progress = None  # tqdm's bar, while the loop runs in a terminal
+signals, in_loop = [], False  # SIGTERM and SIGINT that have come; whether the loop runs, which saves
 
 
 def say(text=""):
@@ -163,86 +160,80 @@ def clock(seconds):
     return f"{round(seconds) // 3600}:{round(seconds) // 60 % 60:02d}:{round(seconds) % 60:02d}"
 
 
-def leave_together():
-    """Take the process group down when every process is done with it: gloo aborts one whose peers are not."""
-    if ddp:
-        dist.barrier()
-        dist.destroy_process_group()
+def note_signal(number, frame):
+    """Have the loop save and stop. Before it there is nothing to save; a second Ctrl-C means now."""
+    name = signal.Signals(number).name
+    if name == "SIGINT" and (not in_loop or ("SIGINT" in signals and not ddp)):  # torchrun itself sends two
+        signal.default_int_handler(number, frame)
+    if not in_loop:
+        say(f"stopped by {name} before the first step: nothing was written")
+        sys.stdout.flush()
+        os._exit(0)
+    signals.append(name)
 
 
-def sum_over_ranks(*values):
-    """Python numbers -> their sums over all processes."""
-    if not ddp:
-        return values
-    sums = torch.tensor(values, dtype=torch.float64, device=dev.device if dev.type == "cuda" else "cpu")
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-
-def together(action, *arguments):
-    """action(*arguments) on all processes; where it fails on one, all end, in order."""
-    result = error = None
-    try:
-        result = action(*arguments)
-    except (UserError, OSError) as caught:
-        error = caught
-    if sum_over_ranks(error is not None)[0]:
-        leave_together()
-        raise error or UserError("another process has failed, and says why")
-    return result
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, note_signal)
 
 
 # what torchrun restarts goes on by itself; a new run that would land on an existing one is refused
 log_path, runs_path, skipped_path = (
     Path(log_dir, name) for name in ("log.txt", "runs.jsonl", "skipped.jsonl"))
-job = os.environ.get("TORCHELASTIC_RUN_ID")  # torchrun's, the same after a restart
-job = f"{platform.node()} {os.getppid()}" if job == "none" else job  # it was given no id
-this_start = {"job": job, "arguments": sys.argv[1:]}
+starts = ranks.on_all(read_jsonl, runs_path, START)
+last_start = starts[-1] if starts else {}
+# a restart comes from the same torchrun; the same command typed again does not
+restarted = ranks.launcher in last_start.get("launchers", []) and last_start["arguments"] == sys.argv[1:]
 # a start that failed before its first step is no run
 exists = bool(checkpoint.list_checkpoints(log_dir)) or (
-    log_path.exists() and " train " in log_path.read_text(encoding="utf-8"))
-starts = runs_path.read_text(encoding="utf-8").rstrip() if runs_path.exists() else ""
-restarted = job is not None and starts.endswith(json.dumps(this_start)[1:])
+    log_path.is_file() and b" train " in log_path.read_bytes())
 # one answer for all processes, and all have looked before one writes
-restarted, exists = sum_over_ranks(restarted, exists)
+restarted, exists = ranks.sum(restarted, exists)
 writes = not (dry_run or eval_only)
+occupied = f"log_dir={log_dir} already holds a run; continue it with --resume, or choose --log_dir=ANOTHER"
 if exists and writes and not (resume or restarted):
-    leave_together()
-    raise UserError(f"log_dir={log_dir} already holds a run; continue it with --resume, "
-                    f"or choose --log_dir=ANOTHER")
+    ranks.shutdown()
+    raise UserError(occupied)
 if resume and not exists:
     say(f"resume: there is no run in {log_dir} yet, starting at step 0")
 resume = bool(resume or restarted) and writes
 if resume and not init_from:  # a run that began with weights goes on as one
-    began = re.findall(r'"init_from": ("(?:[^"\\]|\\.)*")', starts)
-    init_from = config["init_from"] = json.loads(began[-1]) if began else ""
+    init_from = config["init_from"] = last_start.get("config", {}).get("init_from", "")
 
 
 @contextlib.contextmanager
-def advice_when_memory_runs_out():
+def advice_when_memory_runs_out(advice):
+    """Answer running out of memory with advice(), what to type."""
     try:
         yield
-    except RuntimeError as error:  # torch's words for it differ from device to device
-        if not re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error)):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        smaller = [b for b in range(B // 2, 0, -1) if grad_accum_steps * B % b == 0]
-        chunk = min(1024, max(1, B * T // 8))
-        flags = [f"--batch_size={smaller[0]} (as many tokens per step)"] if smaller else []
-        flags += [f"--loss_chunk={chunk}"] if chunk < (raw_model.loss_chunk or math.inf) else []
-        flags += [] if activation_checkpointing else ["--activation_checkpointing"]
-        raise UserError(f"out of memory on {dev.name} with batch_size={B}, block_size={T}; type "
-                        f"{', or '.join(flags) or '--block_size=' + str(T // 2)}; "
-                        f"--dry_run tells what a setting needs") from error
+        raise UserError(f"out of memory on {dev.name}; type {advice()}; --dry_run tells what a setting needs"
+                        ) from error
+
+
+def smaller_model():
+    return (f"smaller --n_layer={n_layer}, --n_embd={n_embd}, --vocab_size={vocab_size} or "
+            f"--block_size={block_size}")
+
+
+def smaller_batch():
+    smaller = [b for b in range(B // 2, 0, -1) if grad_accum_steps * B % b == 0]
+    chunk = min(1024, max(1, B * T // 8))
+    flags = [f"--batch_size={smaller[0]} (as many tokens per step)"] if smaller else []
+    flags += [f"--loss_chunk={chunk}"] if chunk < (raw_model.loss_chunk or math.inf) else []
+    flags += [] if activation_checkpointing else ["--activation_checkpointing"]
+    return (", or ".join(flags) or f"--block_size={T // 2}") + f" (it was batch_size={B}, block_size={T})"
 
 
 # ---- data, and the weights to begin with, if not random ones: shape and tokenizer are theirs
-val_stream = TokenStream(data_dir, "val")
-train_stream = val_stream if eval_only else TokenStream(data_dir, "train")
+val_stream = ranks.on_all(TokenStream, data_dir, "val")
+train_stream = val_stream if eval_only else ranks.on_all(TokenStream, data_dir, "train")
 start = heads = start_crc = None
 if init_from or eval_only:
     # a run that goes on has them in its own checkpoints, though its source may be gone
     source = log_dir if not init_from or (resume and checkpoint.list_checkpoints(log_dir)) else init_from
-    start = together(load_any, source)
+    start = ranks.on_all(load_any, source)
     start.pop("optimizers", None)  # twice the weights
     theirs = {**start["model_config"]}
     heads = theirs.pop("heads", None)
@@ -253,7 +244,8 @@ if init_from or eval_only:
     config.update(shape)  # for the record, and as the settings that they are
     globals().update(shape)
 B, T = batch_size, block_size
-tok = checkpoint.checkpoint_tokenizer(start) if start else load_tokenizer(tokenizer)
+tok = (ranks.on_all(checkpoint.checkpoint_tokenizer, start) if start else
+       ranks.on_all(load_tokenizer, tokenizer))
 if start and tokenizer != "gpt2" and load_tokenizer(tokenizer).sha256 != tok.sha256:
     raise UserError(f"tokenizer={tokenizer}: the weights to begin with know {tok.name!r}, which is another "
                     f"vocabulary, and comes with them; leave --tokenizer out")
@@ -292,6 +284,8 @@ def fetch_batch(step, micro_step):
 
 def unigram_loss():
     """Val loss of a model that knows frequencies only: add-one counts of the first 2**24 train tokens."""
+    if eval_only or not master_process:
+        return None
     counts = 1 + train_loader.count_targets(min(train_loader.n_windows, 2**24 // T + 1))
     val_counts = val_loader.count_targets(n_val_windows)
     return math.log(counts.sum()) - (val_counts * np.log(counts)).sum() / val_counts.sum()
@@ -301,28 +295,35 @@ def unigram_loss():
 if vocab_size == 0:
     vocab_size = config["vocab_size"] = math.ceil(tok.n_vocab / 128) * 128
 torch.manual_seed(seed)  # the same initial weights on every process and device
-raw_model = GPT(GPTConfig(block_size, vocab_size, tok.n_vocab, n_layer, n_head, n_embd, dropout,
-                          norm_position, heads))
-raw_model.activation_checkpointing = activation_checkpointing
-raw_model.loss_chunk = loss_chunk or dev.loss_chunk
-if fsdp:  # each process keeps its part of every matrix and gathers a block when it needs it
-    # the logits are a view, which nobody changes in place
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    for block in raw_model.transformer.h:
-        if dev.compile:
-            block.compile(dynamic=False)
-        fully_shard(block)
-    fully_shard(raw_model)
-else:
-    raw_model.to(dev.device)
+with advice_when_memory_runs_out(smaller_model):
+    raw_model = GPT(GPTConfig(block_size, vocab_size, tok.n_vocab, n_layer, n_head, n_embd, dropout,
+                              norm_position, heads))
+    raw_model.activation_checkpointing = activation_checkpointing
+    raw_model.loss_chunk = loss_chunk or dev.loss_chunk
+    if fsdp:  # each process keeps its part of every matrix and gathers a block when it needs it
+        # its loss is not compiled: all logits at once would take more memory than the model
+        raw_model.loss_chunk = raw_model.loss_chunk or 4096
+        # the logits are a view, which nobody changes in place
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        mesh = init_device_mesh(dev.type, (world_size,))
+        # autocast would round the gathered weights all the same; the residual stream stays float32
+        precision = MixedPrecisionPolicy(param_dtype=dev.dtype, reduce_dtype=torch.float32,
+                                         cast_forward_inputs=False)
+        for block in raw_model.transformer.h:
+            if dev.compile:
+                block.compile(dynamic=False)
+            fully_shard(block, mesh=mesh, mp_policy=precision)
+        fully_shard(raw_model, mesh=mesh)
+    else:
+        raw_model.to(dev.device)
 # a device that leaks future tokens trains to a wonderful loss, so it is asked before anything is trained
 failures = self_test(raw_model, dev)
-if sum_over_ranks(len(failures))[0]:
+if ranks.sum(len(failures))[0]:
     say(f"self-test: {'; '.join(failures) or 'failed elsewhere'}; attention is written out instead")
     raw_model.use_attention(plain_attention)
     failures = self_test(raw_model, dev, plain_attention)
-    if sum_over_ranks(len(failures))[0]:
-        leave_together()
+    if ranks.sum(len(failures))[0]:
+        ranks.shutdown()
         raise UserError(f"self-test on {dev.name}: {'; '.join(failures) or 'failed elsewhere'}; this device "
                         f"computes wrong numbers: try --dtype=float32, another torch, or --device=cpu")
 if fsdp:  # a forward without a backward leaves the embeddings gathered
@@ -362,26 +363,33 @@ def check_saved(saved):
             say(f"resume: {key} was {was[key]}, is now {config[key]}")
 
 
+def claim_log_dir():
+    """Lock log_dir for as long as this process lives, and see that no run has appeared there meanwhile."""
+    if master_process and writes:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        lock.enter_context(locked(log_dir, "run"))
+        if not exists and checkpoint.list_checkpoints(log_dir):
+            raise UserError(occupied)
+
+
+lock = contextlib.ExitStack()
+ranks.on_all(claim_log_dir)
 start_step, best, reached = max_steps if eval_only else 0, None, False
 if resume and checkpoint.list_checkpoints(log_dir):
-    saved = checkpoint.load_into(log_dir, raw_model, optimizers, check_saved)
+    saved = ranks.on_all(checkpoint.load_into, log_dir, raw_model, optimizers, check_saved)
     if saved["scaler"] and scaler.is_enabled():  # empty unless the run that saved it was in float16
         scaler.load_state_dict(saved["scaler"])
     start_step, best, guard = saved["step"], saved["best"], saved["guard"]
     if not restarted:  # by a person, who has changed something about it
         guard["in_row"] = 0
     if saved["val_data"] != [val_stream.fingerprint, n_val_windows]:
-        say("resume: the validation tokens are others than before; the best val loss starts anew")
+        say("resume: the validation tokens have changed; the best val loss starts anew")
         best = None
     reached = 0 < saved["train_loss"] <= target_loss
-if ddp:
-    places = [None] * world_size
-    dist.all_gather_object(places, (start_step, train_stream.fingerprint, val_stream.fingerprint, start_crc))
-    if len(set(places)) > 1:
-        leave_together()
-        raise UserError(f"processes disagree on (start step, train data, val data, weights to begin with): "
-                        f"{sorted(set(places), key=str)}; log_dir={log_dir}, data_dir={data_dir} and "
-                        f"init_from={init_from} must be the same on every node")
+ranks.require_equal("what they train on", {
+    "the step to start at": start_step, f"the train tokens in data_dir={data_dir}": train_stream.fingerprint,
+    f"the val tokens in data_dir={data_dir}": val_stream.fingerprint,
+    f"the weights in init_from={init_from}": start_crc})
 
 # evaluation, sampling and saving use raw_model, in eager mode; only the training step is compiled
 model = raw_model
@@ -391,8 +399,10 @@ if ddp and not fsdp:  # from here on every process has the weights of rank 0
 replica = model  # the one that averages gradients over the processes
 if dev.compile and not fsdp:  # around DDP, so that it cuts the graph where gradients can be sent early
     model = torch.compile(model, dynamic=False)
-x, y = fetch_batch(start_step, 0)
-unigram = unigram_loss() if master_process and not eval_only else None
+loading = ThreadPoolExecutor(1, initializer=dev.use)  # reads one batch ahead
+next_batch = loading.submit(fetch_batch, start_step, 0)
+ranks.on_all(next_batch.result)
+unigram = ranks.on_all(unigram_loss)
 
 
 def read_hellaswag():
@@ -403,11 +413,11 @@ def read_hellaswag():
         path = hellaswag.find_data(hellaswag_data, "hellaswag_data")
     except UserError as error:  # of all processes alike
         if hellaswag_data:
-            leave_together()
+            ranks.shutdown()
             raise
         say(f"warning: this run has no HellaSwag scores: {error}; or type --hellaswag_interval=0")
         return None
-    return together(hellaswag.read_examples, path, tok, "completion")
+    return ranks.on_all(hellaswag.read_examples, path, tok, "completion")
 
 
 examples = read_hellaswag()
@@ -447,43 +457,54 @@ def open_wandb():
 
 provenance = {"git": git_revision(), "torch": str(torch.__version__), "device": dev.name,
               "world_size": world_size}
-if master_process and writes:
-    Path(log_dir).mkdir(parents=True, exist_ok=True)
+
+
+def open_record():
+    """(log.txt, TensorBoard, Weights & Biases) to write into, without what came after the checkpoint."""
+    if not (master_process and writes):
+        return None, None, None
     for path in checkpoint.list_checkpoints(log_dir):
-        if checkpoint.step_of(path) > start_step:  # newer than the newest whole one: damaged
+        if checkpoint.step_of(path) > start_step:  # newer than the newest valid one: corrupt
             path.rename(path.with_suffix(f".damaged_{time.time_ns()}"))
-    lines = log_path.read_text(encoding="utf-8").splitlines(keepends=True) if log_path.exists() else []
+    lines = read_text(log_path).splitlines(keepends=True) if log_path.exists() else []
     if lines and start_step == 0:
         lines, old_log = [], Path(log_dir, f"log_before_{time.time_ns()}.txt")
         say(f"no checkpoint in {log_dir}, starting at step 0; its log is now {old_log}")
         log_path.rename(old_log)
-    # without what came after the checkpoint, which is about to happen again, and without half a line
+    # what came after the checkpoint is about to happen again; half a line is left by a kill
     kept = [line for line in lines if line.endswith("\n")
             and not (line.split(" ")[0].isdigit() and int(line.split(" ")[0]) >= start_step)]
     write_atomically(log_path, "".join(kept).encode())
     if skipped_path.exists():
-        kept = [line for line in skipped_path.read_text(encoding="utf-8").splitlines(keepends=True)
-                if line.endswith("\n") and json.loads(line)["step"] < start_step]
-        write_atomically(skipped_path, "".join(kept).encode())
+        kept = [record for record in read_jsonl(skipped_path, SKIPPED) if record["step"] < start_step]
+        write_atomically(skipped_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
     with open(runs_path, "a", encoding="utf-8") as file:
         record = {"start_step": start_step, "config": config, "data": train_stream.fingerprint, **provenance,
-                  **this_start}
+                  "launchers": launchers, "arguments": sys.argv[1:]}
         file.write(json.dumps(record) + "\n")
-board = open_board() if tensorboard and master_process and writes else None
-wandb_run = open_wandb() if wandb and master_process and writes else None
+    log_file = open(log_path, "a", buffering=1, encoding="utf-8")  # a line is one write
+    return log_file, open_board() if tensorboard else None, open_wandb() if wandb else None
+
+
+launchers = sorted(set(filter(None, ranks.gather(ranks.launcher))))
+log_file, board, wandb_run = ranks.on_all(open_record)
 writer = None
 if (master_process or fsdp) and writes:
     writer = checkpoint.CheckpointWriter(log_dir, keep_checkpoints, sharded=fsdp)
+failures = []  # of this process; the others learn of them at the end of the step
 
 
 def log(step, **streams):
-    if master_process and writes:
-        with open(log_path, "a", encoding="utf-8") as file:
-            file.write("".join(f"{step} {stream} {value:.8g}\n" for stream, value in streams.items()))
-        for stream, value in streams.items() if board else ():
-            board.add_scalar(stream, value, step)
-        if wandb_run:
-            wandb_run.log({"step": step, **streams})
+    if not log_file:
+        return
+    try:
+        log_file.write("".join(f"{step} {stream} {value:.8g}\n" for stream, value in streams.items()))
+    except OSError as error:
+        failures.append(error)
+    for stream, value in streams.items() if board else ():
+        board.add_scalar(stream, value, step)
+    if wandb_run:
+        wandb_run.log({"step": step, **streams})
 
 
 say(f"device: {dev.name} ({dev.device}), {str(dev.dtype).removeprefix('torch.')}, "
@@ -525,43 +546,64 @@ def too_old():
     return 0 < max_hours * 3600 <= time.monotonic() - start_time
 
 
-def told_to_stop():
-    """Whether a process has had a signal, or is too old and has made a step: the same answer for all, who ask
-    before each batch that they judge."""
-    return sum_over_ranks(len(signals) + (too_old() and step > start_step))[0] > 0
+def stop_requested():
+    """Whether this process is to stop: told by a signal, or too old, or left behind by a dead launcher."""
+    return len(signals) + (too_old() and step > start_step) + ranks.orphaned()
 
 
-@torch.compiler.set_stance("force_eager")
+def weight_bits():
+    """Sum of the bits of all weights: one flipped bit changes it."""
+    return sum(p.detach().view(torch.int32).sum(dtype=torch.int64) for p in raw_model.parameters()).item()
+
+
+def check_weights():
+    """Under ddp all processes have the same weights, to the last bit; a bad card's would part from them."""
+    everyone = ranks.gather(None if fsdp else weight_bits())
+    usual = Counter(everyone).most_common(1)[0][0]
+    parted = [rank for rank, bits in enumerate(everyone) if bits != usual]
+    if parted:
+        give_up(f"at step {step} the weights of rank {', '.join(map(str, parted))} of {world_size} differ "
+                f"from the others': look at that device's memory")
+
+
+# on a CPU compiling takes longer than it saves
+judging_model = torch.compile(raw_model, dynamic=False) if dev.compile and dev.type == "cuda" else raw_model
+compiled_judging = judging_model is not raw_model or (fsdp and dev.type == "cuda")
+
+
 @torch.no_grad()
-def evaluate_loss(n_windows, stop=hellaswag.never):
-    """(nats per token, bits per byte) over the first windows of val, every token weighing the same; or None,
-    where `stop` said so meanwhile."""
-    raw_model.eval()
+def loss_of_part(n_windows):
+    """[nats, tokens, bytes] of this process's part of the first windows of val."""
     token_bytes = tok.token_bytes()
-    loss_sum, n_tokens, n_bytes = 0.0, 0, 0
-    rows = B if raw_model.loss_chunk else max(1, B // 4)  # whole logits take more memory here than compiled
+    losses, n_tokens, n_bytes = [], 0, 0
+    rows = B if raw_model.loss_chunk or compiled_judging else max(1, B // 4)  # eager logits take more memory
     for first in range(0, n_windows, world_size * rows):
-        if stop():
-            raw_model.train()
-            return None
         ids = np.arange(first + rank * rows, min(first + (rank + 1) * rows, n_windows))
-        # fsdp gathers weights in every forward, so a process without windows left takes part, for nothing
-        x, y = val_loader.read_windows(ids if len(ids) else np.zeros(1, dtype=np.int64))
-        with dev.autocast(), advice_when_memory_runs_out():
-            loss = raw_model(dev.to_device(x), dev.to_device(y), reduction="sum").item()
-        if len(ids):
-            loss_sum, n_tokens, n_bytes = loss_sum + loss, n_tokens + y.size, n_bytes + token_bytes[y].sum()
+        # compiled shapes are fixed; and fsdp gathers weights in every forward, so all processes take part
+        width = rows if compiled_judging else max(1, len(ids))
+        x, y = val_loader.read_windows(np.pad(ids, (0, width - len(ids))))
+        n_tokens, n_bytes = n_tokens + y[:len(ids)].size, n_bytes + int(token_bytes[y[:len(ids)]].sum())
+        y[len(ids):] = -100
+        with dev.autocast(), advice_when_memory_runs_out(smaller_batch):
+            losses.append(judging_model(dev.to_device(x), dev.to_device(y), reduction="sum"))
+    return sum(torch.stack(losses).tolist()), n_tokens, n_bytes
+
+
+def evaluate_loss(n_windows):
+    """(nats per token, bits per byte) over the first windows of val, every token weighing the same."""
+    raw_model.eval()
+    with torch.compiler.set_stance("default" if compiled_judging else "force_eager"):
+        loss_sum, n_tokens, n_bytes = ranks.sum(*ranks.on_all(loss_of_part, n_windows))
     raw_model.train()
-    loss_sum, n_tokens, n_bytes = sum_over_ranks(loss_sum, n_tokens, int(n_bytes))
     return loss_sum / n_tokens, loss_sum / math.log(2) / n_bytes
 
 
 @torch.compiler.set_stance("force_eager")
 def score_hellaswag():
-    """The score on all examples, the same for every batch size and number of processes; or None, as above."""
-    with advice_when_memory_runs_out():
+    """The score on all examples, the same for every batch size and number of processes."""
+    with advice_when_memory_runs_out(smaller_batch):
         try:
-            return hellaswag.evaluate(raw_model, examples, dev, B * T, told_to_stop)
+            return hellaswag.evaluate(raw_model, examples, dev, B * T)
         except UserError as error:
             give_up(error)
 
@@ -571,7 +613,8 @@ def give_up(reason):
     if writer:
         writer.wait()
     newest = checkpoint.list_checkpoints(log_dir)[-1:]
-    leave_together()
+    ranks.shutdown()
+    end_launcher()
     if start and step == start_step:
         sys.exit(f"error: {reason}, before the first step: the weights of {source} are damaged; name others "
                  f"with --init_from, or try --dtype=float32")
@@ -610,16 +653,14 @@ def data_positions(step, losses):
     first = (worst * world_size + rank) * B
     ids = train_loader.window_ids(step)[first:first + B]
     places = [train_stream.locate(int(window) * T) for window in ids]
-    mine = {"rank": rank, "micro_step": worst, "loss": str(losses[worst]),  # JSON knows no nan
-            "windows": [f"{path.name}:{token}" for path, token in places]}
-    everyone = [mine] * world_size
-    if ddp:
-        dist.all_gather_object(everyone, mine)
-    return everyone
+    return ranks.gather({"rank": rank, "micro_step": worst, "loss": str(losses[worst]),  # JSON knows no nan
+                         "windows": [f"{path.name}:{token}" for path, token in places]})
 
 
 @torch.compiler.set_stance("force_eager")
 def print_samples(step):
+    if not (master_process or fsdp):
+        return
     generator = torch.Generator(dev.device).manual_seed(seed + step)
     idx = dev.to_device(np.concatenate(([tok.eot], tok.encode(prompt))).astype(np.int64))  # (T,)
     with dev.autocast():
@@ -631,20 +672,10 @@ def print_samples(step):
 
 
 # ---- the loop
-signals = []  # SIGTERM and SIGINT that have come
-
-
-def note_signal(number, frame):
-    if signals and not ddp:  # torchrun sends a second one by itself; a person means it
-        signal.default_int_handler(number, frame)
-    signals.append(signal.Signals(number).name)
-
-
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, note_signal)
 if master_process and sys.stdout.isatty() and not dry_run:
     progress = tqdm(total=max_steps, initial=start_step, unit="step", file=sys.stdout, dynamic_ncols=True)
 raw_model.train()
+in_loop = True
 step_times, loss, stopping, n_graphs = [], math.inf, False, None
 for step in range(start_step, max_steps + 1):  # one extra turn, to judge and save the final weights
     last_step = step == max_steps or reached
@@ -655,9 +686,10 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     # ---- evaluate: every process, fixed tokens, off the clock; whatever is saved is judged first
     checkpoint_due = last_step or (checkpoint_interval > 0 and step > 0 and step % checkpoint_interval == 0)
     val_due = checkpoint_due or (val_interval > 0 and step % val_interval == 0)
-    judged = evaluate_loss(n_val_windows, told_to_stop) if val_due and not (stopping or dry_run) else None
+    judged = val_due and not (stopping or dry_run)
     if judged:
-        val_loss, val_bpb = judged
+        check_weights()
+        val_loss, val_bpb = evaluate_loss(n_val_windows)
         log(step, val=val_loss, val_bpb=val_bpb)
         say(f"step {step} | val loss: {val_loss:.4f} | bits per byte: {val_bpb:.4f}")
         if not math.isfinite(val_loss):
@@ -665,18 +697,19 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         if checkpoint_due and (best is None or val_loss < best["val_loss"]):
             best = {"step": step, "val_loss": val_loss}
     hella_due = last_step or (step > 0 and step % max(1, hellaswag_interval) == 0)
-    stopping = stopping or (val_due and not judged and not dry_run)
-    hella = score_hellaswag() if examples and hella_due and not stopping else None
-    if hella:
+    stopping = stopping or (judged and ranks.sum(stop_requested())[0] > 0)
+    hella_due = bool(examples) and hella_due and not stopping
+    if hella_due:
+        hella = score_hellaswag()
         log(step, hella=hella.acc_norm, hella_acc=hella.acc)
         say(f"step {step} | {hellaswag.format_result(examples.protocol, hella)}")
-    stopping = stopping or bool(examples and hella_due and not hella)
+        stopping = ranks.sum(stop_requested())[0] > 0
     # no time for more, but nothing is saved that is not finite
     if stopping and not judged and not math.isfinite(evaluate_loss(min(world_size, n_val_windows))[0]):
         give_up(f"val loss is not finite at step {step}")
     sample_due = sample_interval > 0 and step > 0 and step % sample_interval == 0
-    if sample_due and (master_process or fsdp) and not (last_step or stopping or dry_run):
-        print_samples(step)
+    if sample_due and not (last_step or stopping or dry_run):
+        ranks.on_all(print_samples, step)
 
     # ---- checkpoint: at step s, s updates have been made
     if (checkpoint_due or stopping) and step > start_step and writer:
@@ -696,20 +729,22 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     t0 = time.perf_counter()
     lr = get_lr(step, schedule, warmup_steps, max_steps, max_lr, min_lr, decay_fraction)
     losses = []  # of this process's micro-steps
-    with advice_when_memory_runs_out():
+    with advice_when_memory_runs_out(smaller_batch):
         for micro_step in range(grad_accum_steps):
             last_micro_step = micro_step == grad_accum_steps - 1
-            # before the forward: there it is decided whether this backward averages over the processes
-            if fsdp:
-                raw_model.set_requires_gradient_sync(last_micro_step)
-            elif ddp:
+            try:
+                x, y = next_batch.result()
+            except (UserError, OSError) as error:  # a step on the batch before, which is not counted
+                failures.append(error)
+            if not last_micro_step or step + 1 < max_steps:
+                following = (step + 1, 0) if last_micro_step else (step, micro_step + 1)
+                next_batch = loading.submit(fetch_batch, *following)
+            if ddp and not fsdp:  # before the forward: there it is decided whether the backward averages
                 replica.require_backward_grad_sync = last_micro_step
             # a micro-batch has the same dropout masks whichever process computes it, and after a resume
             torch.manual_seed(zlib.crc32(f"dropout {seed} {step} {micro_step * world_size + rank}".encode()))
             with dev.autocast():
                 loss = model(x, y)
-            if not (last_micro_step and step + 1 == max_steps):  # the next batch loads while the GPU is busy
-                x, y = fetch_batch(step + 1, 0) if last_micro_step else fetch_batch(step, micro_step + 1)
             scaler.scale(loss / grad_accum_steps).backward()
             losses.append(loss.detach())
         for opt in optimizers:
@@ -720,18 +755,22 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         norm = norm.full_tensor() if fsdp else norm
         losses = torch.stack(losses).tolist()
         # one exchange, so that all processes go on, skip or stop together; a nan of one is a nan for all
-        loss, norm, n_told, n_failed = sum_over_ranks(
-            sum(losses) / grad_accum_steps, norm.item(), len(signals) + too_old(),
-            writer is not None and writer.failed())
+        loss, norm, n_told, n_failed = ranks.sum(
+            sum(losses) / grad_accum_steps, norm.item(), len(signals) + too_old() + ranks.orphaned(),
+            len(failures) + (writer is not None and writer.failed()))
+        if n_failed:  # on a process that could not read its data, or not write
+            break
         loss, norm, stopping = loss / world_size, norm / world_size, n_told > 0
-        bad = judge_step(loss, norm)
+        # float16 finds its loss scale by trying: a scale that was too large is no fault of the step
+        scale = scaler.get_scale()
+        overflow = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm) and scale > 1
+        bad = None if overflow else judge_step(loss, norm)
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr
-            if not bad:
+            if not bad:  # after an overflow it does nothing
                 scaler.step(opt)
             opt.zero_grad(set_to_none=True)
-        scale = scaler.get_scale()
         scaler.update()
     dev.synchronize()
     dt = time.perf_counter() - t0  # seconds
@@ -739,7 +778,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     # before the log has a step, so that the mended model may start in this log_dir
     first = step == 0 and not start  # of a model that knows nothing yet
     if first and not bad and norm_position == "pre" and check_first_loss(loss, vocab_size, n_embd):
-        leave_together()
+        ranks.shutdown()
         raise UserError(f"{check_first_loss(loss, vocab_size, n_embd)[0]}: the model does not start as GPT-2 "
                         f"does; undo what was changed in model.py, or see whether --dtype=float32 is better")
 
@@ -753,7 +792,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     if progress is None:
         say(f"step {step} | loss: {loss:.6f} | lr: {lr:.2e} | norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
             f"tok/sec: {tok_s:.2f} | mfu: {'n/a' if mfu is None else f'{mfu:.1%}'} | "
-            f"eta: {clock((max_steps - 1 - step) * float(np.median(step_times[-100:])))}")
+            f"eta: {clock((max_steps - 1 - step) * float(np.median(step_times[1:][-100:] or step_times)))}")
     else:
         progress.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, {tok_s:,.0f} tok/s",
                                  refresh=False)
@@ -771,6 +810,8 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
                                        "data": where}) + "\n")
         if guard["in_row"] >= max_bad_steps:
             give_up(f"{guard['in_row']} steps in a row were skipped, the last, {step}, for its {bad}")
+    elif overflow:
+        say(f"step {step} | loss scale {scale:g} is too large, the weights stay; now {scaler.get_scale():g}")
     else:
         guard.update(in_row=0, recent=[*guard["recent"][1 - SPIKE_WINDOW:], [loss, norm]])
         reached = target_loss > 0 and loss <= target_loss
@@ -778,8 +819,6 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     if n_graphs is not None and graphs > n_graphs:
         say(f"step {step} | recompiled: {graphs} graphs, {n_graphs} before")
     n_graphs = graphs
-    if n_failed:  # a checkpoint could not be written
-        break
 
 # ---- what came of it
 if progress is not None:
@@ -795,16 +834,15 @@ if dry_run:
     say(f"{batch_tokens / step_times[-1]:,.0f} tok/s: {max_steps:,} steps of {batch_tokens:,} tokens take "
         f"{clock(max_steps * step_times[-1])} on {world_size} process(es), without validation")
 else:
-    error = None
-    try:
+    def finish_writing():
         if writer:
             writer.wait()
-    except Exception as caught:
-        error = caught
-    if sum_over_ranks(error is not None)[0]:
-        leave_together()
-        raise error or UserError("another process could not write its part of the checkpoint")
-    why = signals[0] if signals else "--max_hours" if too_old() else "a signal to another process"
+        if failures:
+            raise failures[0]
+
+    ranks.on_all(finish_writing)
+    why = (signals[0] if signals else "--max_hours" if too_old() else
+           "the end of torchrun" if ranks.orphaned() else "a signal to another process")
     say(f"\n{f'stopped by {why}' if stopping else 'done'}: step {step}, "
         + ("judged, not trained" if eval_only else f"{step * batch_tokens:,} tokens")
         + (f", {batch_tokens / np.median(step_times):,.0f} tok/s (median step)" if step_times else "")
@@ -820,7 +858,5 @@ if board:
     board.close()
 if wandb_run:
     wandb_run.finish()
-leave_together()
-if ddp:  # gloo's threads outlive their group, and now and then abort a process that ends the long way
-    sys.stdout.flush()
-    os._exit(0)
+ranks.shutdown()
+ranks.exit()

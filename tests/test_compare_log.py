@@ -155,21 +155,26 @@ def test_other_data_is_said_and_other_settings_are_refused(made, tmp_path):
     # what does not move the curve, or is not known to the older of the two, is no reason to refuse
     done = compare(made, write_run(tmp_path / "same", 10, settings={"device": "cuda", "optimizer": "adamw"}))
     assert done.returncode == 0
-    (tmp_path / "same" / "runs.jsonl").write_text('{"config": {"n_l', encoding="utf-8")
-    assert "last line: " in compare(made, tmp_path / "same").stderr
+    for text in ('{"config": {"n_l', "{}\n[]", '{}\n{"data": "ffff"}'):
+        (tmp_path / "same" / "runs.jsonl").write_text(text, encoding="utf-8")
+        done = compare(made, tmp_path / "same")
+        place = f"runs.jsonl, line {text.count(chr(10)) + 1}: "
+        assert done.returncode == 2 and place in done.stderr and "Traceback" not in done.stderr
     (tmp_path / "same" / "runs.jsonl").unlink()
     done = compare(made, tmp_path / "same" / "log.txt")
     assert done.returncode == 0 and "has no runs.jsonl" in done.stdout
 
 
 def test_what_no_reference_is_made_of(made, tmp_path):
-    runs = {"a": (0, {}), "b": (1, {}), "same_seed": (0, {}), "data": (2, {"data": "ffff"}),
+    runs = {"a": (0, {}), "b": (1, {}), "nan": (2, {"shift": float("nan")}),
+            "same_seed": (0, {}), "data": (2, {"data": "ffff"}),
             "settings": (2, {"settings": {"max_lr": 1e-3}}), "no_val": (2, {"steps": ()})}
     for name, (seed, options) in runs.items():
         write_run(tmp_path / name, seed, **options)
     for names, words in [("a", "two seeds or more"), ("a,same_seed", "all different; train with --seed=N"),
                          ("a,b,data", "differ in more than the seed: data d5705165a538cab6 and ffff"),
                          ("a,b,settings", "max_lr=0.002 and 0.001"), ("a,no_val", "no val, val_bpb"),
+                         ("a,nan", "nan has nan or inf for val at step 200, "),
                          ("a,nosuch", "no log and no folder")]:
         done = script(tmp_path, f"--make={names}", "--ref=r.log")
         assert done.returncode == 2 and words in done.stderr, (names, done)

@@ -25,8 +25,8 @@ compile = True
 wandb_run_name = "gpt2"  # name # with a hash
 out_dir: PathName = "out"
 start = "\\n"
-top_p: float | None = None  # nucleus
-stop_at: int | None = 5
+top_p: Between(0, 1.0) | None = None  # nucleus
+stop_at: Between(1, 10**12) | None = 5
 CONSTANT = 3
 _private = 1
 config = configure(globals())
@@ -40,7 +40,7 @@ def namespace(tmp_path):
     """A script's globals as configure sees them: settings, and what is none."""
     names = {"__file__": str(tmp_path / "script.py"), "__name__": "__main__", "CONSTANT": 3, "_private": 1,
              "sys": sys, "configure": configure,
-             "__annotations__": {"top_p": float | None, "stop_at": int | None}}
+             "__annotations__": {"top_p": Between(0, 1.0) | None, "stop_at": Between(1, 9) | None}}
     names.update(batch_size=16, learning_rate=6e-4, grad_clip=1.0, compile=True, wandb_run_name="gpt2",
                  out_dir="out", start="\n", top_p=None, stop_at=5)
     return names
@@ -175,8 +175,8 @@ def test_annotations_are_checked_in_flags_and_files(namespace, tmp_path, how):
         ("batch_size", "0", "1 to 99"), ("batch_size", "1" * 4000, "1 to 99"),
         ("batch_size", "1.5", "a whole number, 1 to 99"), ("batch_size", "None", "a whole number, 1 to 99"),
         ("grad_clip", "-1e-300", "0 to 0.999999999"), ("grad_clip", "1", "0 to 0.999999999"),
-        ("grad_clip", "1e310", "a number, 0 to 0.999999999"), ("top_p", "1.5", "0 to 1.0"),
-        ("stop_at", "1", "2 to 9"), ("stop_at", "2.5", "a whole number, 2 to 9 or none"),
+        ("grad_clip", "1e310", "a number, 0 to 0.999999999"), ("top_p", "1.5", "0 to 1.0 or none"),
+        ("stop_at", "1", "2 to 9 or none"), ("stop_at", "2.5", "a whole number, 2 to 9 or none"),
         ("wandb_run_name", "gpt4", "gpt2, gpt3 or nothing"),
     ]:
         path.write_text(f"{key} = {text!r}" if text == "gpt4" else f"{key} = {text}", encoding="utf-8")
@@ -305,10 +305,11 @@ def test_help_lists_key_type_default_and_comment(tmp_path):
     lines = {line.split("=")[0].strip(): line for line in done.stdout.splitlines() if line.startswith("  --")}
     assert len(lines) == 10
     assert re.fullmatch(" +--batch_size=16 +int, 1 to 65,536 +sequences", lines["--batch_size"])
-    assert "  float, 0 or more  peak" in lines["--learning_rate"]  # a huge bound says nothing
+    assert re.search("  float, 0 or more +peak", lines["--learning_rate"])  # a huge bound says nothing
     assert lines["--optimizer"].endswith("  adamw or muon") and lines["--out_dir"].endswith("  path")
     assert lines["--wandb_run_name"].endswith("name # with a hash")
-    assert "float or none" in lines["--top_p"]
+    assert re.search("  float, 0 to 1.0 or none +nucleus", lines["--top_p"])
+    assert lines["--stop_at"].endswith("  int, 1 or more or none")
     assert lines["--grad_clip"].split() == ["--grad_clip=1.0", "float"]
 
 

@@ -112,3 +112,22 @@ def test_an_overflow_of_float16_halves_the_scale(flags, tmp_path):
     assert state["guard"]["skipped"] == 1 and state["scaler"]["scale"] == 2.0**15
     record, = map(json.loads, (tmp_path / "log" / "skipped.jsonl").read_text(encoding="utf-8").splitlines())
     assert record["step"] == 4 and record["scale"] == 2.0**16
+
+
+def test_a_loss_scale_that_was_too_large_is_no_bad_step(flags, tmp_path):
+    """Gradients overflow, losses do not: the scale comes down, and nothing is counted."""
+    large = """
+        import torch
+        make = torch.amp.GradScaler
+        torch.amp.GradScaler = lambda *args, **kwargs: make(*args, init_scale=2.0**22, **kwargs)
+    """
+    out = train(flags, 1, with_fault(tmp_path, large), log_dir=tmp_path / "log", dtype="float16",
+                max_bad_steps=2)
+    overflows = [step for step, norm in read_log(tmp_path / "log", "norm")["norm"].items()
+                 if not math.isfinite(float(norm))]
+    assert overflows[:3] == [0, 1, 2], "the test must overflow more often in a row than bad steps may"
+    assert out.count(" | loss scale ") == len(overflows)
+    state = load_checkpoint(tmp_path / "log")
+    assert state["guard"]["skipped"] == 0 and state["scaler"]["scale"] == 2.0 ** (22 - len(overflows))
+    assert len(state["guard"]["recent"]) == 12 - len(overflows)
+    assert not (tmp_path / "log" / "skipped.jsonl").exists()

@@ -148,8 +148,8 @@ def test_weights_that_do_not_fit(flags, judged, tmp_path, overrides, words):
     assert not (tmp_path / "log").exists()
 
 
-def test_a_signal_stops_the_judging_too(flags, tmp_path, questions):
-    """Told in the middle of validation, of HellaSwag, and of a run that only judges: it ends in order."""
+def test_a_signal_stops_after_what_is_being_evaluated(flags, tmp_path, questions):
+    """Told in the middle of validation, of HellaSwag, and of a run that only evaluates: no step follows."""
     flags |= {"hellaswag_interval": 3, "hellaswag_data": questions, "log_dir": tmp_path / "log"}
     told = """
 import signal, model
@@ -165,13 +165,13 @@ model.GPT.forward = faulty
 """
     # 32 windows, 2 at a time: the second batch of the validation of step 4
     out = train(flags, 1, with_fault(tmp_path, told.format(reduction="sum", call=16 + 2)))
-    assert "stopped by SIGTERM: step 4," in out and "step 4 | val loss" not in out
-    assert load_checkpoint(tmp_path / "log")["val_loss"] is None
+    assert "stopped by SIGTERM: step 4," in out and "step 4 | val loss" in out
+    assert load_checkpoint(tmp_path / "log")["val_loss"] is not None
     out = train({**flags, "resume": "true"}, 1, with_fault(tmp_path, told.format(reduction="none", call=2)))
     assert "step 4 | val loss" in out and "stopped by SIGTERM: step 6," in out
-    assert "completion" not in out and load_checkpoint(tmp_path / "log")["step"] == 6
+    assert "step 6 | completion" in out and load_checkpoint(tmp_path / "log")["step"] == 6
     out = train({**flags, "eval_only": "true"}, 1, with_fault(tmp_path, told.format(reduction="sum", call=2)))
-    assert "stopped by SIGTERM: step 6, judged, not trained" in out and "val loss" not in out
+    assert "stopped by SIGTERM: step 6, judged, not trained" in out and "completion" not in out
 
 
 def test_weights_that_are_not_finite(flags, judged, tmp_path):

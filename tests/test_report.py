@@ -6,10 +6,12 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from training import ROOT, attempt, read_log, train
 
 import loss_report
@@ -54,8 +56,9 @@ def pick(found, kind, split="val"):
 def report(monkeypatch, folder, *flags):
     """plot_log.py --report in this process, in `folder`: what it would do as a command."""
     monkeypatch.chdir(folder)
-    defaults = {"log_dir": "log", "out": "", "model_size": "", "checkpoint": "", "data_dir": "",
-                "val_tokens": None, "device": "cpu", "dtype": "float32", "seed": 1337, "report": True}
+    defaults = {"log_dir": "log", "log": "", "out": "", "model_size": "", "val_baseline": False,
+                "checkpoint": "", "data_dir": "", "val_tokens": None, "device": "cpu", "dtype": "float32",
+                "seed": 1337, "report": True}
     for key, value in {**defaults, **dict(flags)}.items():
         monkeypatch.setattr(plot_log, key, value)
     plot_log.main()
@@ -146,6 +149,23 @@ def test_along_training_the_train_loss_is_the_mean_around_the_step():
     assert rows[1].loss == pytest.approx(9 - 0.005)  # steps 0 and 1
     for streams in ({"val": {0: 9.5}}, {"train": {0: 9.5}}, {}):
         assert along_training(streams) == []
+
+
+def test_skipped_steps_take_no_point_of_a_report():
+    """Of nan and inf only the marks are drawn; a val loss beside them has its row and its gap."""
+    losses = {step: 9 - 0.01 * step for step in range(400)} | {195: math.nan, 205: math.inf}
+    streams = {"train": losses, "val": {0: 9.5, 100: math.nan, 200: 7.25, 300: math.inf}, "skipped": {195: 1}}
+    rows = along_training(streams)
+    assert [row.key for row in rows if row.split == "gap"] == ["0", "200"]
+    around = np.array([losses[step] for step in range(190, 211) if step not in (195, 205)])
+    assert rows[5].loss == pytest.approx(7.25 - around.mean())
+    assert rows[5].se == pytest.approx(around.std(ddof=1) / math.sqrt(19))
+    loss_axis, gap_axis = Figure().subplots(2)
+    plot_log.draw_training(loss_axis, gap_axis, SimpleNamespace(rows=rows, step=399), streams)
+    lines = {line.get_label(): line for line in loss_axis.get_lines()}
+    assert all(np.isfinite(line.get_ydata()).all() for line in lines.values())
+    marks = {"skipped (1)": [195], "train nan or inf (1)": [205], "val nan or inf (2)": [100, 300]}
+    assert {label: list(line.get_xdata()) for label, line in list(lines.items())[-3:]} == marks
 
 
 # ---- models --------------------------------------------------------------------
@@ -388,7 +408,8 @@ def test_mistakes_are_named(tmp_path, state, monkeypatch, tiny_data, byte_tokeni
     refused("report is of one run; type --report --log_dir=log$", ("log_dir", "log,log_b"))
     refused("leave one of the two out", ("log_dir", "log_b"), ("checkpoint", str(path)))
     refused("val_tokens=0: wanted 1 or more; type --val_tokens=", ("val_tokens", 0))
-    refused("model_size=124M", ("model_size", "124M"))
+    for flag in (("model_size", "124M"), ("log", "log.txt"), ("val_baseline", True)):
+        refused("log, model_size and val_baseline are for figures of logs", flag)
     refused("out=a.csv: wanted a figure; type --out=FIGURE.png", ("out", "a.csv"))
     refused("got no val shards in .*nosuch", ("data_dir", "nosuch"))
 

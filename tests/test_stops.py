@@ -59,6 +59,29 @@ def test_a_signal_finishes_the_step_and_saves(flags, tmp_path, straight, name):
     assert one["best"] == two["best"] and one["guard"] == two["guard"]
 
 
+def test_a_second_sigterm_changes_nothing(flags, tmp_path):
+    script = fault(tmp_path, 22, f"{signal_self('SIGTERM')}; {signal_self('SIGTERM')}")
+    assert "stopped by SIGTERM: step 6," in train(flags, 1, script, log_dir=tmp_path / "log")
+    assert list_checkpoints(tmp_path / "log")[-1].name == "ckpt_0000006.pt"
+
+
+def test_sigterm_before_the_first_step(flags, tmp_path):
+    """While the model is made, in the second start: it says so, ends with 0, and the run is as it was."""
+    train(flags, log_dir=tmp_path / "log", max_steps=4)
+    before = snapshot(tmp_path / "log")
+    early = f"""
+        import signal, model
+        init = model.GPT.__init__
+        def told(self, config):
+            {signal_self("SIGTERM")}
+            init(self, config)
+        model.GPT.__init__ = told
+    """
+    out = train(flags, 1, with_fault(tmp_path, early), log_dir=tmp_path / "log", resume="true")
+    assert "stopped by SIGTERM before the first step" in out and "step 4" not in out
+    assert snapshot(tmp_path / "log") == before
+
+
 def test_a_second_interrupt_ends_at_once(flags, tmp_path):
     script = fault(tmp_path, 22, f"{signal_self('SIGINT')}; {signal_self('SIGINT')}")
     done = attempt(flags, 1, script, log_dir=tmp_path / "log")
@@ -123,24 +146,45 @@ def test_torchrun_told_to_stop(flags, tmp_path):
 def test_torchrun_restarts_a_killed_worker(flags, tmp_path, straight):
     """No --resume in the command: the restarted processes find out by themselves."""
     script = fault(tmp_path, 2 * 10 + 1, signal_self("SIGKILL"), rank=1)
-    out = train(flags, 2, script, ["--max-restarts=1"], log_dir=tmp_path / "log", max_steps=20)
+    out = train(flags, 2, script, ["--max-restarts=1"], python=sys.executable, log_dir=tmp_path / "log",
+                max_steps=20)
     starts = re.findall(r"starting at (\d+)", out)
     assert starts == ["0", "8"], out
     assert losses(tmp_path / "log") == pytest.approx(losses(straight), rel=1e-5)
 
 
 def test_a_restart_does_not_touch_the_run_of_another_command(flags, tmp_path):
-    """--log_dir forgotten, --max-restarts given: refused, and refused again by the restart."""
+    """--log_dir forgotten, --max-restarts given: refused, and not tried again."""
     train(flags, log_dir=tmp_path, max_steps=4)
     before = snapshot(tmp_path)
-    done = attempt(flags, 1, launcher=["--max-restarts=1"], log_dir=tmp_path, max_steps=8, max_lr=2e-2)
-    assert done.returncode != 0 and done.stderr.count("already holds a run") == 2, done.stderr
+    done = attempt(flags, 1, launcher=["--max-restarts=1"], python=sys.executable, log_dir=tmp_path,
+                   max_steps=8, max_lr=2e-2)
+    assert done.returncode != 0 and done.stderr.count("already holds a run") == 1, done.stderr
     assert snapshot(tmp_path) == before
-    launcher = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--rdzv_id=mine"]
-    for max_lr, words in ((1e-2, "starting at 0"), (3e-2, "already holds a run"), (1e-2, "starting at 4")):
-        done = attempt(flags, 1, launcher=launcher,
-                       log_dir=tmp_path / "second", max_steps=4, max_lr=max_lr)
-        assert words in done.stdout + done.stderr, done.stderr
+
+
+def test_the_same_command_typed_again_is_not_a_restart(flags, tmp_path):
+    """Also where both have one --rdzv_id."""
+    launcher = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--rdzv_id=mine", "--max-restarts=2"]
+    for words in ("starting at 0", "already holds a run"):
+        done = attempt(flags, 1, launcher=launcher, python=sys.executable, log_dir=tmp_path / "log",
+                       max_steps=4)
+        assert (done.stdout + done.stderr).count(words) == 1, done.stderr
+    assert len(losses(tmp_path / "log")) == 4
+
+
+def test_a_divergence_is_not_repeated_by_torchrun(flags, tmp_path):
+    nan = """
+        import model
+        forward = model.GPT.forward
+        def diverged(self, *args, **kwargs):
+            return forward(self, *args, **kwargs) * (float("nan") if self.training else 1)
+        model.GPT.forward = diverged
+    """
+    done = attempt(flags, 1, with_fault(tmp_path, nan), ["--max-restarts=3"], python=sys.executable,
+                   log_dir=tmp_path / "log", max_bad_steps=2)
+    assert done.returncode != 0 and done.stderr.count("2 steps in a row were skipped") == 1, done.stderr
+    assert done.stdout.count("starting at") == 1
 
 
 def test_a_stop_with_less_to_judge_than_processes(flags, tmp_path, tiny_data):
@@ -177,7 +221,7 @@ model.GPT.forward = bad
 def test_a_restart_passes_over_a_damaged_checkpoint(flags, tmp_path):
     damage = f"open({str(tmp_path / 'log' / 'ckpt_0000008.pt')!r}, 'r+b').truncate(2000)"
     script = fault(tmp_path, 4 * 10 + 1, f"{damage}; {signal_self('SIGKILL')}")
-    done = attempt(flags, 1, script, ["--max-restarts=1"], log_dir=tmp_path / "log")
+    done = attempt(flags, 1, script, ["--max-restarts=1"], python=sys.executable, log_dir=tmp_path / "log")
     assert done.returncode == 0, done.stderr
     assert "ckpt_0000008.pt: damaged" in done.stderr and "starting at 4" in done.stdout
 

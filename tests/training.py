@@ -34,10 +34,10 @@ def command(flags, processes=1, script=ROOT / "train_gpt2.py", launcher=(), pyth
     return [python, *launcher, str(script), *arguments(flags, **overrides)]
 
 
-def attempt(flags, *where, **overrides):
-    """A run that need not succeed: its exit code and what it said are the caller's to judge."""
-    return subprocess.run(command(flags, *where, **overrides), capture_output=True, text=True, timeout=240,
-                          env=ENVIRONMENT)
+def attempt(flags, *where, python=PYTHON, **overrides):
+    """A run that need not succeed: the caller looks at its exit code and at what it said."""
+    return subprocess.run(command(flags, *where, python=python, **overrides), capture_output=True, text=True,
+                          timeout=240, env={**ENVIRONMENT, "PYTHON_EXEC": python})
 
 
 def train(flags, *where, **overrides):

@@ -1,0 +1,269 @@
+"""Processes that do not find each other, that differ, that fail alone, that are left behind."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from training import (
+    ENVIRONMENT,
+    ROOT,
+    attempt,
+    command,
+    fault,
+    free_port,
+    losses,
+    start_by_hand,
+    train,
+    with_fault,
+)
+
+from checkpoint import list_checkpoints, load_checkpoint
+from configurator import UserError
+from files import locked
+from ranks import Ranks
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+
+
+def ends_of(processes):
+    """[(exit code, stdout, stderr)] of processes of one group, none of which may hang."""
+    try:
+        texts = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *text) for process, text in zip(processes, texts)]
+
+
+# ---- the environment -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("environment", "words"), [
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 but MASTER_ADDR is not set: start with torchrun"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 but RANK is not set"),
+    ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"}, "MASTER_PORT is not set"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment is not a whole number"),
+    ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+    ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "29500"}, "RANK=2, WORLD_SIZE=2"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "ssh"}, "MASTER_PORT='ssh'"),
+    ({"RANK": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK=3, WORLD_SIZE=1"),
+])
+def test_an_environment_that_makes_no_sense(monkeypatch, environment, words):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert not Ranks().many
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        Ranks()
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_peer_that_does_not_come(flags, tmp_path, rank):
+    """A closed port for rank 1, a missing process for rank 0: a line says who is missing, then it ends."""
+    script = with_fault(tmp_path, "import ranks\nranks.NOTE_SECONDS, ranks.LIMIT_SECONDS = 0.2, 3")
+    port = free_port()
+    done = subprocess.run(
+        command(flags, 1, script, log_dir=tmp_path / "log"), capture_output=True, text=True, timeout=200,
+        env={**ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": str(port),
+             "MASTER_ADDR": "127.0.0.1"})
+    whom = f"{'rank 0' if rank else '1 other process(es)'} at 127.0.0.1:{port}"
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"rank {rank} is waiting for {whom}" in done.stderr
+    assert f"rank {rank} has not found {whom}" in done.stderr and "start all 2 processes" in done.stderr
+
+
+# ---- processes that differ -------------------------------------------------------
+
+
+def test_settings_and_code_must_be_the_same(flags, tmp_path):
+    """Rank 1 has another max_lr, and another model.py: both are named, and nobody trains."""
+    repository = tmp_path / "other"
+    repository.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, repository)
+    with open(repository / "model.py", "a", encoding="utf-8") as file:
+        file.write("# changed\n")
+    flags |= {"log_dir": tmp_path / "log"}
+    script = repository / "train_gpt2.py"
+    ends = ends_of(start_by_hand([command(flags), command(flags, 1, script, max_lr=2e-2)]))
+    for returncode, _, stderr in ends:
+        assert returncode == 2, stderr
+        assert "max_lr is 0.01, but on rank 1 0.02; model.py is" in stderr, stderr
+        assert "checkpoint.py" not in stderr
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_weight_that_changes_on_one_rank_ends_the_run(flags, tmp_path):
+    """As a memory error on one card would: found at the next validation, before anything is saved."""
+    script = fault(tmp_path, 2 * 6 + 1, "self.transformer.h[1].mlp.c_fc.weight.data[3, 5] += 1e-6", rank=1)
+    ends = ends_of(start_by_hand([command(flags, 1, script, log_dir=tmp_path / "log")] * 2))
+    newest = tmp_path / "log" / "ckpt_0000004.pt"
+    for returncode, _, stderr in ends:
+        assert returncode == 1 and "at step 8 the weights of rank 1 of 2 differ" in stderr, stderr
+        assert f"Last good checkpoint: {newest}" in stderr
+    assert list_checkpoints(tmp_path / "log") == [newest]
+
+
+# ---- a process that fails alone --------------------------------------------------
+
+NOT_FINITE = """
+import model
+if os.environ["RANK"] == "0":
+    sample = model.sample_token
+    def sampled(logits, *arguments):
+        raise model.UserError("the model's logits are not finite")
+    model.sample_token = sampled
+"""
+NO_DATA = """
+import shards
+read, reads = shards.TokenStream.read_into, 0
+def failing(self, start, out):
+    global reads
+    reads += len(out) == 65 and os.environ["RANK"] == "1" and "train" in self.paths[0].name
+    if reads > 2 * 2 * 2 + 1:  # windows of two steps of two micro-steps, and one of the next
+        raise OSError(5, "Input/output error", "shard")
+    return read(self, start, out)
+shards.TokenStream.read_into = failing
+"""
+NO_LOG = """
+import builtins
+def opened(path, mode="r", *rest, **more):
+    file = original(path, mode, *rest, **more)
+    if mode == "a" and str(path).endswith("log.txt"):
+        class Full:
+            lines = 0
+            def write(self, text):
+                self.lines += " train " in text
+                if self.lines > 2:
+                    raise OSError(28, "No space left on device", str(path))
+                return file.write(text)
+        return Full()
+    return file
+original, builtins.open = open, opened
+"""
+
+
+@pytest.mark.parametrize(("breaks", "words"), [
+    (NOT_FINITE, "logits are not finite"), (NO_DATA, "Input/output error"), (NO_LOG, "no space left")])
+def test_what_fails_on_one_process_ends_all(flags, tmp_path, breaks, words):
+    script = with_fault(tmp_path, breaks)
+    flags |= {"log_dir": tmp_path / "log", "sample_interval": 3, "max_new_tokens": 4, "max_steps": 40,
+              "checkpoint_interval": 0, "val_interval": 0}
+    ends = ends_of(start_by_hand([command(flags, 1, script)] * 2))
+    assert [returncode for returncode, _, _ in ends] == [2, 2], ends
+    assert any(words in stderr for _, _, stderr in ends), ends
+    assert any("another process has failed" in stderr for _, _, stderr in ends), ends
+    assert all("Traceback" not in stderr for _, _, stderr in ends), ends
+
+
+# ---- two runs in one folder ------------------------------------------------------
+
+SLOW = """
+import time, model
+forward = model.GPT.forward
+def slow(*args, **kwargs):
+    time.sleep(0.05)
+    return forward(*args, **kwargs)
+model.GPT.forward = slow
+"""
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def has_steps(log_dir, count):
+    path = log_dir / "log.txt"
+    return path.exists() and path.read_text(encoding="utf-8").count(" train ") >= count
+
+
+def test_locked(tmp_path, capfd, monkeypatch):
+    """For other processes, while the block lives; gone with its process, kill -9 included."""
+    hold = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from files import locked\n"
+            f"with locked({str(tmp_path)!r}, 'run'):\n    print('held', flush=True); time.sleep(600)")
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"a run is at work in {tmp_path}: process {holder.pid} on .*, since "
+                                        r"20\d\d-.*; wait until it ends"), locked(tmp_path, "run"):
+        pass
+    holder.kill()
+    holder.wait()
+    with locked(tmp_path, "run"), pytest.raises(UserError, match=f"process {os.getpid()} on"), \
+            locked(tmp_path, "run"):
+        pass
+    assert not list(tmp_path.iterdir())
+    import fcntl
+
+    def no_locks(*arguments):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with locked(tmp_path, "run"), locked(tmp_path, "run"):
+        assert capfd.readouterr().err.count("cannot be locked (Operation not supported)") == 2
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_lives(flags, tmp_path):
+    flags |= {"log_dir": tmp_path / "log", "max_steps": 100_000}
+    script = with_fault(tmp_path, SLOW)
+    first = subprocess.Popen(command(flags, 1, script, python=sys.executable), stdout=subprocess.DEVNULL,
+                             env=ENVIRONMENT)
+    try:
+        wait_for(lambda: list_checkpoints(tmp_path / "log"))
+        done = attempt(flags, resume="true")
+        assert done.returncode == 2, done.stdout
+        assert f"a run is at work in {tmp_path / 'log'}: process {first.pid} on" in done.stderr, done.stderr
+    finally:
+        first.kill()
+        first.wait()
+    steps = len(losses(tmp_path / "log"))  # which finds a step that is there twice
+    train(flags, resume="true", max_steps=steps + 8)
+    assert len(losses(tmp_path / "log")) == steps + 8
+
+
+def test_workers_of_a_killed_torchrun_end_by_themselves(flags, tmp_path):
+    """They save; a new start is refused until they have, and then goes on where they ended."""
+    flags |= {"log_dir": tmp_path / "log", "max_steps": 100_000, "checkpoint_interval": 0, "val_interval": 0}
+    out = tmp_path / "out.txt"
+    with open(out, "w", encoding="utf-8") as file:
+        torchrun = subprocess.Popen(
+            command(flags, 2, with_fault(tmp_path, SLOW), python=sys.executable), stdout=file, stderr=file,
+            env={**ENVIRONMENT, "PYTHON_EXEC": sys.executable})
+        wait_for(lambda: has_steps(tmp_path / "log", 3))
+        torchrun.kill()
+        torchrun.wait()
+    done = attempt(flags, 1, log_dir=tmp_path / "log", resume="true", max_steps=5)
+    assert "a run is at work in" in done.stderr or "max_steps=5" in done.stderr, done.stderr
+    wait_for(lambda: "stopped by the end of torchrun" in out.read_text(encoding="utf-8"))
+    step = load_checkpoint(tmp_path / "log")["step"]
+    assert len(losses(tmp_path / "log")) == step
+    wait_for(lambda: not (tmp_path / "log" / ".lock").exists() or
+             attempt(flags, resume="true", dry_run="true").returncode == 0)
+    train(flags, resume="true", max_steps=step + 2)
+    assert len(losses(tmp_path / "log")) == step + 2
+
+
+# ---- fsdp ------------------------------------------------------------------------
+
+
+def test_fsdp_shards_on_the_device_that_was_asked_for(flags, tmp_path):
+    """Without a mesh, fully_shard takes the accelerator of the machine, also for --device=cpu."""
+    gpu = """
+        import torch
+        import torch.distributed.fsdp as fsdp
+        shard = fsdp.fully_shard
+        def checked(module, *, mesh, **options):
+            assert mesh.device_type == "cpu"
+            return shard(module, mesh=mesh, **options)
+        fsdp.fully_shard = checked
+    """
+    train(flags, 2, with_fault(tmp_path, gpu), log_dir=tmp_path / "log", parallel="fsdp", max_steps=2,
+          warmup_steps=1)
+    assert load_checkpoint(tmp_path / "log")["step"] == 2
