@@ -40,12 +40,16 @@ BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false"
 class UserError(ValueError):
     """A mistake the user can fix: the message says what is wrong and what to type next.
 
-    In a script that called `configure`, it ends the process with that message and exit code 2. Of a URL
-    https://user:password@host the message has only https://host.
+    In a script that called `configure`, it ends the process with that message and exit code 2.
     """
 
     def __init__(self, message: object):
-        super().__init__(re.sub(r"(?<=://)[^/\s@]*@", "", str(message)))
+        super().__init__(without_passwords(str(message)))
+
+
+def without_passwords(text: str) -> str:
+    """`text` with https://host in place of every https://user:password@host."""
+    return re.sub(r"(?<=://)[^/\s@]*@", "", text)
 
 
 class Between(typing.NamedTuple):
