@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from checkpoint_ranks import accept, build, run, state_of, train
+from checkpoint_ranks import accept, build, guard_of, run, state_of, train
 from training import ENVIRONMENT, PYTHON
 
 import checkpoint
@@ -252,10 +252,11 @@ def test_host_memory_holds_the_state_once_and_is_filled_again(tmp_path):
 
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, "No space left on device"),
-    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    OSError(errno.EIO, "Input/output error"),
     TypeError("cannot pickle"),
 ])
 def test_a_failed_write_is_told_once_and_the_next_one_works(tmp_path, monkeypatch, error):
+    wanted = {errno.ENOSPC: "no space .*--resume", errno.EIO: "cannot write .*--resume"}
     model, optimizers, writer = writable(tmp_path, 1)
 
     def fail(state, file):
@@ -269,7 +270,7 @@ def test_a_failed_write_is_told_once_and_the_next_one_works(tmp_path, monkeypatc
             writer._thread.join()
             assert writer.failed()
             with pytest.raises(TypeError if isinstance(error, TypeError) else UserError,
-                               match=r"cannot pickle|could not be written .*free disk space"):
+                               match=wanted.get(getattr(error, "errno", None), "cannot pickle")):
                 writer.wait() if at_wait else writer.save(3, state_of(3, model, optimizers), None)
             assert not writer.failed()
             assert [path.name for path in tmp_path.iterdir()] == ["ckpt_0000001.pt"]
@@ -283,12 +284,13 @@ def test_a_folder_that_was_removed_is_a_failed_write(tmp_path):
     model, optimizers, writer = writable(tmp_path, 1)
     shutil.rmtree(tmp_path)
     writer.save(2, state_of(2, model, optimizers), None)
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="cannot write"):
         writer.wait()
 
 
 def test_the_newest_and_the_best_are_on_disk_and_no_more(tmp_path):
-    (tmp_path / "ckpt_0000009.tmp").write_bytes(b"of a killed write")
+    (tmp_path / "ckpt_0000009.pt.4711.tmp").write_bytes(b"of a killed write")
+    (tmp_path / "ckpt_0000009.tmp").write_bytes(b"of one by an older version")
     (tmp_path / "ckpt_0000008.tmp").mkdir()
     (tmp_path / "ckpt_0000008.tmp" / "__0_0.distcp").write_bytes(b"of another")
     model, optimizers, writer = writable(tmp_path)
@@ -314,9 +316,10 @@ torch.save = half
 writer.save(2, test_checkpoint.state_of(2, model, optimizers), None)
 writer.wait()
 """
-    done = subprocess.run([sys.executable, "-c", script, tmp_path, ROOT, ROOT / "tests"], timeout=60)
-    assert done.returncode == -signal.SIGKILL
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt_0000001.pt", "ckpt_0000002.tmp"]
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path, ROOT, ROOT / "tests"]) as process:
+        assert process.wait(timeout=60) == -signal.SIGKILL
+        pid = process.pid
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt_0000001.pt", f"ckpt_0000002.pt.{pid}.tmp"]
     model, optimizers = build(sharded=False, seed=1)
     assert load_into(tmp_path, model, optimizers, accept)["step"] == 1
     writer = CheckpointWriter(tmp_path, keep=2)
@@ -483,7 +486,7 @@ def test_resharding(two, again):
     for name, n_files in parts.items():
         assert len(list((top / name / "ckpt_0000003").glob("*.distcp"))) == n_files
         assert_same_tensors(load_checkpoint(top / name), load_checkpoint(top / "two"))
-        assert load_checkpoint(top / name)["guard"] == [1.5, 3]
+        assert load_checkpoint(top / name)["guard"] == guard_of(3)
     model, optimizers = build(sharded=False, seed=1)  # sharded -> plain
     assert load_into(top / "two", model, optimizers, accept)["step"] == 3
     losses = [line["losses"] for line in lines] + [train(model, optimizers, 3, 6)]

@@ -38,6 +38,9 @@ def no_fsync():
         yield
 
 
+TOKENIZER = {"name": "gpt2", "sha256": 64 * "0"}
+
+
 def make_folder(folder, sizes, split="train", suffix=".npy", first=0):
     """Shards that together hold first, first + 1, ... modulo 65,536, so that a token tells its position."""
     folder.mkdir(exist_ok=True)
@@ -204,7 +207,7 @@ def test_manifest(tmp_path):
     records = [write_shard(tmp_path / f"x_train_{i:06d}.npy", np.arange(10)) for i in range(2)]
     records.append(write_shard(tmp_path / "x_val_000000.npy", np.arange(4)))
     plain = TokenStream(tmp_path, "train").fingerprint
-    write_manifest(tmp_path, {"files": records, "note": "Käse"})
+    write_manifest(tmp_path, {"tokenizer": TOKENIZER, "files": records, "note": "Käse"})
     stream = TokenStream(tmp_path, "train")
     assert stream.manifest["note"] == "Käse" and stream.manifest == read_manifest(tmp_path)
     assert stream.fingerprint != plain and len(stream.fingerprint) == 16
@@ -489,7 +492,7 @@ def test_ten_thousand_shards_open(huge_folder, monkeypatch, with_manifest):
     if with_manifest:
         records = [{"file": path.name, "tokens": SHARD_TOKENS, "sha256": 64 * "0"}
                    for path in huge_folder.iterdir()]
-        write_manifest(huge_folder, {"files": records})
+        write_manifest(huge_folder, {"tokenizer": TOKENIZER, "files": records})
     read, opened = shards.read_header, []
     monkeypatch.setattr(shards, "read_header", lambda path: opened.append(path) or read(path))
     peak = peak_memory(lambda: TokenStream(huge_folder, "train"))
