@@ -148,7 +148,7 @@ def _restore_optimizers(model, optimizers, states):
         numbered, moments = {}, MOMENTS.get(type(optimizer))
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         for number, parameter in enumerate(parameters):  # load_state_dict counts them in this order
-            if not state["state"]:  # of no step yet; otherwise every parameter has some
+            if not any(one["state"] for one in states):  # of no step yet; otherwise every parameter has some
                 break
             name = names[parameter]
             entries = state["state"].get(name, {})

@@ -78,6 +78,8 @@ def replacing(path: Path, n_bytes: int = 0):
 
     n_bytes: its size, if known, for the UserError of a full disk.
     """
+    if path.exists() and not path.is_file():  # as root, the rename would do away with /dev/null
+        raise UserError(f"cannot write {path}: it is not a regular file; name another")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -43,14 +43,15 @@ SHARD_NAME = re.compile(r"(?P<name>[^/\\\0]+)_(?P<split>train|val)(?:_(?P<index>
 NPY_START = b"\x93NUMPY\x01\x00"  # version 1.0; then two bytes of the header's length, then the header
 NPY_HEADER = re.compile(rb"\{'descr': '<u2', 'fortran_order': False, 'shape': \((\d{1,15}),\), \}\s*")
 COUNT, SHA256 = Between(0, 2**48), re.compile("[0-9a-f]{64}")
-PLAIN = (bool, int, float, str, None)
+PLAIN, SIDES = (bool, int, float, str, None), OneOf("by hash", "by place", "as they came")
 SCHEMA = {"format": OneOf(1), "tokenizer": {"name": str, "sha256": SHA256},
           "files": [{"file": SHARD_NAME, "tokens": COUNT, "sha256": SHA256,
                      "origin?": [COUNT, COUNT, COUNT, COUNT]}]}
 BUILD_SCHEMA = {  # what fineweb.py needs of its own, beside that
     "tokenizer": {"n_vocab": Between(257, 65_536)}, "eot": Between(0, 65_535), "settings": {str: PLAIN},
-    "source": {str: PLAIN}, "cut": (None, {"at_byte": COUNT, "of_bytes": COUNT}), "sides?": str,
-    "documents": COUNT, "tokens": COUNT, "splits": dict.fromkeys(("train", "val"), {"documents": COUNT})}
+    "source": {str: PLAIN}, "cut": (None, {"at_byte": COUNT, "of_bytes": COUNT}), "sides?": SIDES,
+    "documents": COUNT, "tokens": COUNT,
+    "splits": {"train": {"documents": COUNT}, "val": {"documents": COUNT}}}
 
 # ---- one file ------------------------------------------------------------------
 
@@ -92,7 +93,7 @@ def read_header(path: Path) -> tuple[int, int]:
     try:
         with open(path, "rb") as file:
             if path.suffix == ".bin":
-                ints = np.frombuffer(file.read(4 * BIN_HEADER_INTS).ljust(12, b"\0"), dtype="<i4", count=3).tolist()
+                ints = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
                 if ints[:2] != [BIN_MAGIC, BIN_VERSION] or ints[2] < 0:
                     raise UserError(f"{path}: got a .bin header that starts with {ints}, wanted "
                                     f"{[BIN_MAGIC, BIN_VERSION]} (magic, version; llm.c's format) and the "

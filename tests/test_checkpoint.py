@@ -319,7 +319,8 @@ writer.wait()
     with subprocess.Popen([sys.executable, "-c", script, tmp_path, ROOT, ROOT / "tests"]) as process:
         assert process.wait(timeout=60) == -signal.SIGKILL
         pid = process.pid
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt_0000001.pt", f"ckpt_0000002.pt.{pid}.tmp"]
+    names = ["ckpt_0000001.pt", f"ckpt_0000002.pt.{pid}.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     model, optimizers = build(sharded=False, seed=1)
     assert load_into(tmp_path, model, optimizers, accept)["step"] == 1
     writer = CheckpointWriter(tmp_path, keep=2)

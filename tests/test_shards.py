@@ -91,10 +91,10 @@ def bin_file(magic=20240520, version=1, count=4, tokens=4):
 
 @pytest.mark.parametrize("content, reason", [
     (bin_file(magic=20240522), "20240522"),
-    (bin_file(version=2), r"\[20240520, 2\]"),
+    (bin_file(version=2), r"\[20240520, 2, 4\]"),
     (bin_file(count=5), "got 1,032 bytes, wanted 1,034"),
     (bin_file(tokens=5), "got 1,034 bytes, wanted 1,032"),
-    (bin_file(count=-1), "wanted"),
+    (bin_file(count=-1), r"\[20240520, 1, -1\]"),
     (bin_file()[:-1], "got 1,031 bytes"),
     (bin_file()[:100], "header"),
     (b"", "header"),
