@@ -61,8 +61,10 @@ from documents import (
     pack,
     python_source,
 )
-from files import locked, read_json
+from files import check, locked, read_json
 from shards import (
+    COUNT,
+    MANIFEST,
     PLAIN,
     SHARD_NAME,
     UNFINISHED,
@@ -709,6 +711,7 @@ def save_manifest(plan: Plan, facts: dict, splits: dict[str, list[int]], records
 
 def make_again(plan: Plan, manifest: dict, record: dict) -> None:
     """Write a shard of a finished build anew; UserError if it does not come out as it was."""
+    check(record, {"origin": [COUNT] * 4}, f"{plan.folder / MANIFEST}, {record['file']}")
     unit, index, start, skip = record["origin"]
     ranks = manifest["settings"].get("machines", 1)
     rank = int(SHARD_NAME.fullmatch(record["file"])["index"]) // RANK_SHARDS if ranks > 1 else 0

@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -24,6 +26,7 @@ import checkpoint
 from bpe import load_tokenizer, tokenizer_from_ranks
 from checkpoint import (
     CheckpointWriter,
+    ForeignCheckpoint,
     checkpoint_tokenizer,
     describe_model,
     describe_tokenizer,
@@ -133,7 +136,7 @@ class Malicious:
 
 def test_code_is_never_run(tmp_path, capsys):
     torch.save({"format": checkpoint.FORMAT, "step": Malicious()}, tmp_path / "ckpt_0000001.pt")
-    with pytest.raises(UserError, match="could run code"):
+    with pytest.raises(ForeignCheckpoint, match="could run code"):
         load_checkpoint(tmp_path / "ckpt_0000001.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(UserError):
@@ -157,8 +160,48 @@ def test_not_a_checkpoint_of_ours(tmp_path):
         with pytest.raises(UserError, match=words):
             load_checkpoint(path)
     torch.save({"model": {}}, tmp_path / "foreign.pt")
-    with pytest.raises(UserError, match="not written by train_gpt2"):
+    with pytest.raises(ForeignCheckpoint, match="not written by train_gpt2"):
         load_checkpoint(tmp_path / "foreign.pt")
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(UserError, match="got none"):
+        load_checkpoint(tmp_path / "pipe.pt")
+
+
+@pytest.mark.parametrize("key, size", [("n_layer", 2**31), ("n_embd", 2**23), ("block_size", 2**24)])
+def test_a_size_beyond_memory_is_refused_before_it_is_allocated(state, tmp_path, key, size):
+    state["model_config"][key] = size
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"ckpt_0000001\.pt.*n_layer|do not fit its own model_config"):
+        load_checkpoint(save_checkpoint(tmp_path, 1, state))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+def test_the_rank_file_is_that_of_its_hash(state):
+    gpt2 = {**state["tokenizer"], "rank_file": None}
+    damaged = {**state["tokenizer"], "rank_file": state["tokenizer"]["rank_file"][:-1]}
+    for saved in (gpt2, damaged):
+        with pytest.raises(UserError, match="sha256"):
+            checkpoint_tokenizer({"tokenizer": saved})
+
+
+def test_optimizer_state_of_another_shape_is_refused(tmp_path):
+    model, optimizers = build(sharded=False)
+    train(model, optimizers, 0, 1)
+
+    def refused(change):
+        damaged = copy.deepcopy(training_state(model, optimizers))
+        muon, adamw = damaged["optimizers"]
+        change(muon["state"], adamw["state"])
+        with pytest.raises(UserError, match="optimizer state of transformer"):
+            restore(model, optimizers, damaged)
+
+    name = "transformer.wpe.weight"
+    refused(lambda muon, adamw: adamw[name].update(exp_avg=torch.zeros(3)))
+    refused(lambda muon, adamw: adamw[name].update(step=torch.zeros(1)))
+    refused(lambda muon, adamw: adamw[name].update(exp_avg=adamw[name]["exp_avg"].long()))
+    refused(lambda muon, adamw: adamw[name].pop("step"))
+    refused(lambda muon, adamw: adamw.pop(name))
+    refused(lambda muon, adamw: muon.clear())
 
 
 def test_a_model_config_of_another_kind(state, tmp_path):
@@ -278,6 +321,37 @@ def test_a_failed_write_is_told_once_and_the_next_one_works(tmp_path, monkeypatc
     writer.wait()
     assert not writer.failed()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_0000001.pt", "ckpt_0000003.pt"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_folder_that_cannot_be_synced(state, tmp_path, monkeypatch, code):
+    """Shared folders refuse it, and the file is complete; a failing disk is an error, and not of space."""
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if code == errno.EIO:
+        with pytest.raises(UserError, match=r"cannot write .*output error") as error:
+            save_checkpoint(tmp_path, 1, state)
+        assert "space" not in str(error.value) and "room" not in str(error.value)
+    else:
+        assert load_checkpoint(save_checkpoint(tmp_path, 1, state))["step"] == 7
+
+
+def test_a_full_disk_in_the_middle_of_the_tensors(state, tmp_path):
+    """torch's zip writer makes a RuntimeError of it. The kernel refuses the write here, as a disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"no space for .*File too large"):
+            save_checkpoint(tmp_path, 1, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_was_removed_is_a_failed_write(tmp_path):

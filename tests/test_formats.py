@@ -152,7 +152,7 @@ def wrong_bytes(form, n, seed=0):
         try:
             now = attempt(form.read)
             if now is not None and not form.sound(was, now):
-                failures.append(f"bytes, number {number}: accepted: {str(changed)[:9000]}")
+                failures.append(f"bytes, number {number}: accepted")
         except Exception as error:
             failures.append(f"bytes, number {number}: {type(error).__name__}: {error}")
     form.path.write_bytes(data)
@@ -213,18 +213,20 @@ def of_shards(folder, byte_tokenizer):
     value = json.loads(path.read_text(encoding="utf-8"))
     told = "settings", "source", "text_bytes", "empty_documents", "bad", "documents", "tokens", "tokenizer"
 
+    def facts(manifest):
+        files = [{key: record[key] for key in ("file", "tokens", "sha256")} for record in manifest["files"]]
+        return {**{key: item for key, item in manifest.items() if key not in told}, "files": files}
+
     def read():
         verify_folder(data_dir)
         return read_manifest(data_dir, built=True)
-
-    def sound(was, now):
-        return same(*({key: item for key, item in one.items() if key not in told} for one in (was, now)))
 
     free = "|".join((
         "(settings|source).*",  # compared with those of a new build
         "(text_bytes|empty_documents|bad|splits/[a-z]+/(tokens|text_bytes)).*",  # of no use to a program
         "tokenizer/name 'x'|sides gone|files/0/origin gone|cut None"))  # a shard made again is compared
-    formats = {"manifest": Format(value, write_json(path), read, free, path, sound)}
+    formats = {"manifest": Format(value, write_json(path), read, free, path,
+                                  lambda was, now: same(facts(was), facts(now)))}
     for suffix in (".npy", ".bin"):
         shard = folder / f"x_train_000000{suffix}"
         formats[suffix] = Format(np.arange(3), lambda ids, shard=shard: write_shard(shard, ids),
@@ -287,7 +289,7 @@ def of_hugging_face(folder, byte_tokenizer):
                 "(version|truncation|padding|post_processor|decoder).*", "normalizer gone",
                 "model/(?!type|vocab|merges|ignore_merges).*", "model/ignore_merges (gone|True)",
                 "pre_tokenizer/(trim_offsets|use_regex gone).*",
-                "added_tokens/0/(?!id|content).*|added_tokens gone")),
+                "added_tokens/0/(?!id|content).*|added_tokens (gone|\\[\\])|model/merges gone")),
             "slow/vocab.json": "(?!)"}
     formats = {}
     for name, pattern in free.items():

@@ -135,6 +135,26 @@ def test_full_disk_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("header", [
+    "{'descr': '<u2', 'fortran_order': False, 'shape': (-5,), }", "{'descr': '<u2', 'shape': (5,), }",
+    "{'descr': '<u2', 'fortran_order': False, 'shape': (%s,), }" % (9 * "9"), "((", "[" * 3000,
+    "{'descr': '<u2', 'fortran_order': False, 'shape': (5,), 'x': '", "9" * 5000, "{" + 9 * "9" + "L:1}",
+])
+def test_damaged_npy_headers_are_refused(tmp_path, header):
+    """numpy's parser answers with TokenError, IndexError, MemoryError, or a shape below 0."""
+    path = tmp_path / "x_train_000000.npy"
+    start = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1)
+    path.write_bytes(start + header.encode() + b"\n" + bytes(10))
+    with pytest.raises(UserError, match=r"x_train_000000\.npy"):
+        read_shard(path)
+
+
+def test_a_pipe_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "x_train_000000.bin")
+    with pytest.raises(UserError, match="not a regular file"):
+        TokenStream(tmp_path, "train")
+
+
 def test_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "x_train_000000.npy"
     write_shard(path, np.arange(5))
