@@ -56,7 +56,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from configurator import Between, PathName, UserError, configure
+from configurator import Between, PathName, UserError, configure, read_text
 from files import write_atomically
 
 EOT_TEXT = "<|endoftext|>"
@@ -822,7 +822,7 @@ def load_tokenizer(source: str = "gpt2") -> Tokenizer:
     path = Path(source)
     if not path.is_file():
         raise UserError(f"tokenizer={source}: no such file; wanted gpt2 or the path of a rank file")
-    return tokenizer_from_ranks(path.read_bytes(), path.stem)
+    return tokenizer_from_ranks(read_text(path).encode(), path.stem)
 
 
 def cache_file() -> Path | None:

@@ -40,6 +40,7 @@ import re
 import shutil
 import sys
 import threading
+import types
 import warnings
 import zipfile
 import zlib
@@ -53,8 +54,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bpe import GPT2_SHA256, Tokenizer, load_tokenizer, tokenizer_from_ranks
-from configurator import UserError
-from files import sync_folder, write_atomically
+from configurator import Between, OneOf, UserError
+from files import check, replacing, sync_folder, write_atomically
 from model import GPT, GPTConfig
 
 FORMAT = "gpt2-checkpoint-2"
@@ -65,6 +66,32 @@ METADATA_CLASSES = (  # beside dtypes; without BytesStorageMetadata, an entry th
     *(f"torch.distributed.checkpoint.metadata.{name}" for name in (
         "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
         "_MEM_FORMAT_ENCODING")))
+
+COUNT, NUMBER = Between(0, 2**53), Between(0.0, sys.float_info.max)  # the latter: finite
+PLAIN = (bool, int, float, str, None)
+CONFIG = {str: PLAIN, "data_dir": str, "seed": COUNT, "batch_tokens": Between(1, 2**53),
+          "val_tokens": Between(1, 2**53)}
+SCALER = {"scale": NUMBER, "growth_factor": NUMBER, "backoff_factor": NUMBER, "growth_interval": COUNT,
+          "_growth_tracker": COUNT}
+SIZE = Between(1, 2**24)
+USABLE = {  # what is checked of any checkpoint when it is loaded; bounds that no real model comes near
+    "step": COUNT, "model": {str: torch.Tensor},
+    "model_config": {"block_size": SIZE, "vocab_size": SIZE, "n_vocab": SIZE, "n_layer": Between(1, 1024),
+                     "n_head": SIZE, "n_embd": SIZE, "dropout": Between(0.0, 1.0), "norm_position": str,
+                     "heads?": (None, [COUNT])},
+    "tokenizer": {"name": str, "sha256": re.compile("[0-9a-f]{64}"), "rank_file": (None, torch.Tensor)},
+    "config?": CONFIG, "data?": str, "provenance?": {str: PLAIN}}
+RESUMABLE = {  # and of one to resume from
+    "train_loss": float, "val_loss": (None, NUMBER), "best": (None, {"step": COUNT, "val_loss": NUMBER}),
+    "guard": {"skipped": COUNT, "in_row": COUNT, "recent": [[NUMBER, NUMBER]]},
+    "scaler": (OneOf({}), SCALER), "config": {**CONFIG, "optimizer": str},
+    "data": str, "val_data": [str, COUNT],
+    "optimizers": [{"state": {str: {str: (torch.Tensor, *PLAIN)}}, "param_groups": [{"params": [str]}]}]}
+MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+
+
+class ForeignCheckpoint(UserError):
+    """A file that is no checkpoint of ours: of another project, or more than tensors and plain values."""
 
 
 # ---- the state of model and optimizers
@@ -118,12 +145,20 @@ def _check_optimizers(model, optimizers, states):
 def _restore_optimizers(model, optimizers, states):
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer, state in zip(optimizers, states):
-        numbered = {}
+        numbered, moments = {}, MOMENTS.get(type(optimizer))
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         for number, parameter in enumerate(parameters):  # load_state_dict counts them in this order
-            entries = state["state"].get(names[parameter])
-            if entries is not None:
-                numbered[number] = {key: _sharded_like(entry, parameter) for key, entry in entries.items()}
+            if not any(one["state"] for one in states):  # of no step yet; otherwise every parameter has some
+                break
+            name = names[parameter]
+            entries = state["state"].get(name, {})
+            if moments and (entries.keys() != moments or any(
+                    not isinstance(entry, torch.Tensor) or not entry.is_floating_point()
+                    or entry.shape != (() if key == "step" else parameter.shape)
+                    for key, entry in entries.items())):
+                raise UserError(f"the checkpoint's optimizer state of {name}: wanted "
+                                f"{', '.join(sorted(moments))} of its shape; use an earlier checkpoint")
+            numbered[number] = {key: _sharded_like(entry, parameter) for key, entry in entries.items()}
         groups = optimizer.state_dict()["param_groups"]  # today's settings
         optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
@@ -211,8 +246,8 @@ class CheckpointWriter:
                 prune_checkpoints(self.log_dir, self.keep, best_step)
             else:
                 self._write_folder(step, state, best_step)
-        except OSError as error:
-            self._error = _not_written(self.log_dir / f"ckpt_{step:07d}.pt", error)
+        except (UserError, OSError) as error:
+            self._error = UserError(f"{error}; then continue with --resume: the earlier ones are complete")
         except BaseException as error:
             self._error = error
 
@@ -245,7 +280,7 @@ class CheckpointWriter:
 
         def finish():
             if rank == 0:
-                _save_and_sync({"format": FORMAT, **state, **named}, temporary / VALUES)
+                write_checkpoint(temporary / VALUES, {**state, **named})
                 sums = {path.name: _checksum(path) for path in (temporary / VALUES, temporary / ".metadata")}
                 for part in parts:
                     sums.update(part)
@@ -267,7 +302,7 @@ class CheckpointWriter:
         except UserError as error:
             if rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise _not_written(folder, error) from error
+            raise UserError(f"checkpoint {folder} could not be written ({error})") from error
 
 
 def save_checkpoint(log_dir: str | Path, step: int, state: dict) -> Path:
@@ -282,16 +317,22 @@ def write_checkpoint(path: Path, state: dict) -> None:
 
     Raises UserError when the disk is full or the folder cannot be written.
     """
-    temporary = path.with_suffix(".tmp")
-    try:
-        _save_and_sync({"format": FORMAT, **state}, temporary)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if not _is_of_the_disk(error):
+    failed = []
+
+    def write(data):
+        try:
+            return file.write(data)
+        except OSError as error:
+            failed.append(error)
             raise
-        raise _not_written(path, error) from error
+
+    with replacing(path) as file:
+        try:
+            torch.save({"format": FORMAT, **state}, types.SimpleNamespace(write=write, flush=file.flush))
+        except RuntimeError as error:  # into which torch's zip writer turns a full disk
+            if failed:
+                raise failed[0] from error
+            raise
 
 
 def prune_checkpoints(log_dir: str | Path, keep: int, best_step: int | None) -> None:
@@ -327,13 +368,6 @@ class _FolderWriter(dcp.FileSystemWriter):
         return None
 
 
-def _save_and_sync(state, path):
-    with open(path, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _remove(path):
     """Remove a checkpoint; stopped half-way, it is none any more."""
     if path.is_file():
@@ -345,10 +379,15 @@ def _remove(path):
     shutil.rmtree(leaving)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file's or folder's name is that of a write, or of a removal, that was killed."""
+    return bool(re.fullmatch(r"ckpt_\d+(\.pt\.\d+|\.removed)?\.tmp", name))
+
+
 def _remove_temporaries(log_dir):
-    """What a killed write or a killed removal has left."""
+    """Nobody else writes there: the caller has locked the folder."""
     for path in log_dir.glob("ckpt_*.tmp"):
-        if not re.fullmatch(r"ckpt_\d+(\.removed)?\.tmp", path.name):
+        if not is_temporary(path.name):
             continue
         if path.is_dir():
             shutil.rmtree(path)
@@ -371,16 +410,13 @@ def _is_of_the_disk(error):
     return isinstance(error, OSError)
 
 
-def _not_written(path, reason):
-    return UserError(f"checkpoint {path} could not be written ({reason}); free disk space, then continue "
-                     f"with --resume; the checkpoints already there are whole")
-
-
 def _together(group, action, *args):
     """action(*args) on every process of `group` (None: on this one). If it fails on one, it fails on all.
 
     A UserError or an error of the disk becomes a UserError on all. Any other is a bug: where it is, it stays.
     """
+    if group is None:
+        return action(*args)
     result = error = text = None
     try:
         result = action(*args)
@@ -389,10 +425,8 @@ def _together(group, action, *args):
         if isinstance(caught, dcp.CheckpointException):  # torch has gathered the errors of all processes
             error = next(iter(caught.failures.values()))[0]
         text = str(error) if isinstance(error, UserError) or _is_of_the_disk(error) else repr(error)
-    texts = [text]
-    if group is not None:
-        texts = [None] * dist.get_world_size(group)
-        dist.all_gather_object(texts, text, group)
+    texts = [None] * dist.get_world_size(group)
+    dist.all_gather_object(texts, text, group)
     if error is not None and not isinstance(error, UserError) and not _is_of_the_disk(error):
         raise error
     for text in texts:
@@ -425,6 +459,7 @@ def load_into(path: str | Path, model: GPT, optimizers: list[torch.optim.Optimiz
         if "optimizers" not in state:
             raise UserError(f"checkpoint {candidate}: no run to resume, it is a model that was imported or "
                             f"pruned; train it further with --init_from={path} --log_dir=ANOTHER")
+        _check(state, RESUMABLE, candidate)
         values = {key: value for key, value in state.items() if key not in ("model", "optimizers")}
         _together(group, check, values)
         if metadata is None:
@@ -464,20 +499,33 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
 def build_model(state: dict, name: str) -> GPT:
     """The model of a checkpoint's "model_config" and "model", in eval mode, on the CPU; errors speak of
     `name`."""
-    try:
-        model = GPT(GPTConfig(**state["model_config"]))
-        model.load_state_dict(state["model"], strict=True)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"checkpoint {name}: its tensors do not fit its own model_config: {error}") from error
+    _check_shapes(state, name)
+    model = GPT(GPTConfig(**state["model_config"]))
+    model.load_state_dict(state["model"], strict=True)
     return model.eval()
+
+
+def _check_shapes(state, name):
+    """UserError unless the tensors are those of the model_config; takes no memory, whatever that says."""
+    weights = dict(state["model"])  # a copy: `assign` would stay in the metadata of the original
+    try:
+        with torch.device("meta"):
+            GPT(GPTConfig(**state["model_config"])).load_state_dict(weights, strict=True, assign=True)
+    except (RuntimeError, TypeError, UserError) as error:
+        raise UserError(f"checkpoint {name}: its tensors do not fit its own model_config: {error}") from error
 
 
 def checkpoint_tokenizer(state: dict) -> Tokenizer:
     """The tokenizer a checkpoint was trained with: its own rank file, or GPT-2's."""
-    saved = state["tokenizer"]
-    if saved["rank_file"] is None:
-        return load_tokenizer("gpt2")
-    return tokenizer_from_ranks(saved["rank_file"].numpy().tobytes(), saved["name"])
+    saved, ranks = state["tokenizer"], state["tokenizer"]["rank_file"]
+    if ranks is None:
+        tokenizer = load_tokenizer("gpt2")
+    else:
+        tokenizer = tokenizer_from_ranks(ranks.to(torch.uint8).numpy().tobytes(), saved["name"])
+    if tokenizer.sha256 != saved["sha256"]:
+        raise UserError(f"the checkpoint's tokenizer {saved['name']}: its rank file has sha256 "
+                        f"{tokenizer.sha256}, wanted {saved['sha256']}; use another checkpoint")
+    return tokenizer
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict:
@@ -502,16 +550,18 @@ def _newest_whole(path, group):
     if candidates is None:
         raise UserError(f"checkpoint {path}: not there; give a .pt file or a log_dir, "
                         f"or train one with make demo")
+    errors = []
     for candidate in reversed(candidates):
         try:
             return candidate, *_together(group, _open, candidate, group)
         except UserError as error:
             if candidate == path:
                 raise
+            errors.append(error)
             if group is None or dist.get_rank(group) == 0:
                 print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
-    found = f"{len(candidates)} damaged ones" if candidates else "none"
-    raise UserError(f"checkpoint {path}: wanted a folder with a whole ckpt_*.pt or ckpt_*/, got {found}; "
+    found = f"{len(errors)} that cannot be used; of the newest, {errors[0]}" if errors else "none"
+    raise UserError(f"checkpoint {path}: wanted a folder with a complete ckpt_*.pt or ckpt_*/, got {found}; "
                     f"name another, or train one with make demo")
 
 
@@ -534,14 +584,25 @@ def _open(path, group):
     That state has the tensors' names in their places, and is for `_read_parts`. Damage is a UserError.
     """
     if path.is_file():
-        return _load_file(path), None
-    if group is not None:
+        state = _load_file(path)
+    elif group is not None:
         return _open_folder(path, slice(dist.get_rank(group), None, dist.get_world_size(group)))
-    state, metadata = _open_folder(path, slice(None))
-    tensors = {name: torch.empty(saved.size, dtype=saved.properties.dtype)
-               for name, saved in metadata.state_dict_metadata.items()}
-    _fill(tensors, path, metadata, None)
-    return _put_tensors(state, tensors), None
+    else:
+        state, metadata = _open_folder(path, slice(None))
+        tensors = {name: torch.empty(saved.size, dtype=saved.properties.dtype)
+                   for name, saved in metadata.state_dict_metadata.items()}
+        _fill(tensors, path, metadata, None)
+        state = _put_tensors(state, tensors)
+    _check(state, USABLE, path)
+    _check_shapes(state, path)
+    return state, None
+
+
+def _check(state, schema, path):
+    try:
+        check(state, schema, f"checkpoint {path}")
+    except ValueError as error:  # UserError is one
+        raise UserError(f"{error}; the file is corrupt or was edited: use another checkpoint") from error
 
 
 def _open_folder(folder, share):
@@ -647,15 +708,15 @@ def _load_file(path):
     except Exception as error:  # zipfile and torch raise a dozen types on damaged bytes
         raise _damaged(path, error) from error
     if not isinstance(state, dict) or state.get("format") not in (FORMAT, OLD_FORMAT):
-        raise UserError(f"checkpoint {path}: wanted format {FORMAT!r}; "
-                        f"this file was not written by train_gpt2.py")
+        raise ForeignCheckpoint(f"checkpoint {path}: wanted format {FORMAT!r}; this file was not written by "
+                                f"train_gpt2.py; name another")
     return state
 
 
 def _refused(path, error):
-    return UserError(f"checkpoint {path}: refused, it holds more than tensors and plain values "
-                     f"({_first_line(error)}), and loading that could run code; "
-                     f"wanted a checkpoint written by train_gpt2.py")
+    return ForeignCheckpoint(f"checkpoint {path}: refused, it holds more than tensors and plain values "
+                             f"({_first_line(error)}), and loading that could run code; "
+                             f"wanted a checkpoint written by train_gpt2.py")
 
 
 def _damaged(path, error):

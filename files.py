@@ -14,6 +14,8 @@ import errno
 import json
 import os
 import platform
+import re
+import reprlib
 import shutil
 import sys
 import time
@@ -66,16 +68,31 @@ def write_atomically(path: Path, *parts) -> None:
 
     Raises UserError when the disk is full or the folder cannot be written; nothing is left behind then.
     """
+    with replacing(path, sum(memoryview(part).nbytes for part in parts)) as file:
+        file.writelines(parts)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, n_bytes: int = 0):
+    """A new binary file that takes the place of `path` when the block ends; if it fails, nothing is left.
+
+    n_bytes: its size, if known, for the UserError of a full disk.
+    """
+    if path.exists() and not path.is_file():  # as root, the rename would do away with /dev/null
+        raise UserError(f"cannot write {path}: it is not a regular file; name another")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.writelines(parts)
+            yield file
             sync_file(file)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise not_written(path, error, sum(memoryview(part).nbytes for part in parts)) from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the error that counts is the first
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise not_written(path, error, n_bytes) from error
+        raise
 
 
 def not_written(path: Path, error: OSError, n_bytes: int = 0) -> UserError:
@@ -142,13 +159,13 @@ def check(value, schema, place: str):
     """Raise UserError, which speaks of `place`, unless `value` is what `schema` describes; returns `value`.
 
     A schema is a type (float takes whole numbers too, and bool is no int), a Between (of whole numbers, if
-    both its ends are), a OneOf, None, a tuple of schemas of which one must fit, [schema] for a list of such,
-    {name: schema} for a dict with these names (those that end in ? may be missing, others may stand beside
-    them), or {str: schema} for a dict of any names.
+    both its ends are), a OneOf, None, a compiled pattern of text, a tuple of schemas of which one must fit,
+    [schema] for a list of such, [schema, schema, ...] for a list of just these, {name: schema} for a dict
+    with these names (those that end in ? may be missing, others may stand beside them), or {str: schema} for
+    a dict of any names.
     """
     def refuse(wanted):
-        text = repr(value)
-        raise UserError(f"{place}: {text[:80]}{'...' * (len(text) > 80)}, wanted {wanted}")
+        raise UserError(f"{place}: {reprlib.repr(value)}, wanted {wanted}")
 
     if isinstance(schema, dict):
         if not isinstance(value, dict):
@@ -163,10 +180,10 @@ def check(value, schema, place: str):
             elif not name.endswith("?"):
                 raise UserError(f"{place}: {name} is missing")
     elif isinstance(schema, list):
-        if not isinstance(value, (list, tuple)):
-            refuse("a list")
+        if not isinstance(value, (list, tuple)) or len(schema) not in (1, len(value)):
+            refuse("a list" if len(schema) == 1 else f"a list of {len(schema)}")
         for i, item in enumerate(value):
-            check(item, schema[0], f"{place}, number {i + 1}")
+            check(item, schema[i % len(schema)], f"{place}, number {i + 1}")
     elif isinstance(schema, Between):
         kinds = (int,) if isinstance(schema.low, int) and isinstance(schema.high, int) else (int, float)
         if type(value) not in kinds or value not in schema:
@@ -179,6 +196,9 @@ def check(value, schema, place: str):
             with contextlib.suppress(UserError):
                 return check(value, part, place)
         refuse(" or ".join(map(_describe, schema)))
+    elif isinstance(schema, re.Pattern):
+        if not isinstance(value, str) or not schema.fullmatch(value):
+            refuse(_describe(schema))
     elif schema is None:
         if value is not None:
             refuse("null")
@@ -188,7 +208,11 @@ def check(value, schema, place: str):
 
 
 def _describe(schema):
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", None: "null"}
     if isinstance(schema, (dict, list)):
         return "an object" if isinstance(schema, dict) else "a list"
-    return words.get(schema) or getattr(schema, "__name__", str(schema))
+    if isinstance(schema, re.Pattern):
+        return f"text like {schema.pattern}"
+    if isinstance(schema, tuple):  # a Between or a OneOf
+        return str(schema)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", None: "null"}
+    return words.get(schema) or schema.__name__

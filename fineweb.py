@@ -61,8 +61,11 @@ from documents import (
     pack,
     python_source,
 )
-from files import locked
+from files import check, locked, read_json
 from shards import (
+    COUNT,
+    MANIFEST,
+    PLAIN,
     SHARD_NAME,
     UNFINISHED,
     ShardWriter,
@@ -616,9 +619,9 @@ def claim_folder(plan: Plan) -> bool:
         if different:
             raise UserError(f"{folder} holds {what} by other settings: got {'; '.join(different)}; {ways}")
 
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, built=True)
     if manifest is not None:
-        have = manifest.get("settings", {})
+        have = manifest["settings"]
         by_whom = {"machines": settings.get("machines")}  # it does not matter; offline, nor does that
         if not have.get("offline"):
             by_whom["offline"] = settings.get("offline")
@@ -632,9 +635,9 @@ def claim_folder(plan: Plan) -> bool:
         time.sleep(0.2)
     if (folder / UNFINISHED).exists():
         try:
-            have = json.loads((folder / UNFINISHED).read_text(encoding="utf-8"))["settings"]
-        except (ValueError, KeyError):
-            have = {}
+            have = read_json(folder / UNFINISHED, {"settings": {str: PLAIN}})["settings"]
+        except UserError as error:
+            raise UserError(f"{error}; {ways}") from error
         check_same(have, "an unfinished build")
         return True
     if found := list_shards(folder, "train") + list_shards(folder, "val"):
@@ -708,6 +711,7 @@ def save_manifest(plan: Plan, facts: dict, splits: dict[str, list[int]], records
 
 def make_again(plan: Plan, manifest: dict, record: dict) -> None:
     """Write a shard of a finished build anew; UserError if it does not come out as it was."""
+    check(record, {"origin": [COUNT] * 4}, f"{plan.folder / MANIFEST}, {record['file']}")
     unit, index, start, skip = record["origin"]
     ranks = manifest["settings"].get("machines", 1)
     rank = int(SHARD_NAME.fullmatch(record["file"])["index"]) // RANK_SHARDS if ranks > 1 else 0
@@ -775,7 +779,7 @@ def check_shard(path: Path, record: dict, n_vocab: int) -> np.ndarray:
 def verify_folder(folder: Path) -> None:
     """Read every shard and compare with the manifest; raises UserError for the first thing that is wrong."""
     from tqdm import tqdm
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, built=True)
     if manifest is None:
         raise UserError(f"{folder} has no manifest.json to check against: it holds no build, or one that is "
                         f"unfinished")

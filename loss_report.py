@@ -238,7 +238,7 @@ def measure(source: str | Path, data_dir: str, val_tokens: int | None, device: s
     T = model.config.block_size
     val, train = (open_stream(data_dir, split, tok, T) for split in ("val", "train"))
     # of a run that began with others' weights, what those had seen is not known
-    known = (config and not config.get("init_from") and state["data"] == train.fingerprint
+    known = (config and not config.get("init_from") and state.get("data") == train.fingerprint
              and config["block_size"] == T)
     batch_tokens, run_seed = (config["batch_tokens"], config["seed"]) if known else (T, seed)
     val_loader = WindowLoader(val, T, T, seed, tok.n_vocab, shuffle=False)

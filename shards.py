@@ -32,14 +32,26 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
-from files import write_atomically
+from configurator import Between, OneOf, UserError
+from files import check, read_json, write_atomically
 
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256  # llm.c, dev/data/data_common.py
 TOKEN = np.dtype("<u2")     # on disk, whatever the machine's byte order
 MAX_OPEN_SHARDS = 128       # file descriptors held; the usual limit is 1024
 MANIFEST, UNFINISHED = "manifest.json", "build.json"  # fineweb.py writes the second first and removes it last
-SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)(?:_(?P<index>\d+))?\.(?:npy|bin)")
+SHARD_NAME = re.compile(r"(?P<name>[^/\\\0]+)_(?P<split>train|val)(?:_(?P<index>\d+))?\.(?:npy|bin)")
+NPY_START = b"\x93NUMPY\x01\x00"  # version 1.0; then two bytes of the header's length, then the header
+NPY_HEADER = re.compile(rb"\{'descr': '<u2', 'fortran_order': False, 'shape': \((\d{1,15}),\), \}\s*")
+COUNT, SHA256 = Between(0, 2**48), re.compile("[0-9a-f]{64}")
+PLAIN, SIDES = (bool, int, float, str, None), OneOf("by hash", "by place", "as they came")
+SCHEMA = {"format": OneOf(1), "tokenizer": {"name": str, "sha256": SHA256},
+          "files": [{"file": SHARD_NAME, "tokens": COUNT, "sha256": SHA256,
+                     "origin?": [COUNT, COUNT, COUNT, COUNT]}]}
+BUILD_SCHEMA = {  # what fineweb.py needs of its own, beside that
+    "tokenizer": {"n_vocab": Between(257, 65_536)}, "eot": Between(0, 65_535), "settings": {str: PLAIN},
+    "source": {str: PLAIN}, "cut": (None, {"at_byte": COUNT, "of_bytes": COUNT}), "sides?": SIDES,
+    "documents": COUNT, "tokens": COUNT,
+    "splits": {"train": {"documents": COUNT}, "val": {"documents": COUNT}}}
 
 # ---- one file ------------------------------------------------------------------
 
@@ -76,30 +88,28 @@ def write_shard(path: Path, ids: np.ndarray) -> dict:
 def read_header(path: Path) -> tuple[int, int]:
     """(tokens, bytes before the first one) of a shard; UserError if its header or its size is wrong."""
     fix = "the file is damaged or not a shard: build or download it again"
+    if path.exists() and not path.is_file():  # reading a pipe would wait for whoever writes into it
+        raise UserError(f"{path}: not a regular file; {fix}")
     try:
         with open(path, "rb") as file:
             if path.suffix == ".bin":
-                ints = np.frombuffer(file.read(4 * BIN_HEADER_INTS), dtype="<i4")
-                if len(ints) < BIN_HEADER_INTS or ints[0] != BIN_MAGIC or ints[1] != BIN_VERSION:
-                    raise UserError(f"{path}: got a .bin header that starts with {ints[:2].tolist()}, wanted "
-                                    f"{[BIN_MAGIC, BIN_VERSION]} (magic, version; llm.c's format); {fix}")
-                tokens = int(ints[2])
+                ints = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
+                if ints[:2] != [BIN_MAGIC, BIN_VERSION] or ints[2] < 0:
+                    raise UserError(f"{path}: got a .bin header that starts with {ints}, wanted "
+                                    f"{[BIN_MAGIC, BIN_VERSION]} (magic, version; llm.c's format) and the "
+                                    f"number of tokens; {fix}")
+                tokens, offset = ints[2], 4 * BIN_HEADER_INTS
             else:
-                version = np.lib.format.read_magic(file)
-                if version != (1, 0):
-                    raise UserError(f"{path}: got .npy version {version}, wanted (1, 0); {fix}")
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-                if dtype != TOKEN or len(shape) != 1:
-                    raise UserError(f"{path}: got an array of {dtype.str} and shape {shape}, wanted one "
-                                    f"dimension of {TOKEN.str} (uint16); {fix}")
-                tokens = shape[0]
-            offset, size = file.tell(), os.fstat(file.fileno()).st_size
+                start = file.read(len(NPY_START) + 2)
+                header = file.read(int.from_bytes(start[len(NPY_START):], "little"))
+                match = NPY_HEADER.fullmatch(header)
+                if not start.startswith(NPY_START) or not match:
+                    raise UserError(f"{path}: got a header that starts with {(start + header)[:80]!r}, "
+                                    f"wanted .npy, version 1.0, one dimension of {TOKEN.str} (uint16); {fix}")
+                tokens, offset = int(match[1]), file.tell()
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check that the file is there") from error
-    except UserError:
-        raise
-    except ValueError as error:  # numpy's words for a header that is cut short or is not one
-        raise UserError(f"{path}: got no readable .npy header ({error}); {fix}") from error
     if size != offset + TOKEN.itemsize * tokens:
         raise UserError(f"{path}: got {size:,} bytes, wanted {offset + TOKEN.itemsize * tokens:,} for the "
                         f"{tokens:,} tokens its header states; {fix}")
@@ -127,20 +137,20 @@ def list_shards(data_dir: str | Path, split: str) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
-def read_manifest(data_dir: str | Path) -> dict | None:
-    """manifest.json of a finished build, or None where there is none; UserError if it makes no sense."""
+def read_manifest(data_dir: str | Path, built: bool = False) -> dict | None:
+    """manifest.json of a finished build, or None where there is none; UserError if it makes no sense.
+
+    built: it must have all that fineweb.py writes, not only what training reads.
+    """
     path = Path(data_dir) / MANIFEST
     if not path.exists():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != 1:
-            raise UserError(f"{path}: got format {manifest['format']}, wanted 1; build the data again")
-        [(record["file"], record["tokens"]) for record in manifest["files"]]  # what TokenStream relies on
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); build the data again into "
-                        f"another --data_dir, or delete the file to use the shards without it") from error
-    return manifest
+        manifest = read_json(path, SCHEMA)
+        return check(manifest, BUILD_SCHEMA, str(path)) if built else manifest
+    except UserError as error:
+        raise UserError(f"{error}; the file is damaged: build the data again into another --data_dir, or "
+                        f"delete it to use the shards without it") from error
 
 
 def write_manifest(data_dir: str | Path, manifest: dict) -> None:
@@ -301,8 +311,8 @@ class TokenStream:
 def unfinished_command(folder: Path) -> str:
     """The command that fineweb.py noted in build.json when it started."""
     try:
-        return json.loads((folder / UNFINISHED).read_text(encoding="utf-8"))["command"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, OSError):
+        return read_json(folder / UNFINISHED, {"command": str})["command"]
+    except (UserError, OSError):
         return f"python fineweb.py --data_dir={folder} (with the settings it had)"
 
 

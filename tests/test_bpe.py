@@ -451,6 +451,20 @@ def test_load_tokenizer_from_a_path(tmp_path):
     assert (tokenizer.name, tokenizer.n_vocab, tokenizer.rank_file) == ("my_words", 271, SMALL_RANK_FILE)
     with pytest.raises(UserError, match="no such file; wanted gpt2 or the path"):
         load_tokenizer(str(tmp_path / "absent"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="no such file"):
+        load_tokenizer(str(tmp_path / "pipe"))
+
+
+def test_marks_of_editors_in_a_rank_file(tmp_path):
+    """UTF-8's is no part of the vocabulary, nor of its hash; UTF-16 is refused by name."""
+    path = tmp_path / "small.tiktoken"
+    path.write_bytes(b"\xef\xbb\xbf" + SMALL_RANK_FILE)
+    loaded = load_tokenizer(str(path))
+    assert (loaded.sha256, loaded.rank_file) == (small.sha256, SMALL_RANK_FILE)
+    path.write_bytes(SMALL_RANK_FILE.decode().encode("utf-16"))
+    with pytest.raises(UserError, match="UTF-16"):
+        load_tokenizer(str(path))
 
 
 # ---- bootstrap -----------------------------------------------------------------

@@ -262,6 +262,15 @@ def test_one_machine_does_not_go_on_for_two(tmp_path, monkeypatch):
         build(tmp_path / "out", input=source)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 9999, '{"settings": []}', '{"settings": {"a": []}}'])
+def test_a_damaged_build_json_is_told(tmp_path, text):
+    source = write_input(tmp_path / "in", "jsonl", DOCUMENTS)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "build.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"build\.json.*delete its shards"):
+        build(tmp_path / "out", input=source)
+
+
 # ---- verify --------------------------------------------------------------------
 
 

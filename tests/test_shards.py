@@ -38,6 +38,9 @@ def no_fsync():
         yield
 
 
+TOKENIZER = {"name": "gpt2", "sha256": 64 * "0"}
+
+
 def make_folder(folder, sizes, split="train", suffix=".npy", first=0):
     """Shards that together hold first, first + 1, ... modulo 65,536, so that a token tells its position."""
     folder.mkdir(exist_ok=True)
@@ -88,10 +91,10 @@ def bin_file(magic=20240520, version=1, count=4, tokens=4):
 
 @pytest.mark.parametrize("content, reason", [
     (bin_file(magic=20240522), "20240522"),
-    (bin_file(version=2), r"\[20240520, 2\]"),
+    (bin_file(version=2), r"\[20240520, 2, 4\]"),
     (bin_file(count=5), "got 1,032 bytes, wanted 1,034"),
     (bin_file(tokens=5), "got 1,034 bytes, wanted 1,032"),
-    (bin_file(count=-1), "wanted"),
+    (bin_file(count=-1), r"\[20240520, 1, -1\]"),
     (bin_file()[:-1], "got 1,031 bytes"),
     (bin_file()[:100], "header"),
     (b"", "header"),
@@ -130,6 +133,26 @@ def test_full_disk_leaves_nothing(tmp_path):
                           text=True, encoding="utf-8", cwd=shards.__file__.rpartition("/")[0])
     assert done.returncode == 2 and "no space" in done.stdout, done
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("header", [
+    "{'descr': '<u2', 'fortran_order': False, 'shape': (-5,), }", "{'descr': '<u2', 'shape': (5,), }",
+    "{'descr': '<u2', 'fortran_order': False, 'shape': (%s,), }" % (9 * "9"), "((", "[" * 3000,
+    "{'descr': '<u2', 'fortran_order': False, 'shape': (5,), 'x': '", "9" * 5000, "{" + 9 * "9" + "L:1}",
+])
+def test_damaged_npy_headers_are_refused(tmp_path, header):
+    """numpy's parser answers with TokenError, IndexError, MemoryError, or a shape below 0."""
+    path = tmp_path / "x_train_000000.npy"
+    start = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1)
+    path.write_bytes(start + header.encode() + b"\n" + bytes(10))
+    with pytest.raises(UserError, match=r"x_train_000000\.npy"):
+        read_shard(path)
+
+
+def test_a_pipe_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "x_train_000000.bin")
+    with pytest.raises(UserError, match="not a regular file"):
+        TokenStream(tmp_path, "train")
 
 
 def test_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
@@ -204,7 +227,7 @@ def test_manifest(tmp_path):
     records = [write_shard(tmp_path / f"x_train_{i:06d}.npy", np.arange(10)) for i in range(2)]
     records.append(write_shard(tmp_path / "x_val_000000.npy", np.arange(4)))
     plain = TokenStream(tmp_path, "train").fingerprint
-    write_manifest(tmp_path, {"files": records, "note": "Käse"})
+    write_manifest(tmp_path, {"tokenizer": TOKENIZER, "files": records, "note": "Käse"})
     stream = TokenStream(tmp_path, "train")
     assert stream.manifest["note"] == "Käse" and stream.manifest == read_manifest(tmp_path)
     assert stream.fingerprint != plain and len(stream.fingerprint) == 16
@@ -489,7 +512,7 @@ def test_ten_thousand_shards_open(huge_folder, monkeypatch, with_manifest):
     if with_manifest:
         records = [{"file": path.name, "tokens": SHARD_TOKENS, "sha256": 64 * "0"}
                    for path in huge_folder.iterdir()]
-        write_manifest(huge_folder, {"files": records})
+        write_manifest(huge_folder, {"tokenizer": TOKENIZER, "files": records})
     read, opened = shards.read_header, []
     monkeypatch.setattr(shards, "read_header", lambda path: opened.append(path) or read(path))
     peak = peak_memory(lambda: TokenStream(huge_folder, "train"))
