@@ -34,6 +34,7 @@ On disk it is one file, or with sharded models one folder:
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 import re
@@ -43,7 +44,7 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -469,7 +470,19 @@ def build_model(state: dict, name: str) -> GPT:
         model.load_state_dict(state["model"], strict=True)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"checkpoint {name}: its tensors do not fit its own model_config: {error}") from error
+    check_finite(model.named_parameters(), f"checkpoint {name}")
     return model.eval()
+
+
+def check_finite(weights: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
+    """Raises UserError, which speaks of `name`, where one of the (name, tensor) pairs has nan or infinity."""
+    wrong = [(key, tensor) for key, tensor in weights  # aminmax: ten times as fast as isfinite, and keeps nan
+             if tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor.detach())))]
+    if wrong:
+        key, tensor = wrong[0]
+        raise UserError(f"{name}: nan or infinity in {len(wrong)} tensors, first in {key} "
+                        f"({(~tensor.isfinite()).sum():,} of {tensor.numel():,} numbers); "
+                        f"take an earlier checkpoint, or another copy of the file")
 
 
 def checkpoint_tokenizer(state: dict) -> Tokenizer:
