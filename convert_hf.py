@@ -25,7 +25,8 @@ differs is refused by name. Without tokenizer files, 50,257 ids are GPT-2's.
 
 Of a checkpoint of nanoGPT or build-nanogpt the weights come in, and none of its code is run; the vocabulary
 must be GPT-2's, as the file holds none. Biases that a model lacks (bias=False) are zeros here. nanoGPT's GELU
-is the exact one, ours OpenAI's tanh: the logits differ by about 1e-3. What a file is, its contents decide.
+is the exact one, ours OpenAI's tanh: the logits differ by up to about 1e-3. What a file is, is decided by its
+contents, not by its name.
 """
 
 import glob
@@ -161,7 +162,7 @@ def import_nanogpt(path: Path, saved: dict) -> dict:
                for name in _checked_names(path, model, tensors, transposed=())}
     if nanogpt:
         print("note: nanoGPT's GELU is the exact one, ours OpenAI's tanh approximation of it: the logits "
-              "differ by about 1e-3", file=sys.stderr)
+              "differ by up to about 1e-3", file=sys.stderr)
     return _imported(model, weights, load_tokenizer("gpt2"), str(path.absolute()))
 
 
