@@ -34,6 +34,7 @@ On disk it is one file, or with sharded models one folder:
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 import re
@@ -44,7 +45,7 @@ import types
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -502,6 +503,7 @@ def build_model(state: dict, name: str) -> GPT:
     _check_shapes(state, name)
     model = GPT(GPTConfig(**state["model_config"]))
     model.load_state_dict(state["model"], strict=True)
+    check_finite(model.named_parameters(), f"checkpoint {name}")
     return model.eval()
 
 
@@ -513,6 +515,17 @@ def _check_shapes(state, name):
             GPT(GPTConfig(**state["model_config"])).load_state_dict(weights, strict=True, assign=True)
     except (RuntimeError, TypeError, UserError) as error:
         raise UserError(f"checkpoint {name}: its tensors do not fit its own model_config: {error}") from error
+
+
+def check_finite(weights: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
+    """Raises UserError, which speaks of `name`, where one of the (name, tensor) pairs has nan or infinity."""
+    wrong = [(key, tensor) for key, tensor in weights  # aminmax: ten times as fast as isfinite, and keeps nan
+             if tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor.detach())))]
+    if wrong:
+        key, tensor = wrong[0]
+        raise UserError(f"{name}: nan or infinity in {len(wrong)} tensors, first in {key} "
+                        f"({(~tensor.isfinite()).sum():,} of {tensor.numel():,} numbers); "
+                        f"take an earlier checkpoint, or another copy of the file")
 
 
 def checkpoint_tokenizer(state: dict) -> Tokenizer:

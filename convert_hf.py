@@ -1,8 +1,9 @@
 """
-GPT-2 to and from Hugging Face's format: OpenAI's weights in, your own models out.
+GPT-2 to and from Hugging Face's format: OpenAI's weights in, your own models out. nanoGPT's checkpoints too.
 
     python convert_hf.py --source=gpt2 --out_dir=log_gpt2           # theirs to ours: log_gpt2/ckpt_0000000.pt
     python convert_hf.py --source=folder/ --out_dir=log_mine        # from a folder on this disk
+    python convert_hf.py --source=out/ckpt.pt --out_dir=log_nano    # from nanoGPT, or build-nanogpt
     python convert_hf.py --checkpoint=log_demo --out_dir=demo_hf    # ours to theirs
 
 --source is gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded into the hub's cache: about 0.5, 1.5,
@@ -21,8 +22,14 @@ which come out as heads of zeros: the same logits.
 
 What comes in needs GPT-2's architecture and a byte-level vocabulary whose last id is <|endoftext|>; whatever
 differs is refused by name. Without tokenizer files, 50,257 ids are GPT-2's.
+
+Of a checkpoint of nanoGPT or build-nanogpt the weights come in, and none of its code is run; the vocabulary
+must be GPT-2's, as the file holds none. Biases that a model lacks (bias=False) are zeros here. nanoGPT's GELU
+is the exact one, ours OpenAI's tanh: the logits differ by up to about 1e-3. What a file is, is decided by its
+contents, not by its name.
 """
 
+import glob
 import hashlib
 import itertools
 import json
@@ -31,6 +38,9 @@ import re
 import shlex
 import shutil
 import sys
+import types
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -41,6 +51,7 @@ from bpe import EOT_TEXT, GPT2_SHA256, byte_order, load_tokenizer, rank_file, to
 from checkpoint import (
     FORMAT,
     build_model,
+    check_finite,
     checkpoint_tokenizer,
     describe_model,
     describe_tokenizer,
@@ -48,28 +59,35 @@ from checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from configurator import UserError, configure
-from files import sync_folder, write_atomically
+from configurator import Between, OneOf, PathName, UserError, configure, read_text
+from files import check, not_written, read_json, sync_file, sync_folder, write_atomically
 from model import GPT, GPTConfig
 
-source = ""  # to import: gpt2|gpt2-medium|gpt2-large|gpt2-xl, or a folder with config.json, model.safetensors
-checkpoint = ""  # to export: a .pt file, or a folder whose newest is meant
-out_dir = ""  # a new folder: a log_dir with one checkpoint (import), or a model folder (export)
+source: PathName = ""  # to import: gpt2|gpt2-medium|gpt2-large|gpt2-xl, a folder of Hugging Face's, a file
+checkpoint: PathName = ""  # to export: a file, or a folder whose newest is meant
+out_dir: PathName = ""  # a new folder: a log_dir with one checkpoint (import), or a model folder (export)
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 ORGANIZATION = "openai-community"  # of them on the hub
 GPT2_VOCAB = 50_257  # ids of its tokenizer
+GPT2_PADDED = 51_200  # rows of wte at most: the next multiple of 1,024
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # stored as (in, out) there, as (out, in) by nn.Linear
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# what a config.json may say, if anything, for the model to be ours; the first is what its absence means
-WANTED = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
+SIZE, ID = Between(1, 2**20), Between(0, 2**31)
+SHAPE = {"n_layer": Between(1, 1000), "n_head": SIZE, "n_embd": SIZE, "vocab_size": SIZE}
+# what the files of a folder may say for the model to be ours, as far as it bears on the logits or the ids
+CONFIG = {"model_type": OneOf("gpt2"), **SHAPE, "n_positions": SIZE, "n_inner?": (None, SIZE),
+          "activation_function?": OneOf("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+          "layer_norm_epsilon?": OneOf(1e-5), "scale_attn_weights?": OneOf(True),
+          "scale_attn_by_inverse_layer_idx?": OneOf(False), "add_cross_attention?": OneOf(False)}
+TOKENIZER = {"model": {"type": OneOf("BPE"), "vocab": {str: ID}, "merges": [([str], str)],
+                       "ignore_merges?": bool},
+             "normalizer?": None, "added_tokens?": [{"content": str, "id": ID}],
+             "pre_tokenizer": {"type": OneOf("ByteLevel"), "add_prefix_space": OneOf(False),
+                               "use_regex?": OneOf(True)}}
+TOKENIZER_CONFIG = {"added_tokens_decoder?": {str: {"content": str}}, "add_prefix_space?": OneOf(False, None)}
+NANOGPT = {**SHAPE, "block_size": SIZE, "bias?": bool, "dropout?": float}  # build-nanogpt's has no last two
 PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
@@ -79,23 +97,96 @@ PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets":
 def load_any(source: str | Path) -> dict:
     """The state of a checkpoint, on the CPU, from a model of any kind; `checkpoint.build_model` builds it.
 
-    `source`: a checkpoint of ours (a file, or a folder whose newest is meant), a folder with config.json and
-    model.safetensors, or one of gpt2, gpt2-medium, gpt2-large and gpt2-xl. A path that holds a model comes
-    before a name, and a line on stderr says so. An imported state has format, step (0), model, model_config,
-    tokenizer and provenance, and no optimizers. Raises UserError with what is wrong and what to type.
+    `source`: a checkpoint of ours (a file, or a folder whose newest is meant), one of nanoGPT or
+    build-nanogpt, a folder with config.json and model.safetensors, or one of gpt2, gpt2-medium, gpt2-large
+    and gpt2-xl. A path that holds a model comes before a name, and a line on stderr says so. An imported
+    state has format, step (0), model, model_config, tokenizer and provenance, and no optimizers. Raises
+    UserError with what is wrong and what to type.
     """
-    if _holds_hf(Path(source)) or (_hub_repo(source) and not _holds_ours(Path(source))):
+    path = Path(source)
+    if _holds_hf(path) or (_hub_repo(source) and not holds_checkpoint(path)):
         return import_hf(source)
-    if not Path(source).exists():
+    if not path.exists():
         raise UserError(f"{source}: not there; give one of {', '.join(HUB_NAMES)}, a folder with config.json "
-                        f"and {WEIGHTS}, or a checkpoint of ours: a .pt file or a log_dir (another model of "
+                        f"and {WEIGHTS}, or a checkpoint of ours: a file or a log_dir (another model of "
                         f"the hub: download it, then name its folder)")
-    if not _holds_ours(Path(source)):
+    if not holds_checkpoint(path):
         raise UserError(f"{source}: wanted a folder with config.json and {WEIGHTS}, or with ckpt_*.pt, got "
-                        f"{_listing(Path(source))}; name another folder, or one of {', '.join(HUB_NAMES)}")
+                        f"{_listing(path)}; name a file in it, another folder, or one of "
+                        f"{', '.join(HUB_NAMES)}")
+    if path.is_file():
+        with open(path, "rb") as file:
+            begin = file.read(9)
+        if b"{" in (begin[:1], begin[8:]):
+            raise UserError(f"{source}: a {'JSON' if begin[:1] == b'{' else 'safetensors'} file, no "
+                            f"checkpoint; name the folder that holds {WEIGHTS} and config.json")
+        if (saved := _torch_file(path)) and "format" not in saved:
+            return import_nanogpt(path, saved)
     if _hub_repo(source):
         _say_which(source)
     return load_checkpoint(source)
+
+
+def import_nanogpt(path: Path, saved: dict) -> dict:
+    """The state of `load_any`, of what `_torch_file` read of a checkpoint of nanoGPT or build-nanogpt."""
+    if nanogpt := "model_args" in saved:
+        place, config = f"{path}, model_args", saved["model_args"]
+    elif isinstance(saved.get("config"), types.SimpleNamespace):
+        place, config = f"{path}, config", vars(saved["config"])
+    else:
+        raise UserError(f"{path}: holds {', '.join(map(str, [*saved][:5]))}, wanted a checkpoint of "
+                        f"train_gpt2.py, nanoGPT or build-nanogpt; of a .bin of Hugging Face's make a "
+                        f"{WEIGHTS} with transformers' save_pretrained, and name its folder")
+    check(config, NANOGPT, place)
+    if more := sorted(map(str, config.keys() - {name.rstrip("?") for name in NANOGPT})):
+        raise UserError(f"{place}: {', '.join(more)} is of another architecture than GPT-2; model.py has no "
+                        f"other")
+    rows = config["vocab_size"]
+    if not GPT2_VOCAB <= rows <= GPT2_PADDED:
+        raise UserError(f"{place}: vocab_size={rows}, wanted GPT-2's {GPT2_VOCAB}, or padded up to "
+                        f"{GPT2_PADDED}; this model has another tokenizer, which is not in the file")
+    check(saved.get("model"), {str: torch.Tensor}, f"{path}, model")
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():  # torch skips the CRCs and would load flipped bits
+            raise UserError(f"{path}: damaged, checksum of {damaged} is wrong; copy it again")
+    with torch.device("meta"):
+        model = GPT(GPTConfig(config["block_size"], rows, GPT2_VOCAB, config["n_layer"], config["n_head"],
+                              config["n_embd"]))
+    tensors = _float32(path, ((name.removeprefix("_orig_mod."), tensor)
+                              for name, tensor in saved["model"].items()))
+    if config.get("bias") is False:
+        biases = {name.removeprefix("transformer."): torch.zeros(tensor.shape, device="cpu")
+                  for name, tensor in model.named_parameters() if name.endswith(".bias")}
+        tensors = biases | tensors
+    weights = {name: tensors[name.removeprefix("transformer.")].clone()  # of pages of the file
+               for name in _checked_names(path, model, tensors, transposed=())}
+    if nanogpt:
+        print("note: nanoGPT's GELU is the exact one, ours OpenAI's tanh approximation of it: the logits "
+              "differ by up to about 1e-3", file=sys.stderr)
+    return _imported(model, weights, load_tokenizer("gpt2"), str(path.absolute()))
+
+
+def _torch_file(path):
+    """The dict in a file of torch.save, its tensors not read yet; {} of any other file.
+
+    Runs none of its code: build-nanogpt's GPTConfig, a pickled class, becomes a namespace of its fields.
+    """
+    try:
+        theirs = [(types.SimpleNamespace, name)
+                  for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
+                  if name.endswith(".GPTConfig")]
+        with torch.serialization.safe_globals(theirs):
+            saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception:  # a dozen types; load_checkpoint says what is wrong
+        return {}
+    return saved if isinstance(saved, dict) else {}
+
+
+def _imported(model, weights, tokenizer, origin):
+    """The state of `load_any` of weights without lm_head, which is wte."""
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return {"format": FORMAT, "step": 0, "model": weights, "model_config": describe_model(model),
+            "tokenizer": describe_tokenizer(tokenizer), "provenance": {"imported_from": origin}}
 
 
 def import_hf(source: str | Path) -> dict:
@@ -117,7 +208,7 @@ def import_hf(source: str | Path) -> dict:
     tokenizer = _read_tokenizer(folder, rows)
     if rows < tokenizer.n_vocab:
         raise UserError(f"{folder}: vocab_size={rows} in config.json, wanted {tokenizer.n_vocab} at least, "
-                        f"one for each id of its tokenizer; mend the folder, or take another")
+                        f"one for each id of its tokenizer; fix the folder, or take another")
     tensors = _read_tensors(folder)
     # No rows beyond those there: GPT-2's logits are about -30 to -100, and rows of zeros, whose logits
     # are 0, would take all the probability of the softmax that training differentiates.
@@ -126,21 +217,14 @@ def import_hf(source: str | Path) -> dict:
     with torch.device("meta"):
         model = GPT(wanted)
     weights = {name: tensors[name.removeprefix("transformer.")]
-               for name in _checked_names(folder, model, tensors)}
+               for name in _checked_names(folder, model, tensors, transposed=CONV1D)}
     weights = {name: tensor.T.contiguous() if name.endswith(CONV1D) else tensor
                for name, tensor in weights.items()}
-    weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    return {"format": FORMAT, "step": 0, "model": weights, "model_config": describe_model(model),
-            "tokenizer": describe_tokenizer(tokenizer), "provenance": {"imported_from": origin}}
+    return _imported(model, weights, tokenizer, origin)
 
 
 def _holds_hf(folder):
     return (folder / "config.json").is_file()
-
-
-def _holds_ours(path):
-    theirs = path.is_file() and path.suffix in (".safetensors", ".json", ".bin")  # whose folder is meant
-    return holds_checkpoint(path) and not theirs
 
 
 def _hub_repo(source):
@@ -190,14 +274,12 @@ def _download(repo):
 # ---- in ------------------------------------------------------------------------
 
 
-def _read_json(path):
+def _read_json(path, schema):
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: got {type(value).__name__}, wanted a JSON object; fetch it again")
-    return value
+        return read_json(path, schema)
+    except UserError as error:
+        raise UserError(f"{error}; fetch it again, or take another model: only GPT-2 as OpenAI released it, "
+                        f"with a byte-level tokenizer, comes in") from error
 
 
 def _read_config(folder):
@@ -206,19 +288,10 @@ def _read_config(folder):
     if not path.is_file():
         raise UserError(f"{folder}: wanted a folder with config.json and {WEIGHTS}, got {_listing(folder)}; "
                         f"name another, or one of {', '.join(HUB_NAMES)}")
-    config = _read_json(path)
-    if config.get("model_type") != "gpt2":
-        raise UserError(f"{path}: model_type={config.get('model_type')!r}, wanted 'gpt2'; "
-                        f"this is another architecture, which model.py does not have")
-    wrong = [f"{key}={config.get(key)!r}, wanted a whole number of at least 1"
-             for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-             if type(config.get(key)) is not int or config[key] < 1]
-    wrong += [f"{key}={config[key]!r}, wanted {' or '.join(map(repr, values))}"
-              for key, values in WANTED.items() if config.get(key, values[0]) not in values]
-    if not wrong and config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        wrong.append(f"n_inner={config['n_inner']!r}, wanted null or {4 * config['n_embd']} (4 n_embd)")
-    if wrong:
-        raise UserError(f"{path}: {'; '.join(wrong)}; model.py is GPT-2 as OpenAI released it, no other")
+    config = _read_json(path, CONFIG)
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise UserError(f"{path}: n_inner={config['n_inner']}, wanted null or {4 * config['n_embd']} "
+                        f"(4 n_embd); model.py has no other")
     return config
 
 
@@ -231,34 +304,44 @@ def _read_tensors(folder):
             raise UserError(f"{folder}: wanted {WEIGHTS} or {INDEX}, got {others}; of a .bin, which can run "
                             f"code when it is read, make one with transformers: "
                             f"GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained('new_folder')")
-        index = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not all(Path(str(name)).name == name for name in index.values()):
-            raise UserError(f"{folder / INDEX}: wanted a weight_map of tensors' names to files beside it; "
-                            f"fetch it again")
-        files = sorted(set(index.values()))
-    tensors, wrong = {}, []
-    for file in files:
+        files = sorted(set(_read_json(folder / INDEX, {"weight_map": {str: str}})["weight_map"].values()))
+        if odd := [name for name in files if not re.fullmatch(r"[^/\\\0]+\.safetensors", name)]:
+            raise UserError(f"{folder / INDEX}: {odd[0]!r}, wanted the name of a .safetensors file beside "
+                            f"it; fetch it again")
+
+    def load(file):
         try:
-            loaded = load_file(folder / file)
-        except (OSError, SafetensorError) as error:
+            return load_file(folder / file).items()
+        except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
             raise UserError(f"{folder / file}: missing or damaged ({error}); fetch it again") from error
-        for stored, tensor in loaded.items():
-            name = stored.removeprefix("transformer.")
-            if re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name):
-                continue  # the causal mask and its -1e4, which some versions of transformers keep as buffers
-            if name in tensors:
-                wrong.append(f"{stored} occurs twice, wanted it once")
-            elif tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                wrong.append(f"{stored} is {tensor.dtype}, wanted float32, float16 or bfloat16")
-            tensors[name] = tensor.float()
+
+    return _float32(folder, itertools.chain.from_iterable(map(load, files)))
+
+
+def _float32(place, stored: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """{name without "transformer.": float32 tensor} of (name, tensor) pairs, without the buffers of old
+    versions."""
+    tensors, wrong = {}, []
+    for stored_name, tensor in stored:
+        name = stored_name.removeprefix("transformer.")
+        if re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name):
+            continue  # the causal mask and its -1e4
+        if name in tensors:
+            wrong.append(f"{stored_name} occurs twice, wanted it once")
+        elif tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            wrong.append(f"{stored_name} is {tensor.dtype}, wanted float32, float16 or bfloat16")
+        tensors[name] = tensor.float()
     if wrong:
-        raise UserError(f"{folder}: {'; '.join(wrong)}")
+        raise UserError(f"{place}: {'; '.join(wrong)}; convert them, or take another copy")
     return tensors
 
 
-def _checked_names(folder, model, tensors):
-    """The names of the model's tensors, the tied lm_head left out, once `tensors` are those and fit."""
-    shapes = {name: tuple(tensor.shape[::-1] if name.endswith(CONV1D) else tensor.shape)
+def _checked_names(place, model, tensors, transposed):
+    """The names of the model's tensors, the tied lm_head left out, once `tensors` are those and fit.
+
+    Those whose names end in `transposed` are (in, out) in `tensors`.
+    """
+    shapes = {name: tuple(tensor.shape[::-1] if name.endswith(transposed) else tensor.shape)
               for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     wanted = {name.removeprefix("transformer."): shape for name, shape in shapes.items()}
     wrong = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in tensors]
@@ -267,11 +350,11 @@ def _checked_names(folder, model, tensors):
     wrong += [f"{name} is {tuple(tensors[name].shape)}, wanted {shape}" for name, shape in wanted.items()
               if name in tensors and tuple(tensors[name].shape) != shape]
     if wrong:
-        raise UserError(f"{folder}: its tensors are not those of its config.json:\n    "
-                        + "\n    ".join(wrong) + "\nfetch it again, or mend config.json")
+        raise UserError(f"{place}: its tensors are not those of its config:\n    "
+                        + "\n    ".join(wrong) + "\nfetch it again, or fix the config")
     head = tensors.get("lm_head.weight")
     if head is not None and not torch.equal(head, tensors["wte.weight"]):
-        raise UserError(f"{folder}: lm_head.weight is not wte.weight; in GPT-2 they are one matrix (tied), "
+        raise UserError(f"{place}: lm_head.weight is not wte.weight; in GPT-2 they are one matrix (tied), "
                         f"and model.py has no other")
     return list(shapes)
 
@@ -313,11 +396,7 @@ def derive_merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
 
 def _read_tokenizer(folder, rows):
     """The Tokenizer of a folder's files; GPT-2's where there are none and wte has GPT-2's rows."""
-    try:
-        found = _read_vocabulary(folder)
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder}: its tokenizer files are not such as transformers writes ({error!r}); "
-                        f"fetch them again") from error
+    found = _read_vocabulary(folder)
     if found is None:
         if rows != GPT2_VOCAB:
             raise UserError(f"{folder}: no tokenizer.json, no vocab.json, and vocab_size={rows}, not "
@@ -342,37 +421,26 @@ def _read_tokenizer(folder, rows):
 
 def _read_vocabulary(folder):
     """(file, tokens by id, merges, whether whole words are looked up first), or None without such files."""
-    settings = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = _read_json(folder / "tokenizer_config.json")
-    added = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
-    looks_up_first, wrong = False, []
+    added, looks_up_first = {}, False
+    if (path := folder / "tokenizer_config.json").is_file():
+        decoder = _read_json(path, TOKENIZER_CONFIG).get("added_tokens_decoder", {})
+        added = {token["content"]: int(i) if re.fullmatch("[0-9]{1,9}", i) else -1
+                 for i, token in decoder.items()}
     if (path := folder / "tokenizer.json").is_file():
-        saved = _read_json(path)
-        model, before = saved["model"], saved.get("pre_tokenizer") or {}
-        wrong = [f"{what}={got!r}, wanted {wanted!r}" for what, got, wanted in (
-            ("model.type", model.get("type"), "BPE"),
-            ("normalizer", saved.get("normalizer"), None),
-            ("pre_tokenizer.type", before.get("type"), "ByteLevel"),
-            ("pre_tokenizer.add_prefix_space", before.get("add_prefix_space"), False),
-            ("pre_tokenizer.use_regex", before.get("use_regex", True), True)) if got != wanted]
+        saved = _read_json(path, TOKENIZER)
         added |= {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
-        vocab, merges = model.get("vocab", {}), model.get("merges", [])
-        looks_up_first = model.get("ignore_merges", False)
+        vocab, merges = saved["model"]["vocab"], saved["model"]["merges"]
+        looks_up_first = saved["model"].get("ignore_merges", False)
     elif (path := folder / "vocab.json").is_file():
         if not (folder / "merges.txt").is_file():
             raise UserError(f"{folder}: vocab.json without merges.txt; put that there too")
         if (folder / "added_tokens.json").is_file():
-            added |= _read_json(folder / "added_tokens.json")
-        vocab = _read_json(path)
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            added |= _read_json(folder / "added_tokens.json", {str: ID})
+        vocab = _read_json(path, {str: ID})
+        lines = read_text(folder / "merges.txt").split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
     else:
         return None
-    if settings.get("add_prefix_space"):
-        wrong.append("tokenizer_config.json has add_prefix_space=true, wanted false")
-    if wrong:
-        raise UserError(f"{path}: {'; '.join(wrong)}; bpe.py has GPT-2's kind of tokenizer only")
     tokens = _tokens_of(path, {**vocab, **added}, [text for text in added if text != EOT_TEXT])
     pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     return path, tokens, pairs, looks_up_first
@@ -385,7 +453,7 @@ def _tokens_of(path, vocab, others):
     if others:
         raise UserError(f"{path}: added tokens {', '.join(map(repr, others))}; wanted {EOT_TEXT} alone, as "
                         f"bpe.py has no other special token")
-    if sorted(texts) != list(range(last + 1)) or texts[last] != EOT_TEXT:
+    if sorted(texts) != list(range(last + 1)) or texts.get(last) != EOT_TEXT:
         raise UserError(f"{path}: {EOT_TEXT} has id {vocab.get(EOT_TEXT)} and the {last + 1} ids are "
                         f"{min(texts, default=None)} to {max(texts, default=None)}; wanted 0 to {last}, "
                         f"{EOT_TEXT} the last, as bpe.py numbers them")
@@ -440,13 +508,13 @@ def export_hf(state: dict, out_dir: str | Path) -> list[str]:
         # and without a max_length it runs beyond the last position
         "generation_config.json": {"pad_token_id": tokenizer.eot, "max_length": config.block_size, **ids},
     }
-    temporary = out.with_name(f"{out.name}.convert_hf.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+    temporary = out.with_name(f"{out.name}.convert_hf.{os.getpid()}.tmp")
+    _remove_temporaries(out)
     try:
         temporary.mkdir(parents=True)
         save_file(_tensors_out(config, state["model"]), temporary / WEIGHTS, metadata={"format": "pt"})
         with open(temporary / WEIGHTS, "rb+") as file:
-            os.fsync(file.fileno())
+            sync_file(file)
         for name, value in files.items():
             text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False) + "\n"
             write_atomically(temporary / name, text.encode())
@@ -456,12 +524,27 @@ def export_hf(state: dict, out_dir: str | Path) -> list[str]:
             out.rmdir()
         os.replace(temporary, out)
         sync_folder(out.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} could not be written ({error}); name another --out_dir, or free disk space") \
-            from error
+    except SafetensorError as error:  # it has the number of the system's error in its text alone
+        number = re.search(r"os error (\d+)", str(error))
+        raise not_written(out, OSError(int(number[1]) if number else 0, str(error))) from error
+    except OSError as error:
+        raise not_written(out, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return notes
+
+
+def _remove_temporaries(out):
+    """Remove what killed exports to `out` have left, but not the folder of one that is at work."""
+    if os.name == "nt":  # where the signal 0 would end the process
+        return
+    for path in out.parent.glob(f"{glob.escape(out.name)}.convert_hf.*.tmp"):
+        try:
+            os.kill(int(path.suffixes[-2][1:]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (OSError, ValueError, OverflowError):  # another user's, or no folder of ours
+            pass
 
 
 def check_out_dir(out_dir: str | Path) -> Path:
@@ -540,15 +623,18 @@ def main() -> None:
             f"    python convert_hf.py --checkpoint=log --out_dir=gpt2_hf     # ours to Hugging Face's")
     given, name = Path(source or checkpoint), shlex.quote(out_dir)
     out = check_out_dir(out_dir)
-    if source and not _holds_hf(given) and _holds_ours(given):
+    ours = "format" in _torch_file(given) if given.is_file() else holds_checkpoint(given)
+    if source and ours and not _holds_hf(given):
         raise UserError(f"source={source} is a checkpoint of ours already; to export it, type "
                         f"--checkpoint={shlex.quote(source)} in place of --source")
     if checkpoint and _holds_hf(given):
         raise UserError(f"checkpoint={checkpoint} is a folder of Hugging Face's; to import it, type "
                         f"--source={shlex.quote(checkpoint)} in place of --checkpoint")
-    state = load_any(source) if source else load_checkpoint(checkpoint)
+    state = load_any(source or checkpoint)
     tokenizer = checkpoint_tokenizer(state)
     if source:
+        check_finite(((key, tensor) for key, tensor in state["model"].items() if key != "lm_head.weight"),
+                     source)
         out.mkdir(parents=True, exist_ok=True)
         written = save_checkpoint(out, 0, state)
         notes = []

@@ -30,51 +30,45 @@ import numpy as np
 import torch
 
 from checkpoint import build_model, checkpoint_tokenizer, newest_checkpoint
-from configurator import UserError, configure
+from configurator import Between, OneOf, PathName, UserError, configure, read_text
 from convert_hf import load_any
 from device import resolve_device
 from model import check_sampling, context_start
 
-checkpoint = ""  # a .pt file, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/
+checkpoint: PathName = ""  # a file, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/
 prompt = ""  # text, FILE:path, or - for standard input; empty = the beginning of a document
-prompts = ""  # a text file with a prompt per line, in place of prompt
-num_samples = 2  # samples of each prompt, drawn as one batch
-max_new_tokens = 200  # tokens per sample at most
-temperature = 0.8  # 0 = greedy; 1 = the model's own probabilities
-top_k = 200  # keep the k likeliest tokens; 0 = all
-top_p = 1.0  # keep the likeliest tokens that together reach this probability
-text = ""  # a text file to score, in place of sampling
-stride = 0  # tokens from one window of it to the next; 0 = half a block_size
+prompts: PathName = ""  # a text file with a prompt per line, in place of prompt
+num_samples: Between(1, 10_000) = 2  # samples of each prompt, drawn as one batch
+max_new_tokens: Between(1, 1_000_000) = 200  # tokens per sample at most
+temperature: Between(0, 1000) = 0.8  # 0 = greedy; 1 = the model's own probabilities
+top_k: Between(0, 2**31) = 200  # keep the k likeliest tokens; 0 = all
+top_p: Between(0, 1) = 1.0  # more than 0: keep the likeliest tokens that together reach this probability
+text: PathName = ""  # a text file to score, in place of sampling
+stride: Between(0, 2**31) = 0  # tokens from one window of it to the next; 0 = half a block_size
 logprobs = False  # print ln of the probability of each token
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
-dtype = "float32"  # auto|float32|bfloat16|float16; small models gain nothing from fewer bits here
+dtype: OneOf("auto", "float32", "bfloat16", "float16") = "float32"  # enough for a small model
 compile = False  # compile the step of one token: a minute first, then faster on CUDA
-seed = 1337  # of the samples
-
-
-def read_file(flag: str, path: str, errors: str) -> str:
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig", errors)  # some editors put a mark in front
-    except OSError as error:
-        raise UserError(f"{flag}{path}: {error.strerror}; give {flag}PATH of a readable file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag}{path}: byte {error.start:,} is not UTF-8 ({error.reason}), wanted a text in "
-                        f"UTF-8; convert it, for example with iconv") from error
+seed: Between(0, 2**63 - 1) = 1337  # of the samples
 
 
 def read_prompts() -> list[str]:
     """The prompts: of a file (prompts, or FILE:path), of standard input (-), or the setting itself."""
     if prompts:
-        lines = [line.rstrip("\r") for line in read_file("--prompts=", prompts, "replace").split("\n")]
+        lines = [line.rstrip("\r") for line in read_text(prompts).split("\n")]
         lines = [line for line in lines if line.strip()]
         if not lines or prompt:
             raise UserError(f"prompts={prompts}: got {len(lines)} lines with text and prompt={prompt!r}; "
                             f"wanted one line or more, and no --prompt beside it")
         return lines
     if prompt == "-":
-        return [sys.stdin.buffer.read().decode("utf-8", errors="replace")]
+        try:
+            return [sys.stdin.buffer.read().decode("utf-8-sig")]
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: byte {error.start:,} is not UTF-8 ({error.reason}); convert "
+                            f"it, for example with iconv") from error
     if prompt.startswith("FILE:"):
-        return [read_file("--prompt=FILE:", prompt.removeprefix("FILE:"), "replace")]
+        return [read_text(Path(prompt.removeprefix("FILE:")).expanduser())]
     return [prompt]
 
 
@@ -169,16 +163,12 @@ def score(model, tok, dev, content: str) -> None:
 
 
 def main() -> None:
-    check_sampling(temperature, top_k, top_p)
-    for name, value, least in (("num_samples", num_samples, 1), ("max_new_tokens", max_new_tokens, 1),
-                               ("stride", stride, 0), ("seed", seed, 0)):
-        if not least <= value < 2**63:
-            raise UserError(f"{name}={value}: wanted {least} or more, below 2**63")
+    check_sampling(temperature, top_k, top_p)  # top_p=0 is not among its values
     if text and (prompt or prompts):
         raise UserError(f"text={text} is scored, and nothing is sampled: leave out --prompt and --prompts, "
                         f"or leave out --text")
     # before anything that takes time
-    texts = [read_file("--text=", text, "strict")] if text else read_prompts()
+    texts = [read_text(text)] if text else read_prompts()
     if text and not texts[0]:
         raise UserError(f"text={text}: got an empty file, wanted some text to score")
     dev = resolve_device(device, dtype)

@@ -51,20 +51,20 @@ from tqdm import tqdm
 
 from bpe import GPT2_SHA256, Tokenizer
 from checkpoint import build_model, checkpoint_tokenizer, newest_checkpoint
-from configurator import UserError, configure
+from configurator import Between, OneOf, PathName, UserError, configure
 from convert_hf import load_any
 from device import Device, resolve_device
-from files import write_atomically
+from files import check, write_atomically
 from model import GPT
 from ranks import Ranks
 
-checkpoint = ""  # a .pt file, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/
-data = ""  # a .jsonl file in the format of the public one; empty = the public one
-protocol = "both"  # completion|harness|both
+checkpoint: PathName = ""  # a file, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/
+data: PathName = ""  # a .jsonl file in the format of the public one; empty = the public one
+protocol: OneOf("completion", "harness", "both") = "both"  # how the questions are put
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
-dtype = "auto"  # auto|float32|bfloat16|float16
-batch_tokens = 16_384  # tokens per forward pass and process, padding included
-limit = 0  # the first so many examples only; 0 = all
+dtype: OneOf("auto", "float32", "bfloat16", "float16") = "auto"  # of the matrix products
+batch_tokens: Between(1, 2**31) = 16_384  # tokens per forward pass and process, padding included
+limit: Between(0, 2**31) = 0  # only the first N examples; 0 = all
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -72,6 +72,8 @@ PUBLIC_FILE = Path("hellaswag", "hellaswag_val.jsonl")
 ATTEMPTS = 3  # to download
 PROTOCOLS = ("completion", "harness")
 N_ENDINGS = 4
+RECORD = {"activity_label": str, "ctx": str, "ctx_a?": str, "ctx_b?": str, "endings": [str],
+          "label": Between(0, N_ENDINGS - 1)}
 
 
 # ---- the data ------------------------------------------------------------------
@@ -190,7 +192,7 @@ def read_examples(path: str | Path, tokenizer: Tokenizer, protocol: str, limit: 
         for name, text in zip(names, (context, *endings)):
             if not text.strip():
                 raise UserError(f"{place}: {name} is empty in the protocol {protocol}; wanted text; "
-                                f"mend the line or remove it")
+                                f"fix the line or remove it")
         items.append((context, endings, record["label"]))
     if whole:
         notes.append("no ctx_a and ctx_b in the file, ctx stands for them: not comparable with "
@@ -202,30 +204,23 @@ def read_examples(path: str | Path, tokenizer: Tokenizer, protocol: str, limit: 
 
 def _parse(line, place):
     """The record in a line of the file, checked; errors speak of `place`."""
-    def check(right, got, wanted):
-        if not right:
-            raise UserError(f"{place}: {got}; wanted {wanted}; mend the line or remove it")
-
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{place}: not JSON ({error}); wanted an object on each line") from error
-    check(isinstance(record, dict), f"got {type(record).__name__}", "an object with ctx, endings and label")
-    missing = [key for key in ("activity_label", "ctx", "endings", "label") if key not in record]
-    if ("ctx_a" in record) != ("ctx_b" in record):
-        missing += [key for key in ("ctx_a", "ctx_b") if key not in record]
-    check(not missing, f"no {', no '.join(missing)}",
-          "activity_label, ctx, endings, label and both or none of ctx_a, ctx_b")
-    endings, label = record["endings"], record["label"]
-    check(isinstance(endings, list), f"endings is {type(endings).__name__}", f"a list of {N_ENDINGS} texts")
-    check(len(endings) == N_ENDINGS, f"{len(endings)} endings", f"{N_ENDINGS}")
-    check(type(label) is int and 0 <= label < N_ENDINGS, f"label is {label!r}",
-          f"a whole number from 0 to {N_ENDINGS - 1}")
-    texts = {key: record[key] for key in ("activity_label", "ctx", "ctx_a", "ctx_b") if key in record}
-    texts |= {f"ending {i}": text for i, text in enumerate(endings)}
-    for name, text in texts.items():
-        check(isinstance(text, str), f"{name} is {type(text).__name__}", "text")
-        check(not re.search("[\ud800-\udfff]", text), f"{name} has half a surrogate pair", "whole characters")
+    if isinstance(record, dict) and record.get("label") in tuple("0123"):  # as in the hub's copy of the data
+        record["label"] = int(record["label"])
+    try:
+        check(record, RECORD, place)
+        if ("ctx_a" in record) != ("ctx_b" in record):
+            raise UserError(f"{place}: one of ctx_a and ctx_b without the other, wanted both or none")
+        if len(record["endings"]) != N_ENDINGS:
+            raise UserError(f"{place}: {len(record['endings'])} endings, wanted {N_ENDINGS}")
+        texts = [record.get(key, "") for key in ("activity_label", "ctx", "ctx_a", "ctx_b")]
+        if re.search("[\ud800-\udfff]", "".join(texts + record["endings"])):
+            raise UserError(f"{place}: half a surrogate pair in a text, wanted complete characters")
+    except UserError as error:
+        raise UserError(f"{error}; fix the line or remove it") from error
     return record
 
 
@@ -408,10 +403,6 @@ def format_result(protocol: str, result: Result) -> str:
 
 
 def main() -> None:
-    if protocol not in (*PROTOCOLS, "both"):
-        raise UserError(f"protocol={protocol!r}: wanted {', '.join(PROTOCOLS)} or both")
-    if batch_tokens < 1 or limit < 0:
-        raise UserError(f"batch_tokens={batch_tokens}, limit={limit}: wanted at least 1 and at least 0")
     ranks = Ranks()
     rank, world_size = ranks.rank, ranks.world_size
     if world_size > 1 and ":" in device:

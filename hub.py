@@ -35,7 +35,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, without_passwords
 from files import write_atomically
 
 ATTEMPTS = 10          # in a row without a byte more; with the waits below, about four minutes
@@ -82,8 +82,8 @@ class HubFile(NamedTuple):
 
 
 def say(text: str) -> None:
-    """A line on stderr that leaves progress bars whole."""
-    tqdm.write(text, file=sys.stderr)
+    """A line on stderr that leaves progress bars intact and shows no password of a URL."""
+    tqdm.write(without_passwords(text), file=sys.stderr)
 
 
 def asked_wait(headers) -> float:

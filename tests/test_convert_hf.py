@@ -1,24 +1,29 @@
 """To Hugging Face and back: transformers is the oracle for logits and ids, the way back is bit for bit."""
 
+import errno
 import json
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from hub_server import Fault, HubServer
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from training import PYTHON, RUN_THE_REST
 
 import convert_hf
+import hub
 from bpe import count_pieces, load_tokenizer, rank_file, tokenizer_from_ranks, train_ranks
 from checkpoint import (
     FORMAT,
@@ -204,6 +209,55 @@ while True:
 """
 
 
+def test_a_folder_that_cannot_be_synced_is_exported(tmp_path, exported, monkeypatch):
+    """Some network and FUSE file systems refuse fsync of folders, which must not cost the export."""
+    state, folder = exported["bytes"]
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    export_hf(state, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(folder)
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "no space for .*make room"),
+    (convert_hf.SafetensorError(f"File too large (os error {errno.EFBIG})"), "no space for .*make room"),
+    (OSError(errno.EACCES, os.strerror(errno.EACCES)), "cannot write .*Permission denied.*permissions"),
+    (convert_hf.SafetensorError("I/O error: denied (os error 13)"), "cannot write .*check the permissions"),
+    (convert_hf.SafetensorError("odd"), "cannot write .*odd"),
+])
+def test_only_a_full_disk_speaks_of_space(tmp_path, exported, monkeypatch, error, words):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(convert_hf, "save_file", fail)
+    with pytest.raises(UserError, match=words) as caught:
+        export_hf(exported["bytes"][0], tmp_path / "out")
+    assert ("make room" in str(caught.value)) == ("make room" in words) and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signal 0 would end the process")
+def test_an_export_at_work_keeps_its_folder(tmp_path, exported, monkeypatch):
+    """One more to the same folder removes what killed ones have left, and nothing else."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    alive = tmp_path / f"out.convert_hf.{os.getppid()}.tmp"
+    other = tmp_path / "out.convert_hf.mine.tmp"
+    for path in (alive, other, tmp_path / f"out.convert_hf.{dead.pid}.tmp"):
+        path.mkdir()
+    names, save = [], convert_hf.save_file
+    monkeypatch.setattr(convert_hf, "save_file", lambda tensors, path, **more: (
+        names.append(path.parent.name), save(tensors, path, **more)))
+    export_hf(exported["bytes"][0], tmp_path / "out")
+    assert names == [f"out.convert_hf.{os.getpid()}.tmp"]
+    assert {*tmp_path.iterdir()} == {alive, other, tmp_path / "out"}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_it_leaves_nothing_that_looks_whole(tmp_path, exported):
     """Killed after each file in turn: no folder, until it is whole; the next export clears up."""
@@ -212,7 +266,7 @@ def test_killed_it_leaves_nothing_that_looks_whole(tmp_path, exported):
     done = subprocess.run([sys.executable, "-c", KILLED, path, tmp_path / "out"], cwd=ROOT, text=True,
                           capture_output=True, timeout=120)
     lines = done.stdout.splitlines()
-    assert lines[:-1] == ["9 False"] * 8 and lines[-1].endswith("True"), done
+    assert lines[:-1] == ["9 False"] * 14 and lines[-1].endswith("True"), done
     assert files_of(tmp_path / "out") == files_of(folder)
     shutil.rmtree(tmp_path / "out")
     export_hf(state, tmp_path / "out")
@@ -414,16 +468,18 @@ def test_a_padded_wte_keeps_its_rows(folder, theirs):
 
 
 @pytest.mark.parametrize(("setting", "words"), [
-    ({"model_type": "gpt_neo"}, "model_type='gpt_neo', wanted 'gpt2'"),
-    ({"activation_function": "relu"}, "activation_function='relu', wanted 'gelu_new' or 'gelu_pytorch_tanh'"),
-    ({"activation_function": "gelu"}, "activation_function='gelu'"),
-    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06, wanted 1e-05"),
+    ({"model_type": "gpt_neo"}, "config.json, model_type: 'gpt_neo', wanted gpt2"),
+    ({"activation_function": "relu"}, "activation_function: 'relu', wanted gelu_new or gelu_pytorch_tanh"),
+    ({"activation_function": "gelu"}, "activation_function: 'gelu'"),
+    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon: 1e-06, wanted 1e-05"),
     ({"n_inner": 48}, r"n_inner=48, wanted null or 96"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True, wanted False"),
-    ({"scale_attn_weights": False}, "scale_attn_weights=False, wanted True"),
-    ({"add_cross_attention": True}, "add_cross_attention=True, wanted False"),
-    ({"n_layer": "two"}, "n_layer='two', wanted a whole number"),
-    ({"n_positions": None, "n_head": 0}, "n_positions=None.*n_head=0"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True, wanted False"),
+    ({"scale_attn_weights": False}, "scale_attn_weights: False, wanted True"),
+    ({"add_cross_attention": True}, "add_cross_attention: True, wanted False"),
+    ({"n_layer": "two"}, "n_layer: 'two', wanted a whole number, 1 to 1,000"),
+    ({"n_head": 0}, "n_head: 0, wanted a whole number, 1 to"),
+    ({"n_positions": None}, "n_positions: None, wanted a whole number"),
+    ({"n_layer": 2147483648}, "n_layer: 2147483648, wanted a whole number, 1 to 1,000"),  # before any memory
     ({"n_head": 5}, "n_head=5"),
     ({"vocab_size": 599}, "vocab_size=599 in config.json, wanted 600 at least"),
     ({"vocab_size": 601}, r"wte.weight is \(600, 24\), wanted \(601, 24\)"),
@@ -482,11 +538,11 @@ def test_damaged_and_missing_files(folder):
     with pytest.raises(UserError, match=r"got pytorch_model.bin; .*save_pretrained"):
         import_hf(folder)
     (folder / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"config.json: not readable as JSON"):
+    with pytest.raises(UserError, match=r"config.json: not valid JSON.*; fetch it again"):
         import_hf(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}', encoding="utf-8")
     (folder / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
-    with pytest.raises(UserError, match="vocab_size=None"):
+    with pytest.raises(UserError, match=r"config.json: n_layer is missing"):
         import_hf(folder)
 
 
@@ -494,8 +550,165 @@ def test_an_index_names_files_beside_it_only(folder):
     (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}',
                                                          encoding="utf-8")
-    with pytest.raises(UserError, match="wanted a weight_map"):
+    with pytest.raises(UserError, match=r"'../x.safetensors', wanted the name of a .safetensors file"):
         import_hf(folder)
+
+
+# ---- checkpoints of nanoGPT and build-nanogpt --------------------------------------
+
+
+class GPTConfig_of_build_nanogpt:
+    """What its checkpoints pickle, as __main__.GPTConfig."""
+
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+    def __setstate__(self, fields):
+        raise AssertionError("code of the checkpoint was run")
+
+
+GPTConfig_of_build_nanogpt.__qualname__ = GPTConfig_of_build_nanogpt.__name__ = "GPTConfig"
+GPTConfig_of_build_nanogpt.__module__ = "__main__"
+
+
+@pytest.fixture(scope="module")
+def peers(transformers, tmp_path_factory):
+    """{kind: (checkpoint, idx, logits)}; the oracle is transformers' GPT-2 with the peer's GELU.
+
+    The names of the files say nothing about what is in them.
+    """
+    folder, found = tmp_path_factory.mktemp("peers"), {}
+    shape = {"n_layer": 2, "n_head": 3, "n_embd": 24, "vocab_size": 50304}
+    for kind, name, rows, gelu in (("nanoGPT", "model.bin", 50304, "gelu"),
+                                   ("without biases", "weights.ckpt", 50257, "gelu"),
+                                   ("build-nanogpt", "model_19072", 50304, "gelu_new")):
+        torch.manual_seed(3)
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            n_positions=32, activation_function=gelu, initializer_range=0.1,
+            **shape | {"vocab_size": rows})).eval()
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith("bias"):
+                    parameter.normal_(std=0.1).mul_(kind != "without biases")
+        weights = {key: tensor.T.contiguous() if key.endswith(convert_hf.CONV1D) else tensor
+                   for key, tensor in model.state_dict().items()}
+        args = {**shape, "block_size": 32, "vocab_size": rows}
+        if kind == "without biases":  # of a compiled model, with torch < 2's mask among the tensors
+            weights = {f"_orig_mod.{key}": tensor for key, tensor in weights.items()
+                       if not key.endswith("bias")}
+            weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+        if kind == "build-nanogpt":
+            saved = {"model": weights, "config": GPTConfig_of_build_nanogpt(**args), "step": 19072,
+                     "val_loss": 3.0}
+        else:
+            args |= {"bias": kind == "nanoGPT", "dropout": 0.1}
+            optimizer = torch.optim.AdamW(model.parameters())
+            saved = {"model": weights, "optimizer": optimizer.state_dict(), "model_args": args, "iter_num": 5,
+                     "best_val_loss": torch.tensor(3.0), "config": {"out_dir": "out", "device": "cuda"}}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules["__main__"], "GPTConfig", GPTConfig_of_build_nanogpt, raising=False)
+            torch.save(saved, folder / name)
+        idx = torch.randint(0, 50257, (2, 32))
+        found[kind] = folder / name, idx, logits(model, idx)[..., :50257]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["nanoGPT", "without biases", "build-nanogpt"])
+def test_a_peers_checkpoint_has_the_peers_logits(peers, kind, monkeypatch, capsys):
+    """With its GELU to the last digits; with ours, nanoGPT's differ by what a note says."""
+    path, idx, wanted = peers[kind]
+    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", GPTConfig_of_build_nanogpt, raising=False)
+    state = load_any(path)
+    note = capsys.readouterr().err
+    model = build_model(state, "x")
+    got = logits(model, idx)
+    if kind != "build-nanogpt":
+        assert "the logits differ by up to about 1e-3" in note
+        assert 1e-5 < (got - wanted).abs().max() < 2e-3
+        monkeypatch.setattr("model.gelu", torch.nn.functional.gelu)
+        got = logits(model, idx)
+    else:
+        assert note == ""
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    assert state["tokenizer"] == describe_tokenizer(load_tokenizer("gpt2")) and "optimizers" not in state
+    assert state["provenance"] == {"imported_from": str(path)}
+    assert state["model_config"]["dropout"] == 0 and state["model_config"]["n_vocab"] == 50257
+
+
+def test_the_script_takes_a_peers_checkpoint_both_ways(peers, monkeypatch, capsys, tmp_path):
+    path, _, _ = peers["nanoGPT"]
+    run_main(monkeypatch, source=path, out_dir=tmp_path / "log")
+    assert "2 layers, 3 heads, n_embd 24, context 32" in capsys.readouterr().out
+    run_main(monkeypatch, checkpoint=path, out_dir=tmp_path / "hf")
+    ours, theirs = load_checkpoint(tmp_path / "log"), import_hf(tmp_path / "hf")
+    for name, tensor in theirs["model"].items():
+        assert torch.equal(tensor, ours["model"][name][:len(tensor)]), name
+
+
+def changed(peers, tmp_path, change, kind="nanoGPT"):
+    """A peer's checkpoint after `change`, which takes the dict in it."""
+    saved = torch.load(peers[kind][0], weights_only=True)
+    change(saved)
+    torch.save(saved, tmp_path / "ckpt.pt")
+    return tmp_path / "ckpt.pt"
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda saved: saved["model_args"].update(vocab_size=65), "vocab_size=65, wanted GPT-2's 50257"),
+    (lambda saved: saved["model_args"].update(vocab_size=128256), "vocab_size=128256, wanted GPT-2's 50257"),
+    (lambda saved: saved["model_args"].update(use_rmsnorm=True), "use_rmsnorm is of another architecture"),
+    (lambda saved: saved["model_args"].update(n_layer=2147483648), "n_layer: 2147483648, wanted a"),
+    (lambda saved: saved["model_args"].update(n_layer="2"), "n_layer: '2', wanted a whole number"),
+    (lambda saved: saved["model_args"].pop("n_head"), "model_args: n_head is missing"),
+    (lambda saved: saved["model_args"].update(n_layer=3), r"missing h\.2\.ln_1\.weight"),
+    (lambda saved: saved.update(model_args=[1]), "wanted an object"),
+    (lambda saved: saved.update(model=[1]), "model: .*wanted an object"),
+    (lambda saved: saved["model"].update({"lm_head.weight": torch.zeros(50304, 24)}),
+     "lm_head.weight is not wte"),
+    (lambda saved: saved["model"].pop("transformer.ln_f.bias"), r"missing ln_f.bias \(24,\)"),
+    (lambda saved: saved["model"].update({"transformer.ln_f.bias": "x"}), "ln_f.bias: 'x', wanted Tensor"),
+    (lambda saved: saved.pop("model_args"), "holds model, optimizer, iter_num, .*wanted a checkpoint of"),
+], ids=str)
+def test_another_peers_checkpoint_is_refused(peers, tmp_path, change, words):
+    with pytest.raises(UserError, match=words):
+        load_any(changed(peers, tmp_path, change))
+
+
+def test_a_flipped_bit_of_a_peers_checkpoint_is_noticed(peers, tmp_path):
+    data = bytearray(peers["nanoGPT"][0].read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "ckpt.pt").write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged, checksum of .* is wrong"):
+        load_any(tmp_path / "ckpt.pt")
+    (tmp_path / "ckpt.pt").write_bytes(data[:-1000])
+    with pytest.raises(UserError, match="damaged or not one of ours"):
+        load_any(tmp_path / "ckpt.pt")
+
+
+class Runs:
+    def __reduce__(self):
+        return os.mkdir, ("code_was_run",)
+
+
+def test_no_code_of_a_peers_checkpoint_is_run(peers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = changed(peers, tmp_path, lambda saved: saved.update(config=Runs()))
+    with pytest.raises(UserError, match="refused, it holds more than tensors and plain values"):
+        load_any(path)
+    assert not (tmp_path / "code_was_run").exists()
+
+
+def test_what_a_file_is_its_contents_decide(exported, tmp_path, tokenizers):
+    own = save_checkpoint(tmp_path, 7, random_state(tokenizers["bytes"]))
+    for name in ("model.bin", "weights.ckpt", "config.json"):
+        assert load_any(shutil.copy(own, tmp_path / name))["step"] == 7
+    for name, words in (("model.safetensors", "a safetensors file, no checkpoint; name the folder"),
+                        ("config.json", "a JSON file, no checkpoint; name the folder")):
+        with pytest.raises(UserError, match=words):
+            load_any(shutil.copy(exported["bytes"][1] / name, tmp_path / "ckpt.pt"))
+    torch.save({"wte.weight": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"holds wte.weight, wanted .*save_pretrained"):
+        load_any(tmp_path / "pytorch_model.bin")
 
 
 # ---- vocabularies that come in -------------------------------------------------
@@ -520,17 +733,74 @@ def eot_first(saved):
     saved["added_tokens"][0]["id"] = 0
 
 
+DEEP = "[" * 100_000
+DAMAGED = [
+    ("config.json", "[]", "wanted an object"), ("config.json", DEEP, "not valid JSON"),
+    ("config.json", b"\xff\xfe{\0}\0", "is UTF-16"), ("config.json", b'{"\xe9": 1}', "is not UTF-8"),
+    ("config.json", '{"model_type": ["gpt2"]}', "model_type"), ("config.json", "1e999", "wanted an object"),
+    ("tokenizer.json", "null", "wanted an object"), ("tokenizer.json", DEEP, "not valid JSON"),
+    ("tokenizer.json", {"pre_tokenizer": "ByteLevel"}, "pre_tokenizer: 'ByteLevel', wanted an object"),
+    ("tokenizer.json", {"pre_tokenizer": None}, "pre_tokenizer: None, wanted an object"),
+    ("tokenizer.json", {"model": None}, "model: None"),
+    ("tokenizer.json", {"model": {"type": "BPE"}}, "vocab is missing"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": "0"}, "merges": []}}, "vocab, a: '0'"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": [0]}, "merges": []}}, "vocab, a: \\[0\\]"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []},
+     "has id None"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}, "merges": [1]}}, "merges, number 1: 1, wanted"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}, "merges": [["a", 1]]}}, "merges, number 1"),
+    ("tokenizer.json", {"added_tokens": {"a": 1}}, "added_tokens: .*wanted a list"),
+    ("tokenizer.json", {"added_tokens": [{"id": 600}]}, "content is missing"),
+    ("tokenizer.json", {"added_tokens": [{"id": 1e9, "content": "a"}]}, "id: 1000000000.0"),
+    ("tokenizer_config.json", "[1]", "wanted an object"),
+    ("tokenizer_config.json", {"added_tokens_decoder": ["a"]}, "added_tokens_decoder: .*wanted an object"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"1": "a"}}, "added_tokens_decoder, 1: 'a'"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<pad>"}}}, "added tokens '<pad>'"),
+    ("vocab.json", '["a"]', "wanted an object"), ("vocab.json", '{"a": null}', "vocab.json, a: None"),
+    ("vocab.json", "{}", "has id None"), ("vocab.json", '{"<|endoftext|>": -1}', "-1, wanted a whole number"),
+    ("vocab.json", '{"a": 18446744073709551616}', "wanted a whole number"),
+    ("added_tokens.json", '{"a": "b"}', "a: 'b'"), ("added_tokens.json", "3", "wanted an object"),
+    ("merges.txt", b"#version\n\xe9 a\n", "merges.txt: byte 9 is not UTF-8"),
+    ("merges.txt", "a b\nc d e\n", "merges number 1 is 'a b'"),
+    ("model.safetensors.index.json", "[]", "wanted an object"),
+    ("model.safetensors.index.json", "{}", "weight_map is missing"),
+    ("model.safetensors.index.json", '{"weight_map": {"a": 1}}', "weight_map, a: 1, wanted text"),
+    ("model.safetensors.index.json", '{"weight_map": {"a": ".."}}', "wanted the name of"),
+    ("model.safetensors.index.json", '{"weight_map": {"a": ""}}', "wanted the name of"),
+    ("model.safetensors.index.json", '{"weight_map": {"a": "\\u0000.safetensors"}}', "wanted the name of"),
+    ("model.safetensors.index.json", '{"weight_map": {}}', "missing wte.weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), DAMAGED,
+                         ids=[f"{name}-{i}" for i, (name, *_) in enumerate(DAMAGED)])
+def test_a_damaged_file_of_a_folder_is_named(folder, exported, name, content, words):
+    """Any JSON in place of what is wanted: an error for the user, and no traceback."""
+    if name in ("vocab.json", "merges.txt", "added_tokens.json"):
+        (folder / "tokenizer.json").unlink()
+        for other in ("vocab.json", "merges.txt"):
+            shutil.copy(exported["own"][1] / other, folder)
+    if name == "model.safetensors.index.json":
+        (folder / "model.safetensors").unlink()
+    path = folder / name
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text(encoding="utf-8")) | content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=words):
+        load_any(folder)
+
+
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda saved: saved["model"].update(type="Unigram"), "model.type='Unigram', wanted 'BPE'"),
-    (lambda saved: saved.update(normalizer={"type": "NFC"}), "normalizer=.*wanted None"),
-    (lambda saved: saved.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer.type='Whitespace'"),
-    (lambda saved: saved["pre_tokenizer"].update(add_prefix_space=True), "prefix_space=True, wanted False"),
+    (lambda saved: saved["model"].update(type="Unigram"), "model, type: 'Unigram', wanted BPE"),
+    (lambda saved: saved.update(normalizer={"type": "NFC"}), "normalizer: .*wanted null"),
+    (lambda saved: saved.update(pre_tokenizer={"type": "Whitespace"}), "type: 'Whitespace', wanted Byte"),
+    (lambda saved: saved["pre_tokenizer"].update(add_prefix_space=True), "prefix_space: True, wanted False"),
     (lambda saved: saved["added_tokens"].append({"id": 600, "content": "<pad>"}), "added tokens '<pad>'"),
     (eot_first, "<|endoftext|> has id 0 and the 600 ids are 0 to 599; wanted 0 to 599, .* the last"),
     (swap_merges, "of 343 merges number 101 is"),
     (lambda saved: saved["model"]["merges"].pop(), "of 342 merges number 343 is 'none'"),
-    (lambda saved: saved["model"].update(vocab=["a"]), "not such as transformers writes"),
-    (lambda saved: saved.pop("model"), "not such as transformers writes"),
+    (lambda saved: saved["model"].update(vocab=["a"]), r"model, vocab: \['a'\], wanted an object"),
+    (lambda saved: saved.pop("model"), "tokenizer.json: model is missing"),
     (lambda saved: saved["model"]["vocab"].update({"▁the": saved["model"]["vocab"].pop("Ġ")}),
      "1 tokens are not byte-level, first '▁the'"),
 ])
@@ -552,7 +822,7 @@ def test_vocab_and_merges_alone(folder, exported, tokenizers):
         import_hf(folder)
     (folder / "added_tokens.json").unlink()
     set_json(folder / "tokenizer_config.json", add_prefix_space=True)
-    with pytest.raises(UserError, match=r"add_prefix_space=true, wanted false"):
+    with pytest.raises(UserError, match="add_prefix_space: True, wanted False"):
         import_hf(folder)
 
 
@@ -578,8 +848,8 @@ def test_load_any_of_our_own(tmp_path, tokenizers):
 
 @pytest.mark.parametrize(("make", "words"), [
     (None, "not there; give one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder"),
-    ([], "got an empty one"),
-    ("model.safetensors", "got a file; name another folder"),
+    ([], "got an empty one; name a file in it, another folder, or"),
+    ("model.safetensors", "damaged or not one of ours"),
     (["model.safetensors", "log.txt"], r"wanted a folder with config.json .* got log.txt, model.safetensors"),
 ])
 def test_load_any_of_nothing(tmp_path, make, words):
@@ -597,8 +867,6 @@ def test_load_any_of_nothing(tmp_path, make, words):
 
 def test_a_folder_called_gpt2(tmp_path, exported, monkeypatch, capsys):
     """A folder of that name that holds a model is meant, which a line says; one that holds none is not."""
-    import huggingface_hub
-
     asked = []
 
     def download(repo, name):
@@ -623,7 +891,6 @@ def test_a_folder_called_gpt2(tmp_path, exported, monkeypatch, capsys):
 
 
 def test_offline_says_what_to_type(monkeypatch, tmp_path):
-    import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     def download(repo, name):
@@ -634,6 +901,22 @@ def test_offline_says_what_to_type(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"(?s)cannot fetch openai-community/gpt2-xl.*HF_HUB_OFFLINE.*"
                                         r"HF_ENDPOINT.*put config.json and model.safetensors"):
         load_any("gpt2-xl")
+
+
+def test_no_password_of_a_mirror_is_printed(monkeypatch, capsys):
+    """HF_ENDPOINT and HTTPS_PROXY may hold one, and the network's errors quote them."""
+    monkeypatch.setattr(hub, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://user:password@mirror.example")
+
+    def download(repo, name):
+        raise ConnectionError(f"no route to {constants.ENDPOINT}/{repo}")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UserError, match=r"from https://mirror.example: ") as caught:
+        load_any("openai-community/gpt2-xl")
+    said = capsys.readouterr().err
+    assert "no route to https://mirror.example/openai-community/gpt2-xl; attempt 2 of 2" in said
+    assert "password" not in said + str(caught.value)
 
 
 # ---- the script ----------------------------------------------------------------
@@ -689,6 +972,23 @@ def test_the_script_both_ways(tmp_path, monkeypatch, capsys, tokenizers):
     dense = load_checkpoint(tmp_path / "log")
     count = sum(tensor.numel() for tensor in load_file(tmp_path / "out dir" / "model.safetensors").values())
     assert f": {count:,} parameters" in capsys.readouterr().out and dense["model_config"]["heads"] is None
+
+
+def test_weights_that_are_not_finite_are_not_converted(tmp_path, monkeypatch, folder, tokenizers):
+    state = random_state(tokenizers["bytes"])
+    state["model"]["transformer.h.0.ln_1.weight"][3] = float("inf")
+    save_checkpoint(tmp_path, 7, state)
+    with pytest.raises(UserError, match=r"in 1 tensors, first in transformer.h.0.ln_1.weight \(1 of 16 "):
+        run_main(monkeypatch, checkpoint=tmp_path, out_dir=tmp_path / "new")
+
+    def spoil(tensors):
+        tensors["transformer.wte.weight"][:2, 0] = float("nan")
+        tensors["transformer.ln_f.bias"][0] = float("nan")
+    rewrite(folder, spoil)
+    with pytest.raises(UserError, match=rf"{folder}: nan or infinity in 2 tensors, first in transformer.wte."
+                                        rf"weight \(2 of 14,400 numbers\)"):
+        run_main(monkeypatch, source=folder, out_dir=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_wrong_flags(tmp_path, monkeypatch, exported, tokenizers):

@@ -231,26 +231,77 @@ def test_special_tokens_in_a_prompt_are_text(folder):
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--checkpoint=nosuch"], "nosuch: not there; give one of gpt2,"),
-    (["--prompt=FILE:nosuch.txt"], "No such file"),
-    (["--prompts=nosuch.txt"], "--prompts=nosuch.txt: No such file"),
     (["--prompts=blank.txt"], "got 0 lines"),
-    (["--text=nosuch.txt"], "--text=nosuch.txt: No such file"),
     (["--text=empty.txt"], "got an empty file"),
-    (["--text=latin.txt"], "byte 3 is not UTF-8"),
+    *((flag, words) for flag in (["--text=latin.txt"], ["--prompts=latin.txt"], ["--prompt=FILE:latin.txt"])
+      for words in ("byte 3 is not UTF-8", "latin.txt")),
+    *(([flag], "this text is UTF-16; convert it") for flag in (
+        "--text=utf16.txt", "--prompts=utf16.txt", "--prompt=FILE:utf16.txt")),
+    (["--text=."], ".: not a regular file"),
     (["--text=blank.txt", "--prompt=a"], "leave out --prompt"),
     (["--text=blank.txt", "--stride=33"], "--stride=32 or less"),
     (["--stride=-1"], "stride=-1"),
     (["--temperature=-1"], "temperature=-1.0"),
     (["--top_p=0"], "top_p=0.0"), (["--top_p=1.1"], "top_p=1.1"), (["--top_k=-1"], "top_k=-1"),
-    (["--num_samples=0"], "num_samples=0"),
+    (["--num_samples=0"], "num_samples=0"), (["--num_samples=10001"], "wanted 1 to 10,000"),
+    (["--max_new_tokens=1000001"], "wanted 1 to 1,000,000"), (["--temperature=1001"], "wanted 0 to 1,000"),
+    (["--seed=9223372036854775808"], "wanted 0 to 9,223,372,036,854,775,807"), (["--seed=-1"], "seed=-1"),
+    (["--dtype=float64"], "dtype='float64'"),
     (["--max_tokens=5"], "did you mean max_new_tokens"),
 ])
 def test_mistakes_are_named(folder, flags, words):
-    for name, content in {"empty": b"", "blank": b"\n \n", "latin": b"caf\xe9 au lait"}.items():
+    for name, content in {"empty": b"", "blank": b"\n \n", "latin": b"caf\xe9 au lait",
+                          "utf16": "text".encode("utf-16")}.items():
         (folder / f"{name}.txt").write_bytes(content)
     with pytest.raises(UserError) as caught:
         run(folder, *flags)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--prompt=FILE:nosuch.txt", "--prompts=nosuch.txt", "--text=nosuch.txt"])
+def test_a_missing_file_is_named(folder, flag):
+    """configure's hook makes a line and exit code 2 of it."""
+    with pytest.raises(FileNotFoundError, match=r"nosuch\.txt"):
+        run(folder, flag)
+
+
+def test_a_mark_in_front_of_a_text_is_no_part_of_it(folder, monkeypatch):
+    """Some editors write one; a prompt, a line of prompts and a text are the same with it as without."""
+    flags = ["--temperature=0", "--num_samples=1", "--max_new_tokens=5"]
+    for name, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        (folder / f"{name}.txt").write_bytes(mark + b"abc")
+    for flag in ("--prompt=FILE:", "--prompts="):
+        assert samples(folder, f"{flag}plain.txt", *flags) == samples(folder, f"{flag}marked.txt", *flags)
+    assert samples(folder, "--text=plain.txt").partition(":")[2] == \
+        samples(folder, "--text=marked.txt").partition(":")[2]
+    for stdin, words in ((b"\xef\xbb\xbfabc", None), (b"caf\xe9 au lait", "input: byte 3 is not UTF-8"),
+                         ("text".encode("utf-16"), "input: byte 0 is not UTF-8")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        if words is None:
+            assert samples(folder, "--prompt=-", *flags) == samples(folder, "--prompt=abc", *flags)
+        else:
+            with pytest.raises(UserError, match=words):
+                run(folder, "--prompt=-", *flags)
+
+
+def test_a_home_folder_is_found(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME" if os.name != "nt" else "USERPROFILE", str(folder))
+    monkeypatch.chdir(tmp_path)
+    (folder / "home.txt").write_text("abc", encoding="utf-8")
+    for flag in ("--prompt=FILE:~/home.txt", "--prompts=~/home.txt", "--text=~/home.txt"):
+        assert samples(tmp_path, "--checkpoint=~/log_a", "--max_new_tokens=1", flag)
+
+
+def test_weights_that_are_not_finite_get_no_perplexity(folder, tmp_path):
+    model, state = load_model(folder / "log_a")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, :2] = math.nan
+        model.transformer.ln_f.bias[3] = math.inf
+    save_checkpoint(tmp_path, 0, {**state, "model": model.state_dict()})
+    (tmp_path / "text.txt").write_text("abc", encoding="utf-8")
+    with pytest.raises(UserError, match=r"nan or infinity in 2 tensors, first in transformer\.h\.1\.mlp\."
+                                        r"c_fc\.weight \(2 of 4,096 numbers\); take an earlier checkpoint"):
+        run(tmp_path, f"--checkpoint={tmp_path}", "--text=text.txt")
 
 
 def test_a_mistake_exits_with_2_and_a_line(folder):

@@ -285,19 +285,22 @@ def without(*keys):
 BAD = {
     "not JSON": ("{", "not JSON"),
     "not UTF-8": (b'{"ctx": "\xff"}', "not JSON"),
-    "no object": ("[1]", "got list"),
-    "no ctx": (without("ctx"), "no ctx;"),
-    "no endings, no label": (without("endings", "label"), "no endings, no label"),
-    "no activity_label": (without("activity_label"), "no activity_label"),
-    "ctx_a alone": (without("ctx_b"), "no ctx_b"),
-    "ctx_b alone": (without("ctx_a"), "no ctx_a"),
-    "label too high": (record(label=4), "label is 4"),
-    "label below 0": (record(label=-1), "label is -1"),
-    "label of text": (record(label="2"), "label is '2'"),
-    "label true": (record(label=True), "label is True"),
+    "no object": ("[1]", "line 3: [1], wanted an object with activity_label"),
+    "no ctx": (without("ctx"), "line 3: ctx is missing"),
+    "no endings, no label": (without("endings", "label"), "endings is missing"),
+    "no activity_label": (without("activity_label"), "activity_label is missing"),
+    "ctx_a alone": (without("ctx_b"), "one of ctx_a and ctx_b without the other"),
+    "ctx_b alone": (without("ctx_a"), "one of ctx_a and ctx_b without the other"),
+    "label too high": (record(label=4), "label: 4, wanted a whole number, 0 to 3"),
+    "label below 0": (record(label=-1), "label: -1"),
+    "label of text": (record(label="4"), "label: '4', wanted a whole number"),
+    "no label, as in the test set": (record(label=""), "label: ''"),
+    "a list for a label": (record(label=[2]), "label: [2]"),
+    "nested too deeply": (b"[" * 100_000, "not JSON"),
+    "label true": (record(label=True), "label: True"),
     "three endings": (record(endings=["a", "b", "c"]), "3 endings"),
-    "endings of text": (record(endings="abcd"), "endings is str"),
-    "a number for an ending": (record(endings=["a", "b", 3, "d"]), "ending 2 is int"),
+    "endings of text": (record(endings="abcd"), "endings: 'abcd', wanted a list"),
+    "a number for an ending": (record(endings=["a", "b", 3, "d"]), "endings, number 3: 3, wanted text"),
     "an empty ending": (record(endings=["a", " ", "c", "d"]), "ending 1 is empty"),
     "an empty context": (record(ctx=" ", ctx_a="", ctx_b="", activity_label="[:"), "context is empty"),
     "half a character": (record(ctx="a\ud83d"), "half a surrogate"),
@@ -312,8 +315,15 @@ def test_a_bad_line_is_named(tmp_path, line, reason):
     path.write_bytes(json.dumps(record()).encode() + b"\n\n" + line + b"\n")
     with pytest.raises(UserError) as error:
         read_examples(path, load_tokenizer(), "completion")
-    assert f"{path}, line 3: " in str(error.value) and reason in str(error.value)
+    assert f"{path}, line 3" in str(error.value) and reason in str(error.value)
+    assert "\n" not in str(error.value)
     assert len(read_examples(path, load_tokenizer(), "completion", limit=1).items) == 1
+
+
+def test_labels_of_text(tmp_path):
+    """As in the hub's copy of the data."""
+    path = write(tmp_path / "a.jsonl", *(record(label=str(i)) for i in range(4)))
+    assert [item.label for item in read_examples(path, load_tokenizer(), "completion").items] == [0, 1, 2, 3]
 
 
 def test_an_ending_of_tags_alone_is_empty_in_harness(tmp_path):
