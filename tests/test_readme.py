@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from configurator import configure
+from configurator import configure, settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,15 +23,11 @@ def shown_commands(text):
 
 
 def script_settings(script):
-    """What configure sees of a script: its constant assignments, without running it."""
-    namespace = {"__annotations__": {}}
+    """What configure sees of a script, without running it."""
+    settings = settings_of(ROOT / script)
     if script == "analyze_compute.py":  # which takes those of train_gpt2.py too
-        namespace = script_settings("train_gpt2.py")
-    namespace["__file__"] = str(ROOT / script)
-    for node in ast.parse((ROOT / script).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            namespace[node.targets[0].id] = node.value.value
-    return namespace
+        settings = settings_of(ROOT / "train_gpt2.py") | settings
+    return settings | {"__file__": str(ROOT / script)}
 
 
 SOURCES = ["README.md", "RESULTS.md", *(p.name for p in ROOT.glob("*.py")),
