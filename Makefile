@@ -5,7 +5,7 @@ PREFIX := $(shell $(PYTHON) -c 'import sys; print(sys.prefix)')
 RUN_STAMP := $(PREFIX)/.gpt2-requirements
 DEV_STAMP := $(PREFIX)/.gpt2-requirements-dev
 
-.PHONY: help install demo prepare prepare-small test lint bench doctor compare experiment-norm
+.PHONY: help install demo prepare prepare-small test lint bench gpu doctor compare experiment-norm
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -44,6 +44,11 @@ test: $(DEV_STAMP) lint  ## install what tests need and run all tests
 
 bench: install $(DEV_STAMP)  ## measure every speed this repository claims, beside its baseline
 	$(PYTHON) bench.py
+
+MINUTES ?= 6
+GPU_DATA ?= gpu_data
+gpu:  ## what needs a CUDA GPU, for MINUTES=6, from shards in GPU_DATA; again = the missing steps; installs nothing
+	$(PYTHON) gpu.py --minutes=$(MINUTES) --data=$(GPU_DATA)
 
 experiment-norm: $(RUN_STAMP)  ## Pre-LN against Post-LN: 36 short runs and 18 of one step; again = continue
 	test -e python4k.tiktoken || $(PYTHON) bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken

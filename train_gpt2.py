@@ -166,7 +166,7 @@ def note_signal(number, frame):
     if name == "SIGINT" and (not in_loop or ("SIGINT" in signals and not ddp)):  # torchrun itself sends two
         signal.default_int_handler(number, frame)
     if not in_loop:
-        say(f"stopped by {name} before the first step: nothing was written")
+        say(f"stopped by {name} before the first step: there is nothing to save")
         sys.stdout.flush()
         os._exit(0)
     signals.append(name)
@@ -317,14 +317,14 @@ with advice_when_memory_runs_out(smaller_model):
     else:
         raw_model.to(dev.device)
 # a device that leaks future tokens trains to a wonderful loss, so it is asked before anything is trained
-failures = self_test(raw_model, dev)
-if ranks.sum(len(failures))[0]:
-    say(f"self-test: {'; '.join(failures) or 'failed elsewhere'}; attention is written out instead")
+wrong = self_test(raw_model, dev)
+if ranks.sum(len(wrong))[0]:
+    say(f"self-test: {'; '.join(wrong) or 'failed elsewhere'}; attention is written out instead")
     raw_model.use_attention(plain_attention)
-    failures = self_test(raw_model, dev, plain_attention)
-    if ranks.sum(len(failures))[0]:
+    wrong = self_test(raw_model, dev, plain_attention)
+    if ranks.sum(len(wrong))[0]:
         ranks.shutdown()
-        raise UserError(f"self-test on {dev.name}: {'; '.join(failures) or 'failed elsewhere'}; this device "
+        raise UserError(f"self-test on {dev.name}: {'; '.join(wrong) or 'failed elsewhere'}; this device "
                         f"computes wrong numbers: try --dtype=float32, another torch, or --device=cpu")
 if fsdp:  # a forward without a backward leaves the embeddings gathered
     raw_model.reshard()
@@ -567,8 +567,8 @@ def check_weights():
 
 
 # on a CPU compiling takes longer than it saves
-judging_model = torch.compile(raw_model, dynamic=False) if dev.compile and dev.type == "cuda" else raw_model
-compiled_judging = judging_model is not raw_model or (fsdp and dev.type == "cuda")
+compiled_judging = dev.compile and dev.type == "cuda"
+judging_model = torch.compile(raw_model, dynamic=False) if compiled_judging and not fsdp else raw_model
 
 
 @torch.no_grad()
@@ -676,7 +676,7 @@ if master_process and sys.stdout.isatty() and not dry_run:
     progress = tqdm(total=max_steps, initial=start_step, unit="step", file=sys.stdout, dynamic_ncols=True)
 raw_model.train()
 in_loop = True
-step_times, loss, stopping, n_graphs = [], math.inf, False, None
+step_times, loss, stopping = [], math.inf, False
 for step in range(start_step, max_steps + 1):  # one extra turn, to judge and save the final weights
     last_step = step == max_steps or reached
     stopping = stopping and not last_step
@@ -725,6 +725,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         break
 
     # ---- train: the only part on the clock
+    graphs_before = counters["stats"]["unique_graphs"]
     dev.synchronize()
     t0 = time.perf_counter()
     lr = get_lr(step, schedule, warmup_steps, max_steps, max_lr, min_lr, decay_fraction)
@@ -775,7 +776,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     dev.synchronize()
     dt = time.perf_counter() - t0  # seconds
 
-    # before the log has a step, so that the mended model may start in this log_dir
+    # before the log has a step, so that the fixed model may start in this log_dir
     first = step == 0 and not start  # of a model that knows nothing yet
     if first and not bad and norm_position == "pre" and check_first_loss(loss, vocab_size, n_embd):
         ranks.shutdown()
@@ -804,10 +805,12 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         say(f"step {step} | skipped: {bad}; {guard['in_row']} in a row, {guard['skipped']} in all; "
             f"data: rank {worst['rank']}, micro-step {worst['micro_step']}, {worst['windows'][0]} ...")
         log(step, skipped=guard["skipped"])
-        if master_process and not dry_run:
-            with open(skipped_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "why": bad, "lr": lr, "scale": scale,
-                                       "data": where}) + "\n")
+        record = {"step": step, "why": bad, "lr": lr, "scale": scale, "data": where}
+        try:
+            with open(skipped_path if log_file else os.devnull, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            failures.append(error)
         if guard["in_row"] >= max_bad_steps:
             give_up(f"{guard['in_row']} steps in a row were skipped, the last, {step}, for its {bad}")
     elif overflow:
@@ -816,14 +819,23 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         guard.update(in_row=0, recent=[*guard["recent"][1 - SPIKE_WINDOW:], [loss, norm]])
         reached = target_loss > 0 and loss <= target_loss
     graphs = counters["stats"]["unique_graphs"]
-    if n_graphs is not None and graphs > n_graphs:
-        say(f"step {step} | recompiled: {graphs} graphs, {n_graphs} before")
-    n_graphs = graphs
+    if step > start_step and graphs > graphs_before:
+        say(f"step {step} | recompiled: {graphs} graphs, {graphs_before} before")
 
 # ---- what came of it
 if progress is not None:
     progress.close()
     progress = None
+
+
+def finish_writing():
+    if writer:
+        writer.wait()
+    if failures:
+        raise failures[0]
+
+
+ranks.on_all(finish_writing)
 if dry_run:
     peaks = [dev.peak_memory()]
     evaluate_loss(min(n_val_windows, world_size * B))
@@ -834,13 +846,6 @@ if dry_run:
     say(f"{batch_tokens / step_times[-1]:,.0f} tok/s: {max_steps:,} steps of {batch_tokens:,} tokens take "
         f"{clock(max_steps * step_times[-1])} on {world_size} process(es), without validation")
 else:
-    def finish_writing():
-        if writer:
-            writer.wait()
-        if failures:
-            raise failures[0]
-
-    ranks.on_all(finish_writing)
     why = (signals[0] if signals else "--max_hours" if too_old() else
            "the end of torchrun" if ranks.orphaned() else "a signal to another process")
     say(f"\n{f'stopped by {why}' if stopping else 'done'}: step {step}, "
@@ -854,6 +859,7 @@ else:
     newest = checkpoint.list_checkpoints(log_dir)[-1:]
     if newest and not eval_only:
         say(f"checkpoint: {newest[0]}" + ("; continue with --resume" if stopping else ""))
+lock.close()
 if board:
     board.close()
 if wandb_run:

@@ -183,7 +183,8 @@ def test_logits_never_exist_whole(tmp_path, dtype):
     whole = 256 * 8192 * 4  # bytes in float32
     assert all(largest >= whole // 2 for largest, _ in measured[0])  # else nothing is measured here
     (largest, train_peak), (largest_of_eval, eval_peak) = measured[16]
-    assert max(largest, largest_of_eval) <= whole // 16
+    page = 4096  # oneDNN's scratch, on some processors
+    assert max(largest, largest_of_eval) <= whole // 16 + page
     assert train_peak < whole // 2 < measured[0][0][1]
     assert eval_peak <= train_peak
 

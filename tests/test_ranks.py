@@ -229,7 +229,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_lives(flags, tmp_pa
 
 
 def test_workers_of_a_killed_torchrun_end_by_themselves(flags, tmp_path):
-    """They save; a new start is refused until they have, and then goes on where they ended."""
+    """They save, as on SIGTERM, and a new start goes on where they ended."""
     flags |= {"log_dir": tmp_path / "log", "max_steps": 100_000, "checkpoint_interval": 0, "val_interval": 0}
     out = tmp_path / "out.txt"
     with open(out, "w", encoding="utf-8") as file:
@@ -239,13 +239,9 @@ def test_workers_of_a_killed_torchrun_end_by_themselves(flags, tmp_path):
         wait_for(lambda: has_steps(tmp_path / "log", 3))
         torchrun.kill()
         torchrun.wait()
-    done = attempt(flags, 1, log_dir=tmp_path / "log", resume="true", max_steps=5)
-    assert "a run is at work in" in done.stderr or "max_steps=5" in done.stderr, done.stderr
     wait_for(lambda: "stopped by the end of torchrun" in out.read_text(encoding="utf-8"))
     step = load_checkpoint(tmp_path / "log")["step"]
     assert len(losses(tmp_path / "log")) == step
-    wait_for(lambda: not (tmp_path / "log" / ".lock").exists() or
-             attempt(flags, resume="true", dry_run="true").returncode == 0)
     train(flags, resume="true", max_steps=step + 2)
     assert len(losses(tmp_path / "log")) == step + 2
 
