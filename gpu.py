@@ -16,13 +16,13 @@ mixed         the rest    124M on textbooks and Python code: stopped, resumed, p
 The times are estimates. A step starts only if half its limit is left, so a short one may run before a long
 one. The next call repeats what failed or timed out; runs A and B resume if log_dir is still there. Writes a
 line per finished step into out_dir/summary.jsonl, beside each step's log, figure and last output: a few MB.
-Exits 1 if a step failed. Reads `data`, 59 MiB, made from text, questions and GPT-2's rank file by
+Exits 1 if a step failed. Reads `data`, 57 MiB, made on any machine by
 
     python fineweb.py --input=input.txt --data_dir=gpu_data/shakespeare
-    python fineweb.py --input=books.parquet --data_dir=gpu_data/openstax4m --max_tokens=43e5 --val_fraction=0.07
-    python fineweb.py --input=books.parquet --data_dir=openstax
-    python fineweb.py --dataset=python --max_tokens=6e6 --data_dir=python6m
-    mkdir gpu_data/mixed gpu_data/tokenizer; cp openstax/*.npy python6m/*.npy gpu_data/mixed  # no manifest
+    python fineweb.py --input=text.parquet --data_dir=gpu_data/openstax4m --max_tokens=43e5 --val_fraction=.07
+    python fineweb.py --input=text.parquet --data_dir=openstax
+    python fineweb.py --dataset=python --max_tokens=5e6 --data_dir=python5m
+    mkdir gpu_data/mixed gpu_data/tokenizer; cp openstax/*.npy python5m/*.npy gpu_data/mixed  # no manifest
     cp hellaswag_val.jsonl gpu_data
     cp gpt2.tiktoken gpu_data/tokenizer/0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4
 """
@@ -81,7 +81,7 @@ def programme(left, found):
              "--hellaswag_interval=0", "--batch_tokens=65536"]  # a GPU's part of llm.c's 524,288 on 8
     for size, attention in ((64, "cudnn"), (64, "flash"), (32, "cudnn"), (32, "flash")):
         name = f"speed_{size}_{attention}"
-        yield name, 100, [["env", f"GPT2_SDPA={attention}",
+        yield name, 120, [["env", f"GPT2_SDPA={attention}",
                            *train(name, *short, f"--batch_size={size}", "--max_steps=60")]]
     for name, config, limit in (("shakespeare", "shakespeare_124m", 300), ("openstax4m", "rtx4050_15m", 120)):
         yield name, limit, [train(name, f"config/{config}.py", f"--data_dir={data}/{name}")]

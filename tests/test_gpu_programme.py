@@ -1,5 +1,5 @@
-"""gpu.py on the CPU: every step runs, a failure neither stops the others nor counts as done, and nothing that is
-done is repeated."""
+"""gpu.py on the CPU: every step runs, a failure neither stops the others nor counts as done, and what is
+done is not repeated."""
 
 import json
 import math
