@@ -668,7 +668,7 @@ def changed(peers, tmp_path, change, kind="nanoGPT"):
     (lambda saved: saved["model"].pop("transformer.ln_f.bias"), r"missing ln_f.bias \(24,\)"),
     (lambda saved: saved["model"].update({"transformer.ln_f.bias": "x"}), "ln_f.bias: 'x', wanted Tensor"),
     (lambda saved: saved.pop("model_args"), "holds model, optimizer, iter_num, .*wanted a checkpoint of"),
-], ids=str)
+])
 def test_another_peers_checkpoint_is_refused(peers, tmp_path, change, words):
     with pytest.raises(UserError, match=words):
         load_any(changed(peers, tmp_path, change))
