@@ -70,11 +70,11 @@ METADATA_CLASSES = (  # beside dtypes; without BytesStorageMetadata, an entry th
 
 COUNT, NUMBER = Between(0, 2**53), Between(0.0, sys.float_info.max)  # the latter: finite
 PLAIN = (bool, int, float, str, None)
-CONFIG = {str: PLAIN, "data_dir": str, "seed": COUNT, "batch_tokens": Between(1, 2**53),
-          "val_tokens": Between(1, 2**53)}
+SIZE = Between(1, 2**24)
+CONFIG = {str: PLAIN, "data_dir": str, "seed": COUNT, "block_size": SIZE, "batch_tokens": Between(1, 2**53),
+          "val_tokens": Between(1, 2**53), "init_from?": str}
 SCALER = {"scale": NUMBER, "growth_factor": NUMBER, "backoff_factor": NUMBER, "growth_interval": COUNT,
           "_growth_tracker": COUNT}
-SIZE = Between(1, 2**24)
 USABLE = {  # what is checked of any checkpoint when it is loaded; bounds that no real model comes near
     "step": COUNT, "model": {str: torch.Tensor},
     "model_config": {"block_size": SIZE, "vocab_size": SIZE, "n_vocab": SIZE, "n_layer": Between(1, 1024),

@@ -69,8 +69,8 @@ def state_of(step, model, optimizers):
     """All that train_gpt2.py writes; the tokenizer is only named."""
     return {"step": step, "train_loss": 1.5, "val_loss": None, "best": {"step": step, "val_loss": 2.5},
             **training_state(model, optimizers), "guard": guard_of(step), "scaler": {},
-            "config": {"data_dir": "data", "seed": 1, "batch_tokens": 192, "val_tokens": 96,
-                       "optimizer": "adamw"},
+            "config": {"data_dir": "data", "seed": 1, "block_size": 16, "batch_tokens": 192,
+                       "val_tokens": 96, "optimizer": "adamw"},
             "model_config": checkpoint.describe_model(model), "data": "0123456789abcdef",
             "tokenizer": {"name": "bytes", "sha256": 64 * "0", "rank_file": None},
             "val_data": ["0123456789abcdef", 6], "provenance": {"world_size": 1}}

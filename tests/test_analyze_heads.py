@@ -763,7 +763,8 @@ def save(folder, tokenizer, data_dir, **shape):
     folder.mkdir()
     return save_checkpoint(folder, 7, {
         "step": 7, "model": model.state_dict(), "model_config": describe_model(model), "optimizers": [],
-        "tokenizer": describe_tokenizer(tok), "config": {"data_dir": str(data_dir)}})
+        "tokenizer": describe_tokenizer(tok), "config": {
+            "data_dir": str(data_dir), "seed": 1, "block_size": 16, "batch_tokens": 64, "val_tokens": 64}})
 
 
 def write_data(folder, tokenizer, sha256="", **counts):
