@@ -83,8 +83,8 @@ max_hours: Between(0, 10**5) = 0.0  # wall-clock limit in hours; saves and exits
 schedule: OneOf("cosine", "wsd") = "cosine"  # wsd: warm-up, stable, decay
 warmup_steps: Between(0, 10**9) = 715  # linear warm-up; 375M tokens, GPT-3 appendix B
 decay_fraction: Between(0, 1) = 0.2  # wsd: the last share of max_steps, in which the rate decays linearly
-max_lr: Between(0, 100) = 6e-4  # GPT-3 table 2.1, 125M row
-min_lr: Between(0, 100) = 6e-5  # where the schedule ends; GPT-3 decays to 10%
+max_lr: Between(0, 1e30) = 6e-4  # GPT-3 table 2.1, 125M row
+min_lr: Between(0, 1e30) = 6e-5  # where the schedule ends; GPT-3 decays to 10%
 # ---- optimizer
 optimizer: OneOf("adamw", "muon") = "adamw"  # muon: Muon on the matrices of the blocks, AdamW on the rest
 weight_decay: Between(0, 100) = 0.1  # on matrices and embeddings only; GPT-3 appendix B
