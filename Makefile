@@ -5,7 +5,7 @@ PREFIX := $(shell $(PYTHON) -c 'import sys; print(sys.prefix)')
 RUN_STAMP := $(PREFIX)/.gpt2-requirements
 DEV_STAMP := $(PREFIX)/.gpt2-requirements-dev
 
-.PHONY: help install demo prepare prepare-small test lint bench gpu doctor compare experiment-norm
+.PHONY: help install demo prepare prepare-small test lint bench gpu gpu-data doctor compare experiment-norm
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -47,8 +47,21 @@ bench: install $(DEV_STAMP)  ## measure every speed this repository claims, besi
 
 MINUTES ?= 6
 GPU_DATA ?= gpu_data
-gpu:  ## what needs a CUDA GPU, for MINUTES=6, from shards in GPU_DATA; again = the missing steps; installs nothing
-	$(PYTHON) gpu.py --minutes=$(MINUTES) --data=$(GPU_DATA)
+SHARED ?= $(GPT2_SHARED_DATA)
+COMMIT ?=
+gpu:  ## what needs a CUDA GPU, in MINUTES=6, with the inputs in GPU_DATA; again = the missing steps; installs nothing
+	$(PYTHON) gpu.py --minutes=$(MINUTES) --data=$(GPU_DATA) --commit=$(COMMIT)
+
+gpu-data: install  ## build what `make gpu` reads, 57 MiB: SHARED has openstax/, shakespeare/, hellaswag/, tokenizer/
+	$(PYTHON) fineweb.py --input=$(SHARED)/shakespeare/input.txt --data_dir=$(GPU_DATA)/shakespeare
+	$(PYTHON) fineweb.py --input=$(SHARED)/openstax/openstax.parquet --data_dir=$(GPU_DATA)/openstax4m \
+		--max_tokens=43e5 --val_fraction=.07
+	$(PYTHON) fineweb.py --input=$(SHARED)/openstax/openstax.parquet --data_dir=openstax
+	$(PYTHON) fineweb.py --dataset=python --max_tokens=5e6 --data_dir=python5m
+	mkdir -p $(GPU_DATA)/mixed $(GPU_DATA)/tokenizer
+	cp openstax/*.npy python5m/*.npy $(GPU_DATA)/mixed
+	cp $(SHARED)/hellaswag/hellaswag_val.jsonl $(GPU_DATA)
+	cp $(SHARED)/tokenizer/gpt2.tiktoken $(GPU_DATA)/tokenizer/0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4
 
 experiment-norm: $(RUN_STAMP)  ## Pre-LN against Post-LN: 36 short runs and 18 of one step; again = continue
 	test -e python4k.tiktoken || $(PYTHON) bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken

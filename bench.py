@@ -15,6 +15,8 @@ shards     fineweb.py from parquet to shards, all cores and its start included, 
 loader     tokens per second of one process reading shuffled windows; no baseline
 open       seconds to open 10,000 shards of 100M tokens, memory, and a batch at a random step; no baseline
 bpe_train  bpe.py training a vocabulary, all cores, against tokenizers' BpeTrainer; and how well both compress
+matmul     the device's matmul peak, measured: 8192^3 on a GPU, 4096^3 on a CPU; no baseline
+loss       output layer and cross-entropy, forward and backward, against torch's F.linear_cross_entropy (2.13)
 train      an optimizer step of config A (16M parameters), compiled, in auto dtype, against torch as it comes,
            in processes of their own: eager float32 (what nanoGPT does on a CPU), and ours' dtype and compile
            with torch's attention and loss; and what share of the measured matmul peak that is
@@ -422,22 +424,61 @@ def in_a_process(make, *args):
         process.join()
 
 
-def bench_train() -> None:
+def matmul(dev) -> tuple[int, object]:
+    """(FLOPs, a function that makes them): a product of matrices large enough to reach the device's peak."""
     import torch
+    n = 4096 if dev.type == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=dev.device, dtype=dev.dtype)
+    product = torch.empty_like(a)
 
+    def run():
+        torch.mm(a, b, out=product)
+        dev.synchronize()
+    return 2 * n**3, run
+
+
+def bench_matmul() -> None:
+    from device import resolve_device
+    dev = resolve_device(device, dtype)
+    flops, run = matmul(dev)
+    seconds, = time_turns([run], turns)
+    print(f"matmul    | {flops / statistics.median(seconds) / 1e12:12.3f} TFLOP/s in {dev.dtype}", flush=True)
+
+
+def bench_loss() -> None:
+    import torch
+    import torch.nn.functional as F
+
+    from device import resolve_device
+    from model import linear_cross_entropy
+    if not hasattr(F, "linear_cross_entropy"):
+        print(f"loss      | torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has it", flush=True)
+        return
+    dev = resolve_device(device, dtype)
+    N, C, V = batch_size * block_size, n_embd, 50_304
+    x = torch.randn(N, C, device=dev.device, dtype=dev.dtype, requires_grad=True)
+    weight = torch.empty(V, C, device=dev.device, dtype=dev.dtype).normal_(std=0.02).requires_grad_()
+    targets = torch.randint(V, (N,), device=dev.device)
+    ours = torch.compile(linear_cross_entropy) if dev.type == "cuda" else linear_cross_entropy
+
+    def backward(loss):
+        loss.backward()
+        return loss.item()  # waits for the device
+
+    sides = [lambda: backward(ours(x, weight, targets, dev.loss_chunk)),
+             lambda: backward(F.linear_cross_entropy(x, weight, targets))]
+    losses = [run() for run in sides]
+    report("loss", "tok/s", N, *compare(*time_turns(sides, turns)), "F.linear_cross_entropy")
+    print(f"          | losses {losses[0]:.4f} and {losses[1]:.4f}", flush=True)
+
+
+def bench_train() -> None:
     from device import resolve_device
     from model import GPT, GPTConfig
     dev = resolve_device(device, dtype)
     dtype_name = str(dev.dtype).removeprefix("torch.")
     config = GPTConfig(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    n = 4096 if dev.type == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=dev.device, dtype=dev.dtype)
-
-    def matmul():
-        torch.mm(a, b, out=product)
-        dev.synchronize()
-
-    product = torch.empty_like(a)
+    product_flops, product = matmul(dev)
     settings = config, batch_size, str(dev.device)
     with (in_a_process(our_step, *settings, dtype_name) as ours,
           in_a_process(plain_step, *settings, "float32", False) as eager,
@@ -445,16 +486,16 @@ def bench_train() -> None:
         losses = [run() for run in (ours, eager, compiled)]
         if max(losses) - min(losses) > 0.01:
             raise RuntimeError(f"the three sides have losses {losses} at step 0: a bug in model.py")
-        seconds = time_turns([ours, eager, compiled, matmul], turns)
+        seconds = time_turns([ours, eager, compiled, product], turns)
     tokens = batch_size * block_size
     report("train", "tok/s", tokens, *compare(seconds[0], seconds[1]), "eager float32")
     report("train", "tok/s", tokens, *compare(seconds[0], seconds[2]), f"plain {dtype_name}, compiled")
     flops = GPT(config).flops_per_token(block_size) * tokens / statistics.median(seconds[0])
-    matmul_flops = 2 * n**3 / statistics.median(seconds[3])
+    matmul_flops = product_flops / statistics.median(seconds[3])
     peak = dev.peak_tflops()
     mfu = f"{flops / (peak * 1e12):.1%}" if peak else "n/a"
     print(f"          | {flops / 1e12:.3f} TFLOP/s, {flops / matmul_flops:.1%} of the measured {dtype_name} "
-          f"matmul peak, {matmul_flops / 1e12:.3f} ({n}^3); mfu {mfu}", flush=True)
+          f"matmul peak, {matmul_flops / 1e12:.3f}; mfu {mfu}", flush=True)
 
 
 def write_random_shards(folder: str, n_tokens: int) -> None:
@@ -667,7 +708,8 @@ def bench_hellaswag() -> None:
 
 BENCHES = {
     "encode": bench_encode, "shards": bench_shards, "bpe_train": bench_bpe_train, "loader": bench_loader,
-    "open": bench_open, "train": bench_train, "scale": bench_scale, "startup": bench_startup,
+    "open": bench_open, "matmul": bench_matmul, "loss": bench_loss, "train": bench_train,
+    "scale": bench_scale, "startup": bench_startup,
     "generate": bench_generate, "hellaswag": bench_hellaswag,
 }
 

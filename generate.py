@@ -22,8 +22,11 @@ ln of the model's own probability, before temperature, top_k and top_p.
 """
 
 import codecs
+import itertools
 import math
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +101,7 @@ def sample(model, tok, dev, step: int, texts: list[str]) -> None:
         print(f"note: the {'longest ' if prompts else ''}prompt is {longest} tokens, the context "
               f"{model.config.block_size}: the model does not see the first {hidden}", file=sys.stderr)
     generator = torch.Generator(dev.device).manual_seed(seed)
-    rows, logs = [[] for _ in texts], [[] for _ in texts]
+    rows, logs, clock = [[] for _ in texts], [[] for _ in texts], [time.perf_counter()]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
     print(f"--- step {step}, sample 1 of {len(texts)}\n{texts[0]}", end="", flush=True)
     with dev.autocast():
@@ -109,6 +112,7 @@ def sample(model, tok, dev, step: int, texts: list[str]) -> None:
                 if not row or row[-1] != tok.eot:
                     row.append(token)
                     log.append(value)
+            clock.append(time.perf_counter())
             if rows[0][-1] != tok.eot:
                 print(decoder.decode(tok.decode_bytes(rows[0][-1:])), end="", flush=True)
             if all(row[-1] == tok.eot for row in rows):
@@ -119,6 +123,8 @@ def sample(model, tok, dev, step: int, texts: list[str]) -> None:
             print(f"--- sample {i} of {len(texts)}\n{text}{tok.decode([t for t in row if t != tok.eot])}")
         if logprobs:
             print_logprobs(tok, row, log)
+    seconds = statistics.median(after - before for before, after in itertools.pairwise(clock))
+    print(f"{1 / seconds:,.1f} tok/s per text (median over {len(clock) - 1} tokens)", file=sys.stderr)
 
 
 @torch.no_grad()

@@ -851,6 +851,7 @@ else:
     say(f"\n{f'stopped by {why}' if stopping else 'done'}: step {step}, "
         + ("judged, not trained" if eval_only else f"{step * batch_tokens:,} tokens")
         + (f", {batch_tokens / np.median(step_times):,.0f} tok/s (median step)" if step_times else "")
+        + (f", peak memory {dev.peak_memory() / 1e9:.2f} GB" if step_times and dev.peak_memory() else "")
         + (f", skipped: {guard['skipped']}" if guard["skipped"] else ""))
     if not stopping:
         say(f"val loss {val_loss:.4f} nats per token ({val_bpb:.4f} bits per byte) "

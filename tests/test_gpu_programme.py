@@ -2,12 +2,11 @@
 done is not repeated."""
 
 import json
-import math
 import shutil
 import subprocess
 import sys
 
-import pytest
+import torch
 from training import ENVIRONMENT, PYTHON, ROOT
 
 import gpu
@@ -44,17 +43,16 @@ def test_rehearsal(tmp_path, tiny_data, questions):
     assert returncode == 0 and records[:-1] == first and records[-1]["step"] == "shakespeare"
     step = {record["step"]: record for record in records}
     assert all(record["seconds"] > 0 and record["commit"] and record["device"] == "cpu" for record in records)
-    assert step["machine"]["matmul_tflops"] > 0
-    losses = [step["machine"][f"loss_{name}"] for name in ("ours", "compiled", "torchs")]
-    for loss in losses[:2] if "not in torch" in losses[2] else losses:
-        assert loss[0] > 0 and loss[1] == pytest.approx(math.log(512), rel=0.02)
+    assert step["machine"]["matmul_tflops"] > 0 and "torch" in step["machine"]
+    assert ("loss_ratio" in step["machine"]) == hasattr(torch.nn.functional, "linear_cross_entropy")
     for name in STEPS[1:7]:
-        assert step[name]["last_step"] == 4 and step[name]["first_step"] == 0 and "peak_memory" in step[name]
+        assert step[name]["last_step"] == 4 and step[name]["first_step"] == 0
+        assert step[name]["peak_memory_gb"] > 0
         assert min(step[name][stream] for stream in ("train", "val", "tok_s")) > 0
         assert "share_of_matmul_peak" in step[name] or not name.startswith("speed")
         assert (out / f"{name}.log.txt").exists()
     assert step["tests"]["skipped"] > 0 or step["tests"]["passed"] > 0
-    assert step["inference"]["sample_tok_s"] > 0 and len(step["inference"]["hellaswag_seconds"]) == 2
+    assert min(step["inference"]["sample_tok_s"]) > 0 and len(step["inference"]["hellaswag_seconds"]) == 2
     assert step["presets"]["computed_peak_mib"] == 8826 and step["presets"]["dry_run_gb"] > 0
     assert step["mixed"]["first_step"] == [0, 1] and 0 <= step["mixed"]["hella"] <= 1
     assert (out / "mixed.png").exists() and sum(path.stat().st_size for path in out.iterdir()) < 16e6
@@ -69,5 +67,5 @@ def test_a_step_that_takes_too_long_and_tests_that_fail(tmp_path, monkeypatch):
     assert gpu.run("tests", 60, [[sys.executable, "-c", f"print({said!r}); exit(1)"]]) == (
         1, {"failed": 1, "passed": 12, "skipped": 3, "failing": ["tests/test_a.py::test_b"]})
     returncode, figures = gpu.run("late", 2, [
-        [sys.executable, "-u", "-c", "print('peak memory: 7'); import time; time.sleep(600)"]])
-    assert returncode == 124 and figures == {"peak_memory": 7}
+        [sys.executable, "-u", "-c", "print('peak memory 7.5 GB'); import time; time.sleep(600)"]])
+    assert returncode == 124 and figures == {"peak_memory_gb": 7.5, "failing": []}
