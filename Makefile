@@ -48,9 +48,8 @@ bench: install $(DEV_STAMP)  ## measure every speed this repository claims, besi
 MINUTES ?= 6
 GPU_DATA ?= gpu_data
 SHARED ?= $(GPT2_SHARED_DATA)
-COMMIT ?=
 gpu:  ## what needs a CUDA GPU, in MINUTES=6, with the inputs in GPU_DATA; again = the missing steps; installs nothing
-	$(PYTHON) gpu.py --minutes=$(MINUTES) --data=$(GPU_DATA) --commit=$(COMMIT)
+	$(PYTHON) gpu.py --minutes=$(MINUTES) --data=$(GPU_DATA)
 
 gpu-data: install  ## build what `make gpu` reads, 57 MiB: SHARED has openstax/, shakespeare/, hellaswag/, tokenizer/
 	$(PYTHON) fineweb.py --input=$(SHARED)/shakespeare/input.txt --data_dir=$(GPU_DATA)/shakespeare

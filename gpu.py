@@ -14,9 +14,8 @@ inference          80 s   generate.py with and without --compile; hellaswag.py o
 presets           100 s   config/gpu_*gb.py in eager mode: peak memory, measured and computed
 mixed         the rest    124M on textbooks and Python code: stopped, resumed, plotted
 
-The times are estimates. A step starts only if half its limit is left. The next call repeats what failed or
-timed out; runs A and B resume if log_dir is still there. Writes a line per step into out_dir/summary.jsonl,
-beside its log, figure and last output: a few MB. Exits 1 unless all steps are done.
+The times are estimates; a step starts only if half its limit is left. The next call repeats what failed or
+timed out. Writes out_dir/summary.jsonl, a line per step, beside logs, figures and outputs: a few MB.
 """
 import importlib.util
 import json
@@ -38,7 +37,6 @@ minutes: Between(0, 600) = 6.0  # limit of this call
 data: PathName = "gpu_data"  # the inputs
 out_dir: PathName = "gpu_results"  # of all calls; carry it to the next machine; a rehearsal adds _cpu to it
 log_dir: PathName = "log_gpu"  # logs and checkpoints of the training runs; the same
-commit = ""  # of the code, where .git is missing; empty = ask git
 
 ROOT = Path(__file__).resolve().parent
 PYTHON = os.environ.get("PYTHON_EXEC", sys.executable)  # torchrun's variable
@@ -48,8 +46,8 @@ FIGURES = {  # name: pattern in a step's output; several matches become a list
     "torch": r"torch ([\d.]+)", "matmul_tflops": r"^matmul +\| +([\d.]+)",
     "loss_ratio": r"^loss .*\| ([\d.]+)x", "sample_tok_s": r"([\d.,]+) tok/s per text",
     "first_step": r"steps, starting at (\d+)", "flops_per_token": r"([\d,]+) FLOPs per token",
-    "peak_memory_gb": r"peak memory ([\d.]+) GB", "computed_peak_mib": r"^peak +([\d,]+)$",
-    "dry_run_gb": r"training needs ([\d.]+) GB", "hellaswag_seconds": r"acc_norm.*\| ([\d.]+) s$",
+    "peak_memory_gb": r"peak memory ([\d.]+) GB", "dry_run_gb": r"training needs ([\d.]+) GB",
+    "computed_peak_mib": r"^peak +([\d,]+)$", "hellaswag_seconds": r"acc_norm.*\| ([\d.]+) s$",
     **{word: rf"^(?:\d.*, )?(\d+) {word}.* in [\d.]+s" for word in ("passed", "failed", "skipped", "error")},
 }
 
@@ -59,17 +57,16 @@ def train(name, *flags):
             f"--device={device}", *(TINY if device == "cpu" else [])]
 
 
-def programme(left, found):
-    """(name, limit in seconds, commands) of each step; left() seconds remain, `found` are those done."""
+def programme(left):
+    """(name, limit in seconds, commands) of each step, made when it is reached and left() seconds remain."""
     cuda = device == "cuda"
     shape = "--batch_size=32 --block_size=1024 --n_embd=768" if cuda else "--batch_size=1 --turns=1"
     yield "machine", 80, [[PYTHON, "bench.py", "--only=matmul,loss", f"--device={device}", *shape.split()]]
     short = [f"--data_dir={data}/mixed", "--warmup_steps=10", "--val_interval=0", "--val_tokens=65536",
              "--hellaswag_interval=0", "--batch_tokens=65536"]  # a GPU's part of llm.c's 524,288 on 8
     for size, attention in ((64, "cudnn"), (64, "flash"), (32, "cudnn"), (32, "flash")):
-        name = f"speed_{size}_{attention}"
-        yield name, 120, [train(name, *short, f"--attention={attention}", f"--batch_size={size}",
-                                "--max_steps=60")]
+        yield (name := f"speed_{size}_{attention}"), 120, [train(
+            name, *short, f"--attention={attention}", f"--batch_size={size}", "--max_steps=60")]
     for name, config, limit in (("shakespeare", "shakespeare_124m", 300), ("openstax4m", "rtx4050_15m", 120)):
         yield name, limit, [train(name, f"config/{config}.py", f"--data_dir={data}/{name}")]
     tests = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if b"mark.gpu" in path.read_bytes()]
@@ -78,22 +75,19 @@ def programme(left, found):
     sample = [PYTHON, "generate.py", f"--checkpoint={log_dir}/inference", "--prompt=Once", "--temperature=0",
               "--num_samples=1", f"--max_new_tokens={512 if cuda else 32}", f"--device={device}"]
     yield "inference", 150, [
-        train("inference", *short, "--batch_size=8", "--max_steps=20", "--compile=false"),
-        sample, [*sample, f"--compile={cuda}"],
-        [PYTHON, "hellaswag.py", f"--checkpoint={log_dir}/inference", f"--data={data}/hellaswag_val.jsonl",
-         f"--device={device}"]]
+        train("inference", *short, "--batch_size=8", "--max_steps=20", "--compile=false"), sample,
+        [*sample, f"--compile={cuda}"], [PYTHON, "hellaswag.py", f"--checkpoint={log_dir}/inference",
+                                         f"--data={data}/hellaswag_val.jsonl", f"--device={device}"]]
     yield "presets", 160, [command for path in sorted(ROOT.glob("config/gpu_*gb.py"))[:None if cuda else 1]
                            for command in ([PYTHON, "analyze_compute.py", str(path)], train(
                                "presets", str(path), *short, "--compile=false", "--dry_run"))]
-    if "mixed" not in found:  # begin again: the number of steps depends on the time left
-        shutil.rmtree(Path(log_dir, "mixed"), ignore_errors=True)
-    steps = max(100, int(5 * (left() - 100)))  # 400,000 tok/s, and 100 s for starts and evaluations
-    run = train("mixed", *short, "--batch_size=64", f"--max_steps={steps}", "--warmup_steps=100",
-                "--val_tokens=262144", f"--val_interval={steps // 10}", f"--hellaswag_interval={steps // 2}",
-                f"--hellaswag_data={data}/hellaswag_val.jsonl")
-    stopped = [*run, f"--max_hours={0.4 * left() / 3600 if cuda else 1e-6:.9f}"]
-    plot = [PYTHON, "plot_log.py", f"--log_dir={log_dir}/mixed", f"--out={out_dir}/mixed.png"]
-    yield "mixed", max(240, left()), [stopped, run, plot]
+    mixed = train("mixed", *short, "--batch_size=64", "--max_steps=4000", "--val_tokens=262144",
+                  "--val_interval=400", "--hellaswag_interval=400",
+                  f"--hellaswag_data={data}/hellaswag_val.jsonl")
+    hours = (0.4 * left() / 3600, 0.45 * left() / 3600) if cuda else (1e-6, 1)
+    yield "mixed", max(240, left()), [
+        *([*mixed, f"--max_hours={limit:.6f}"] for limit in hours),
+        [PYTHON, "plot_log.py", f"--log_dir={log_dir}/mixed", f"--out={out_dir}/mixed.png"]]
 
 
 def run(name, seconds, commands):
@@ -101,17 +95,17 @@ def run(name, seconds, commands):
     end, returncode, output = time.monotonic() + seconds, 0, Path(out_dir, f"{name}.out")
     env = {**os.environ, "TIKTOKEN_CACHE_DIR": f"{data}/tokenizer"}
     with open(output, "wb") as file:
-        for command in commands:  # also after one that fails; SIGTERM has a training run save
-            limited = ["timeout", "--kill-after=15", f"{max(1, end - time.monotonic()):.0f}", *command]
-            returncode = subprocess.run(limited, stdout=file, stderr=file, cwd=ROOT, env=env
-                                        ).returncode or returncode
+        for command in commands:  # also after one that fails; told to stop, a training run saves
+            limit = f"{max(1, end - time.monotonic()):.0f}"
+            done = subprocess.run(["timeout", "--kill-after=15", limit, *command], stdout=file, stderr=file,
+                                  cwd=ROOT, env=env)
+            returncode = returncode or done.returncode
     text, figures = output.read_text(encoding="utf-8", errors="replace"), {}
     output.write_text(text[-100_000:], encoding="utf-8")
     for figure, pattern in FIGURES.items():
         if matches := re.findall(pattern, text, re.M):
-            matches = [match if figure == "torch" else float(match.replace(",", "")) for match in matches]
-            figures[figure] = matches if len(matches) > 1 else matches[0]
-    figures["failing"] = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
+            numbers = [match if figure == "torch" else float(match.replace(",", "")) for match in matches]
+            figures[figure] = numbers if len(numbers) > 1 else numbers[0]
     if (log := Path(log_dir, name, "log.txt")).exists():
         shutil.copyfile(log, Path(out_dir, f"{name}.log.txt"))
         for stream, values in parse_log(log).items():
@@ -125,11 +119,11 @@ def main():
     end, summary = time.monotonic() + 60 * minutes, Path(out_dir, "summary.jsonl")
     records = read_jsonl(summary, {"step": str, "returncode": int})
     found = {record["step"]: record for record in records if record["returncode"] == 0}
-    gpu = subprocess.getoutput("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader")
-    about = {"device": device if device == "cpu" else gpu,
-             "commit": commit or subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty")}
+    query = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"
+    about = {"device": device, "gpu": subprocess.getoutput(query),  # COMMIT=... where .git is missing
+             "commit": os.environ.get("COMMIT") or subprocess.getoutput(f"git -C '{ROOT}' describe --always")}
     missing = []
-    for name, limit, commands in programme(lambda: end - time.monotonic(), found):
+    for name, limit, commands in programme(lambda: end - time.monotonic()):
         start = time.monotonic()
         if name not in found and end - start >= limit / 2:
             returncode, figures = run(name, min(limit, end - start), commands)
