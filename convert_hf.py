@@ -86,7 +86,7 @@ TOKENIZER = {"model": {"type": OneOf("BPE"), "vocab": {str: ID}, "merges": [([st
              "normalizer?": None, "added_tokens?": [{"content": str, "id": ID}],
              "pre_tokenizer": {"type": OneOf("ByteLevel"), "add_prefix_space": OneOf(False),
                                "use_regex?": OneOf(True)}}
-TOKENIZER_CONFIG = {"added_tokens_decoder?": {str: {"content": str}}, "add_prefix_space?": OneOf(False, None)}
+TOKENIZER_CONFIG = {"added_tokens_decoder?": {str: {"content": str}}, "add_prefix_space?": OneOf(False)}
 NANOGPT = {**SHAPE, "block_size": SIZE, "bias?": bool, "dropout?": float}  # build-nanogpt's has no last two
 PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 

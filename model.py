@@ -227,6 +227,14 @@ def gelu(x):
     return (x32 * torch.sigmoid(2 * u)).to(x.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm whose weights may have fewer bits than its input: fsdp gathers a block in one dtype."""
+
+    def forward(self, x):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -243,9 +251,9 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.pre_norm = config.norm_position == "pre"
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, mask=None):

@@ -127,7 +127,7 @@ for package in ("tensorboard", "wandb"):
 
 
 # a line of runs.jsonl, and one of skipped.jsonl: what is read of them
-START = {"config": {str: (bool, int, float, str)}, "launchers?": [str], "arguments": [str]}
+START = {"config": {"init_from?": str}, "launchers?": [str], "arguments": [str]}
 SKIPPED = {"step": Between(0, 2**63)}
 
 # ---- processes and device

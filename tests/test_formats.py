@@ -8,6 +8,7 @@ kinds of damage, drawn with a fixed seed:
     bytes              flipped, removed, inserted, doubled, cut off; refused, or read as something valid
 """
 
+import ast
 import contextlib
 import copy
 import json
@@ -24,6 +25,7 @@ import pytest
 import test_fineweb
 import torch
 from checkpoint_ranks import accept, state_of, train
+from training import ROOT
 
 import files
 from bpe import load_tokenizer
@@ -303,6 +305,25 @@ def of_hugging_face(folder, byte_tokenizer):
     return formats
 
 
+def of_run_records(folder, byte_tokenizer):
+    """runs.jsonl and skipped.jsonl, by the schemas in train_gpt2.py, which is never imported."""
+    schemas = {}
+    for node in ast.parse((ROOT / "train_gpt2.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("START", "SKIPPED"):
+            exec(ast.unparse(node), {"Between": Between}, schemas)
+    values = {"START": {"config": {"init_from": "gpt2"}, "launchers": ["host 1"], "arguments": ["--seed=2"]},
+              "SKIPPED": {"step": 4, "why": "loss nan"}}
+    free = (r"why.*|config ({}|{'x': 1})|config/init_from (gone|'x')|launchers gone|"
+            r"(launchers|arguments)(/0 'x'| \[\]| \['x'\])")
+    formats = {}
+    for name, value in values.items():
+        path = folder / f"{name}.jsonl"
+        formats[name] = Format(
+            value, lambda record, path=path: path.write_text(json.dumps(record) + "\n", encoding="utf-8"),
+            lambda path=path, schema=schemas[name]: files.read_jsonl(path, schema), free, path)
+    return formats
+
+
 def of_settings(folder, byte_tokenizer):
     path = folder / "config.py"
     value = {"batch_size": 4, "max_lr": 0.5, "optimizer": "adamw", "data_dir": "x", "resume": False,
@@ -330,7 +351,7 @@ def of_settings(folder, byte_tokenizer):
             "flags": Format(value, write_flags, lambda: read(flags), f"{free}|data_dir .*")}
 
 
-FORMATS = [of_checkpoint, of_shards, of_log, of_hellaswag, of_hugging_face, of_settings]
+FORMATS = [of_checkpoint, of_shards, of_log, of_hellaswag, of_hugging_face, of_run_records, of_settings]
 
 
 @pytest.fixture(autouse=True)

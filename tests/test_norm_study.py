@@ -243,7 +243,7 @@ def test_the_study_goes_on_after_a_kill_and_counts_what_diverges(config, tmp_pat
         assert killed.poll() is None
         time.sleep(0.05)
     second = run_study(folder, config)
-    assert second.returncode == 2 and "another study is at work" in second.stderr
+    assert second.returncode == 2 and "a study is at work in" in second.stderr
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     deadline, size = time.monotonic() + 60, -1

@@ -63,6 +63,17 @@ def test_sharded_checkpoints_fit_any_number_of_processes(flags, tmp_path):
     assert_same_run(tmp_path / "many", tmp_path / "one")
 
 
+def test_fsdp_in_bfloat16(flags, tmp_path):
+    """Weights are gathered in 16 bits; they, the residual stream and the sums of gradients stay float32."""
+    flags |= {"dtype": "bfloat16", "dropout": 0}
+    train(flags, 2, log_dir=tmp_path / "ddp")
+    train(flags, 2, log_dir=tmp_path / "fsdp", parallel="fsdp")
+    for stream in ("train", "val"):
+        assert values(tmp_path / "fsdp", stream) == pytest.approx(values(tmp_path / "ddp", stream), rel=2e-3)
+    weights = load_checkpoint(tmp_path / "fsdp")["model"].values()
+    assert {tensor.dtype for tensor in weights} == {torch.float32}
+
+
 def test_fsdp_refuses_what_it_cannot_do(flags, tmp_path):
     for wrong in ({"optimizer": "muon"}, {"dtype": "float16"}):
         done = attempt(flags, 2, log_dir=tmp_path / "log", parallel="fsdp", **wrong)

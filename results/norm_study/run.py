@@ -31,14 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import study
 
-try:
-    import fcntl
-except ImportError:  # Windows has none: there nobody looks after two studies in one log_dir
-    fcntl = None
-
 from bpe import available_cores
 from configurator import Between, PathName, UserError, configure
-from files import write_atomically
+from files import locked, write_atomically
 from plot_log import parse_log
 
 train_config: PathName = "config/norm_cpu.py"  # the config file of train_gpt2.py that all runs share
@@ -144,16 +139,6 @@ def is_finished(name):
     return path.exists() and "outcome" in json.loads(path.read_text(encoding="utf-8"))
 
 
-def keep_others_out():
-    """Refuse a log_dir in which another study is at work; the lock is gone when this process is."""
-    if fcntl:
-        try:
-            fcntl.flock(os.open(log_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"log_dir={log_dir}: another study is at work there; wait for it, look at it "
-                            f"with --report_only, or choose --log_dir=ANOTHER") from error
-
-
 def make_all(runs):
     """Make the runs that are not finished, parallel_runs at a time."""
     slots = parallel_runs or available_cores()
@@ -181,8 +166,8 @@ def main():
     runs = planned_runs()
     if not report_only:
         Path(log_dir).mkdir(parents=True, exist_ok=True)
-        keep_others_out()
-        make_all(runs)
+        with locked(log_dir, "study"):
+            make_all(runs)
     finished = list(filter(is_finished, runs))
     if not finished:
         raise UserError(f"log_dir={log_dir}: no finished run there; leave out --report_only")
