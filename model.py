@@ -516,7 +516,7 @@ def cross_entropy_and_gradients(x: torch.Tensor, weight: torch.Tensor, targets: 
     loss = torch.zeros((), dtype=torch.float32, device=x.device)
     dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
     # else the passes are compiled twice: autograd's state, which they depend on, differs in the first call
-    with torch.inference_mode():
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         for x_c, targets_c, dx_c in zip(x.split(chunk), targets.split(chunk), dx.split(chunk)):
             kept = (targets_c != -100)[:, None]  # (n, 1)
             at_target = torch.arange(len(x_c), device=x.device), targets_c.clamp_min(0)

@@ -19,6 +19,7 @@ The tokens of step s depend on (seed, data, batch_tokens, T, s) alone, and dropo
 so the run is the same for any number of processes, and a resumed run is the run that was never stopped.
 """
 
+import atexit
 import contextlib
 import hashlib
 import importlib.util
@@ -373,6 +374,7 @@ def claim_log_dir():
 
 
 lock = contextlib.ExitStack()
+atexit.register(lock.close)
 ranks.on_all(claim_log_dir)
 start_step, best, reached = max_steps if eval_only else 0, None, False
 if resume and checkpoint.list_checkpoints(log_dir):
