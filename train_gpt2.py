@@ -375,7 +375,10 @@ def claim_log_dir():
 
 lock = contextlib.ExitStack()
 atexit.register(lock.close)
-ranks.on_all(claim_log_dir)
+if resume:  # a new run makes its folder later, when nothing but the first step can go wrong
+    newest = [path.name for path in checkpoint.list_checkpoints(log_dir)[-1:]]
+    ranks.require_equal(f"what they see in log_dir={log_dir}", {"the newest checkpoint": newest})
+    ranks.on_all(claim_log_dir)
 start_step, best, reached = max_steps if eval_only else 0, None, False
 if resume and checkpoint.list_checkpoints(log_dir):
     saved = ranks.on_all(checkpoint.load_into, log_dir, raw_model, optimizers, check_saved)
@@ -465,6 +468,8 @@ def open_record():
     """(log.txt, TensorBoard, Weights & Biases) to write into, without what came after the checkpoint."""
     if not (master_process and writes):
         return None, None, None
+    if not resume:
+        claim_log_dir()
     for path in checkpoint.list_checkpoints(log_dir):
         if checkpoint.step_of(path) > start_step:  # newer than the newest valid one: corrupt
             path.rename(path.with_suffix(f".damaged_{time.time_ns()}"))

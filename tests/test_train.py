@@ -323,7 +323,7 @@ def test_nodes_that_do_not_share_the_log_dir(flags, tmp_path):
     nodes = start_by_hand([command(flags, log_dir="log", resume="true")] * 2, [tmp_path / r for r in "01"])
     for node in nodes:
         _, stderr = node.communicate(timeout=120)
-        assert node.returncode == 2 and "differ in what they train on: the step to start at" in stderr, stderr
+        assert node.returncode == 2 and "the newest checkpoint is ['ckpt_0000004.pt'], but" in stderr, stderr
 
 
 def test_ids_beyond_the_vocabulary(flags, tmp_path):
