@@ -1,5 +1,7 @@
 """The resolver of device, dtype and compile, on hardware that is there and hardware that is only claimed."""
 
+import contextlib
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -103,7 +105,10 @@ def fake_machine(monkeypatch, name, sm=0, hip=None, mps=False, bf16="", compiler
     for factory in ("ones", "eye"):
         here = getattr(torch, factory)
         monkeypatch.setattr(torch, factory, lambda *shape, device, here=here: here(*shape))
-    # TF32 is the process's setting: noted, not made
+    # these are the process's settings: noted, not made
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setattr(device_module, "sdpa_kernel", lambda order, set_priority: contextlib.nullcontext())
     monkeypatch.setattr(torch, "set_float32_matmul_precision", precision.append)
     tried = []
 
@@ -145,6 +150,26 @@ def test_table_of_platforms(monkeypatch, capsys, machine, wanted, device, rest):
     else:
         assert out.count("\n") == 1 and out.startswith("compile: off, ")
         assert ("#191976" if compile == "never" else MACHINES[machine]["compiler"].splitlines()[0]) in out
+
+
+@pytest.mark.parametrize(("sm", "attention", "first"), [
+    (90, "auto", "CUDNN_ATTENTION"), (90, "flash", "FLASH_ATTENTION"), (80, "math", "MATH"),
+    (80, "auto", None), (120, "auto", None)])
+def test_attention_and_memory_on_cuda(monkeypatch, sm, attention, first):
+    """The wanted kernel is tried first and all others after it; the user's own allocator settings stay."""
+    orders = []
+    fake_machine(monkeypatch, "linux", sm=sm)
+    monkeypatch.setattr(device_module, "sdpa_kernel", lambda order, set_priority: orders.append(
+        (order, set_priority)) or contextlib.nullcontext())
+    resolve_device("cuda", attention=attention)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert [(order[0].name, len(set(order)), priority) for order, priority in orders] == (
+        [(first, 4, True)] if first else [])
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
+    resolve_device("cuda")
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"
+    orders.clear()
+    assert resolve_device("cpu", attention=attention).type == "cpu" and not orders
 
 
 def test_only_the_first_process_prints(monkeypatch, capsys):
@@ -284,8 +309,8 @@ def test_not_deterministic_unless_asked(reproducible_again):
 
 
 @pytest.mark.parametrize(("device", "dtype", "words"), [
-    ("tpu", "auto", "wanted auto, cpu"), ("xpu", "auto", "wanted auto, cpu"), ("mps", "auto", "--device=cpu"),
-    ("cpu", "half", "wanted auto, float32")])
+    ("tpu", "auto", "wanted auto, cpu"), ("xpu", "auto", "Intel GPUs are not"),
+    ("mps", "auto", "--device=cpu"), ("cpu", "half", "wanted auto, float32")])
 def test_what_is_not_there(device, dtype, words):
     with pytest.raises(UserError, match=words):
         resolve_device(device, dtype)

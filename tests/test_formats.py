@@ -213,11 +213,11 @@ def of_shards(folder, byte_tokenizer):
                                   shard_tokens=1500, num_workers=1)
     path = data_dir / "manifest.json"
     value = json.loads(path.read_text(encoding="utf-8"))
-    told = "settings", "source", "text_bytes", "empty_documents", "bad", "documents", "tokens", "tokenizer"
 
     def facts(manifest):
+        """What a reader of the shards goes by; the rest is told, or compared when a shard is made again."""
         files = [{key: record[key] for key in ("file", "tokens", "sha256")} for record in manifest["files"]]
-        return {**{key: item for key, item in manifest.items() if key not in told}, "files": files}
+        return {"files": files, "eot": manifest["eot"], "format": manifest["format"]}
 
     def read():
         verify_folder(data_dir)

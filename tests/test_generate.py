@@ -241,12 +241,12 @@ def test_special_tokens_in_a_prompt_are_text(folder):
     (["--text=blank.txt", "--prompt=a"], "leave out --prompt"),
     (["--text=blank.txt", "--stride=33"], "--stride=32 or less"),
     (["--stride=-1"], "stride=-1"),
-    (["--temperature=-1"], "temperature=-1.0"),
+    (["--temperature=-1"], "temperature=-1: wanted 0 to"),
     (["--top_p=0"], "top_p=0.0"), (["--top_p=1.1"], "top_p=1.1"), (["--top_k=-1"], "top_k=-1"),
     (["--num_samples=0"], "num_samples=0"), (["--num_samples=10001"], "wanted 1 to 10,000"),
     (["--max_new_tokens=1000001"], "wanted 1 to 1,000,000"), (["--temperature=1001"], "wanted 0 to 1,000"),
     (["--seed=9223372036854775808"], "wanted 0 to 9,223,372,036,854,775,807"), (["--seed=-1"], "seed=-1"),
-    (["--dtype=float64"], "dtype='float64'"),
+    (["--dtype=float64"], "dtype=float64: wanted auto"),
     (["--max_tokens=5"], "did you mean max_new_tokens"),
 ])
 def test_mistakes_are_named(folder, flags, words):

@@ -434,7 +434,7 @@ def test_mistakes_are_named(tmp_path, state, monkeypatch, tiny_data, byte_tokeni
     refused("names no data; give --data_dir=FOLDER")
     state["model"]["transformer.wte.weight"][0, 0] = math.nan
     save_checkpoint(tmp_path / "log", STEP, state)
-    refused("loss is not finite")
+    refused("nan or infinity in 1 tensors, first in transformer.wte.weight")
 
 
 @pytest.mark.parametrize("flag", [("checkpoint", "log"), ("data_dir", "data"), ("val_tokens", 10)])
