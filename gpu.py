@@ -109,9 +109,9 @@ def run(name, seconds, commands):
     if (log := Path(log_dir, name, "log.txt")).exists():
         shutil.copyfile(log, Path(out_dir, f"{name}.log.txt"))
         for stream, values in parse_log(log).items():
-            figures |= {"last_step": max(figures.get("last_step", 0), *values), stream: list(values.values())[-1]}
-            if stream in ("tok_s", "mfu"):  # without the steps that compile
-                figures[stream] = statistics.median(list(values.values())[10:] or values.values())
+            numbers, steady = list(values.values()), stream in ("tok_s", "mfu")  # without the steps that compile
+            figures |= {"last_step": max(figures.get("last_step", 0), *values),
+                        stream: statistics.median(numbers[10:] or numbers) if steady else numbers[-1]}
     return returncode, figures
 
 
