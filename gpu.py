@@ -109,7 +109,7 @@ def run(name, seconds, commands):
     if (log := Path(log_dir, name, "log.txt")).exists():
         shutil.copyfile(log, Path(out_dir, f"{name}.log.txt"))
         for stream, values in parse_log(log).items():
-            numbers, steady = list(values.values()), stream in ("tok_s", "mfu")  # without the steps that compile
+            numbers, steady = list(values.values()), stream in ("tok_s", "mfu")  # steady: after compiling
             figures |= {"last_step": max(figures.get("last_step", 0), *values),
                         stream: statistics.median(numbers[10:] or numbers) if steady else numbers[-1]}
     return returncode, figures
