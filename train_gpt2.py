@@ -209,13 +209,13 @@ def advice_when_memory_runs_out(advice):
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory on {dev.name}; type {advice()}; --dry_run tells what a setting needs"
-                        ) from error
+        raise UserError(f"out of memory on {dev.name}; type {advice()}; analyze_compute.py computes what a "
+                        f"setting needs, --dry_run measures it") from error
 
 
 def smaller_model():
-    return (f"smaller --n_layer={n_layer}, --n_embd={n_embd}, --vocab_size={vocab_size} or "
-            f"--block_size={block_size}")
+    return (f"a smaller --n_embd than {n_embd}, --n_layer than {n_layer}, --vocab_size than {vocab_size} or "
+            f"--block_size than {block_size}")
 
 
 def smaller_batch():

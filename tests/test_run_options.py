@@ -74,7 +74,7 @@ def test_a_model_that_does_not_fit_is_told_before_the_first_step(flags, tmp_path
     """Just where --dry_run is asked whether it does."""
     done = attempt(flags, log_dir=tmp_path / "log", dry_run="true", n_embd=10**8)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "out of memory on" in done.stderr and "smaller --n_layer=2, --n_embd=100000000" in done.stderr
+    assert "out of memory on" in done.stderr and "a smaller --n_embd than 100000000" in done.stderr
 
 
 def test_memory_savers_change_no_number(flags, tmp_path):
