@@ -47,6 +47,10 @@ class UserError(ValueError):
         super().__init__(without_passwords(str(message)))
 
 
+class TemporaryError(UserError):
+    """A UserError that may be gone at the next try: torchrun may start the process again."""
+
+
 def without_passwords(text: str) -> str:
     """`text` with https://host in place of every https://user:password@host."""
     return re.sub(r"(?<=://)[^/\s@]*@", "", text)
@@ -253,11 +257,23 @@ def help_text(namespace: dict, settings: dict) -> str:
     return "\n".join([(namespace.get("__doc__") or "").strip(), "", "settings:", *lines])
 
 
+def env_number(name: str, default: int) -> int:
+    """A whole number in the environment; UserError where something else stands there."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r} in the environment is not a whole number: start with torchrun, or "
+                        f"type `unset {name}`")
+    return int(text)
+
+
 def end_launcher() -> None:
     """End torchrun, if it would start this process again only for it to fail in the same way."""
     left = os.environ.get("TORCHELASTIC_MAX_RESTARTS") != os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if "TORCHELASTIC_RUN_ID" in os.environ and left:
-        os.kill(os.getppid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which it will send to its workers
+        with contextlib.suppress(OSError):  # of another user, or gone; and only torchrun itself, no wrapper
+            if b"torch" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+                os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _exit_with_message(kind, error, trace):
@@ -274,5 +290,7 @@ def _exit_with_message(kind, error, trace):
         return sys.__excepthook__(kind, error, trace)
     # not sys.stderr: torch.distributed calls this hook with a buffer there, which a SystemExit would lose
     print(f"error: {error}", file=sys.__stderr__, flush=True)
-    end_launcher()
+    lasting = issubclass(kind, UserError) and not issubclass(kind, TemporaryError)
+    if lasting and not isinstance(error.__cause__, OSError):
+        end_launcher()
     sys.exit(2)

@@ -163,6 +163,12 @@ class Device:
     def autocast(self):
         return torch.autocast(self.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
+    def changing_shapes(self):
+        """Around attention whose shapes change from call to call: cuDNN would prepare each of them anew."""
+        if self.type != "cuda":
+            return contextlib.nullcontext()
+        return sdpa_kernel([kernel for name, kernel in ATTENTION.items() if name != "cudnn"])
+
     def grad_scaler(self):
         """float16 underflows without loss scaling; for other dtypes the scaler passes everything through."""
         return torch.amp.GradScaler(self.type, enabled=self.dtype == torch.float16)
@@ -213,15 +219,15 @@ class Device:
 
 
 def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = False, local_rank: int = 0,
-                   deterministic: bool = False, attention: str = "auto") -> Device:
+                   deterministic: bool = False, attention: str = "") -> Device:
     """Device for `device` (auto|cpu|cuda|cuda:N|mps) and `dtype` (auto|float32|bfloat16|float16).
 
     `local_rank` picks the GPU of a process under torchrun; only 0 prints. auto dtype: bfloat16 where the
     hardware multiplies it, float16 on older CUDA cards, float32 on MPS, whose 16-bit attention has leaked
     future tokens (pytorch #195910), and on other CPUs. A CPU takes any dtype that is asked for, also where it
     is slow, so that a GPU's path can be tried without one. ROCm is "cuda" to torch, and so it is here.
-    `attention` (auto, or one of ATTENTION) is tried first on CUDA; auto is cuDNN's on Hopper, torch's order
-    elsewhere. `deterministic` and `attention` hold for the process: call this before anything else computes.
+    `attention` (one of ATTENTION, or auto: cuDNN's on Hopper) is tried first on CUDA, else torch's own order
+    holds. `deterministic` and `attention` hold for the process: call this before anything else computes.
 
     Raises UserError for a device or dtype that is not there, that this torch has no kernels for, and for
     bfloat16 on a CUDA card that would emulate it.
@@ -254,9 +260,10 @@ def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = Fa
         if platform.system() == "Linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
         torch.cuda.set_device(resolved)
-        if attention == "auto" and torch.cuda.get_device_capability(resolved)[0] == 9:
+        capability = torch.cuda.get_device_capability(resolved)
+        if attention == "auto" and capability[0] == 9 and torch.version.hip is None:  # Hopper, not AMD's gfx9
             attention = "cudnn"
-        if attention != "auto":
+        if attention in ATTENTION:
             order = sorted(ATTENTION, key=lambda name: name != attention)
             _for_this_process.enter_context(
                 sdpa_kernel([ATTENTION[name] for name in order], set_priority=True))

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from configurator import Between, PathName, UserError, configure
+from configurator import Between, PathName, UserError, configure, env_number
 from device import resolve_device
 from files import write_atomically
 from shards import TokenStream
@@ -66,7 +66,7 @@ class Peers:
     """All ranks, through torch's key-value store: it works where the network between devices does not."""
 
     def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size = env_number("RANK", 0), env_number("WORLD_SIZE", 1)
         if self.size == 1:
             self.store = dist.HashStore()
             return
@@ -422,7 +422,7 @@ def visit(peers: Peers, wrong: list[str]) -> None:
             for kind, findings in (("note", its_notes), ("WRONG", its_wrong)):
                 print("".join(f"{kind}: {finding}\n" for finding in findings), end="", flush=True)
 
-    dev = resolve_device(device, "float32", local_rank=int(os.environ.get("LOCAL_RANK", 0)))
+    dev = resolve_device(device, "float32", local_rank=env_number("LOCAL_RANK", 0))
     facts = peers.gather("start", describe_rank(dev))
     n_hosts = len({f["host"] for f in facts})
     backend = "nccl" if dev.type == "cuda" else "gloo"
@@ -469,7 +469,7 @@ def visit(peers: Peers, wrong: list[str]) -> None:
 
 
 def main() -> None:
-    rank, wrong, peers = int(os.environ.get("RANK", 0)), [], None
+    rank, wrong, peers = env_number("RANK", 0), [], None
     try:
         peers = Peers()
         visit(peers, wrong)

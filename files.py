@@ -1,6 +1,6 @@
 """
-Files and folders that outlive a process: locked while one writes, written whole or not at all, and checked
-when they are read.
+Files and folders that outlive a process: locked while one writes, written completely or not at all, and
+checked when they are read.
 
     with locked("log", "run"):                           # no second run in this folder meanwhile
     write_atomically(Path("log/log.txt"), b"...")        # temporary name, fsync, rename
@@ -21,36 +21,41 @@ import sys
 import time
 from pathlib import Path
 
-from configurator import DISK_FULL, Between, OneOf, UserError, read_text
+from configurator import DISK_FULL, Between, OneOf, TemporaryError, UserError, read_text
 
 LOCK_NAME = ".lock"
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path, what: str):
+def locked(folder: str | Path, what: str, patience: float = 0):
     """Keep a second `what` ("run", "build") out of a folder while this block, or this process, lives.
 
-    The operating system drops the lock when the process ends, however it ends. Raises UserError while another
-    process holds it. Where the file system has no locks, a line on stderr says so, and the block runs.
+    The operating system drops the lock when the process ends, however it ends. Raises TemporaryError while
+    another process holds it, after `patience` seconds. Where the file system has no locks, a line on stderr
+    says so, and the block runs.
     """
-    path = Path(folder, LOCK_NAME)
-    file = open(path, "a+", encoding="utf-8", errors="replace")
-    try:
-        import fcntl  # Windows has none
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-            raise BlockingIOError  # its holder has just removed it, and others may lock a new one
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read(1000).strip() or "another process"
-        file.close()
-        raise UserError(f"a {what} is at work in {folder}: {holder}; wait until it ends, stop it, or choose "
-                        f"another folder") from None
-    except (ImportError, OSError) as error:
-        print(f"warning: {folder} cannot be locked ({getattr(error, 'strerror', None) or error}); make sure "
-              f"that only one {what} at a time writes there", file=sys.stderr, flush=True)
-        yield
-        return
+    path, deadline = Path(folder, LOCK_NAME), time.monotonic() + patience
+    while True:
+        file = open(path, "a+", encoding="utf-8", errors="replace")
+        try:
+            import fcntl  # Windows has none
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break
+            file.close()  # its holder has just removed it, and others may lock a new one: once more
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(1000).strip() or "another process"
+            file.close()
+            if time.monotonic() >= deadline:
+                raise TemporaryError(f"a {what} is at work in {folder}: {holder}; wait until it ends, stop "
+                                     f"it, or choose another folder") from None
+            time.sleep(1)
+        except (ImportError, OSError) as error:
+            print(f"warning: {folder} cannot be locked ({getattr(error, 'strerror', None) or error}); make "
+                  f"sure that only one {what} at a time writes there", file=sys.stderr, flush=True)
+            yield
+            return
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")

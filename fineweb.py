@@ -28,7 +28,6 @@ import hashlib
 import itertools
 import json
 import multiprocessing
-import os
 import re
 import shlex
 import signal
@@ -46,7 +45,7 @@ import numpy as np
 from numba import njit
 
 from bpe import available_cores, load_tokenizer
-from configurator import Between, OneOf, PathName, UserError, configure
+from configurator import Between, OneOf, PathName, UserError, configure, env_number
 from documents import (
     Borrowed,
     Chunk,
@@ -856,8 +855,8 @@ def make_plan(dataset: str, subset: str, revision: str, input: str, text_column:
                         f"of ready-made shards; your own files go into --input=PATH[,PATH...]")
     if input and dataset == "python":
         raise UserError(f"got --input={input} and --dataset=python, wanted one of them")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
-    rank = int(os.environ.get("RANK", 0)) if ranks > 1 else 0
+    ranks = env_number("WORLD_SIZE", 1)  # as torchrun sets them
+    rank = env_number("RANK", 0) if ranks > 1 else 0
     if ranks > 1 and (max_tokens or (not input and dataset not in HUB_NAMES)):
         raise UserError(f"got --max_tokens={max_tokens} --dataset={dataset} on {ranks} machines, wanted "
                         f"files to share out, and all of their tokens; run it on one")
@@ -893,7 +892,7 @@ def make_plan(dataset: str, subset: str, revision: str, input: str, text_column:
     more = {"skip_bad": skip_bad} if skip_bad else {}
     more |= {"keep_downloads": True} if keep_downloads else {}
     command = command_of({"settings": settings | more}, folder)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun that share this machine
+    here = env_number("LOCAL_WORLD_SIZE", 1)  # processes of torchrun that share this machine
     num_workers = num_workers or max(1, available_cores() // here)
     if max_tokens and name in HUB_NAMES.values():
         num_workers = min(num_workers, 4)  # more would only have more fetched than is needed

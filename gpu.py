@@ -11,7 +11,7 @@ shakespeare       150 s   run B, until its target loss
 openstax4m         60 s   run A, all 2,848 steps
 tests              90 s   the tests marked gpu
 inference          80 s   generate.py with and without --compile; hellaswag.py on all examples
-presets           100 s   config/gpu_*gb.py in eager mode: peak memory, measured and computed
+gpu_NNgb     20 s each   config/gpu_*gb.py in eager mode: peak memory, measured and computed
 mixed         the rest    124M on textbooks and Python code: stopped, resumed, plotted
 
 The times are estimates; a step starts only if half its limit is left. The next call repeats what failed or
@@ -78,9 +78,9 @@ def programme(left):
         train("inference", *short, "--batch_size=8", "--max_steps=20", "--compile=false"), sample,
         [*sample, f"--compile={cuda}"], [PYTHON, "hellaswag.py", f"--checkpoint={log_dir}/inference",
                                          f"--data={data}/hellaswag_val.jsonl", f"--device={device}"]]
-    yield "presets", 160, [command for path in sorted(ROOT.glob("config/gpu_*gb.py"))[:None if cuda else 1]
-                           for command in ([PYTHON, "analyze_compute.py", str(path)], train(
-                               "presets", str(path), *short, "--compile=false", "--dry_run"))]
+    for path in sorted(ROOT.glob("config/gpu_*gb.py"))[:None if cuda else 1]:
+        yield path.stem, 60, [[PYTHON, "analyze_compute.py", str(path)],
+                              train(path.stem, str(path), *short, "--compile=false", "--dry_run")]
     mixed = train("mixed", *short, "--batch_size=64", "--max_steps=4000", "--val_tokens=262144",
                   "--val_interval=400", "--hellaswag_interval=400",
                   f"--hellaswag_data={data}/hellaswag_val.jsonl")
@@ -127,9 +127,9 @@ def main():
         start = time.monotonic()
         if name not in found and end - start >= limit / 2:
             returncode, figures = run(name, min(limit, end - start), commands)
-            if "machine" in found and name.startswith("speed") and "tok_s" in figures:
-                tflops = figures["tok_s"] * figures["flops_per_token"] / 1e12
-                figures["share_of_matmul_peak"] = tflops / found["machine"]["matmul_tflops"]
+            peaks = [record["matmul_tflops"] for record in records if "matmul_tflops" in record]
+            if peaks and name.startswith("speed") and "tok_s" in figures:
+                figures["matmul_share"] = figures["tok_s"] * figures["flops_per_token"] / 1e12 / peaks[-1]
             records.append({"step": name, "seconds": round(time.monotonic() - start, 1),
                             "returncode": returncode, **about, **figures})
             print(json.dumps(records[-1]), flush=True)

@@ -360,7 +360,8 @@ def evaluate(model: GPT, examples: Examples, dev: Device, batch_tokens: int = 16
     was_training = model.training
     model.eval()
     try:
-        with dev.autocast():  # around all batches: it keeps the weights it has converted
+        # around all batches: autocast keeps the weights it has converted
+        with dev.changing_shapes(), dev.autocast():
             # not one forward less on any process: where parameters are sharded, all gather them together
             for i in tqdm(range(rank, math.ceil(len(batches) / world_size) * world_size, world_size),
                           desc=examples.protocol, unit="batch", leave=False,

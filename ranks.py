@@ -16,12 +16,13 @@ import platform
 import sys
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
+from configurator import TemporaryError, UserError, env_number
 
 NOTE_SECONDS, LIMIT_SECONDS = 30, 300  # of waiting for the others at the start: until a line, until the end
 
@@ -30,10 +31,10 @@ class Ranks:
     """This process's place among `world_size`. Raises UserError where the environment makes no sense."""
 
     def __init__(self):
-        self.rank, self.world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-        self.local_rank, self.nodes = _number("LOCAL_RANK", 0), _number("GROUP_WORLD_SIZE", 1)
-        self.restarts = _number("TORCHELASTIC_RESTART_COUNT", 0)
-        self.max_restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0)
+        self.rank, self.world_size = env_number("RANK", 0), env_number("WORLD_SIZE", 1)
+        self.local_rank, self.nodes = env_number("LOCAL_RANK", 0), env_number("GROUP_WORLD_SIZE", 1)
+        self.restarts = env_number("TORCHELASTIC_RESTART_COUNT", 0)
+        self.max_restarts = env_number("TORCHELASTIC_MAX_RESTARTS", 0)
         self.by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         self.parent = os.getppid()
         self._device = torch.device("cpu")
@@ -43,7 +44,7 @@ class Ranks:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
                 raise UserError(f"WORLD_SIZE={self.world_size} but {name} is not set: {cure}")
-        if not self.rank < self.world_size or not 0 < _number("MASTER_PORT", 0) < 2**16:
+        if not self.rank < self.world_size or not 0 < env_number("MASTER_PORT", 0) < 2**16:
             raise UserError(f"RANK={self.rank}, WORLD_SIZE={self.world_size}, MASTER_PORT="
                             f"{os.environ['MASTER_PORT']}: no such process or port; {cure}")
 
@@ -81,19 +82,26 @@ class Ranks:
                                {"file": sys.stderr, "flush": True})
         note.daemon = True
         note.start()
-        try:
+        def meet():
             limit = timedelta(seconds=LIMIT_SECONDS)
             store = next(dist.rendezvous("env://", timeout=limit))[0]
             if agent_store and self.nodes == 1:  # it outlives a restart, and would still hold old addresses
                 store = dist.PrefixStore(f"restart {self.restarts}", store)
+            store.set(f"rank {self.rank} is here", "")
+            store.wait([f"rank {rank} is here" for rank in range(self.world_size)], limit)
+            return store
+
+        try:
+            with ThreadPoolExecutor(1) as thread:  # so that signals are handled meanwhile
+                store = thread.submit(meet).result()
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=self.rank,
                                     world_size=self.world_size,
                                     device_id=device if device.type == "cuda" else None)
         except RuntimeError as error:  # torch's DistError is one
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"rank {self.rank} has not found {whom} ({reason[:200]}); start all "
-                            f"{self.world_size} processes, and check MASTER_ADDR, MASTER_PORT and the "
-                            f"firewall") from error
+            raise TemporaryError(f"rank {self.rank} has not found {whom} ({reason[:200]}); start all "
+                                 f"{self.world_size} processes, and check MASTER_ADDR, MASTER_PORT and the "
+                                 f"firewall") from error
         finally:
             note.cancel()
 
@@ -121,7 +129,7 @@ class Ranks:
             error = caught
         if self.sum(error is not None)[0]:
             self.shutdown()
-            raise error or UserError("another process has failed, and says why")
+            raise error or TemporaryError("another process has failed, and says why")
         return result
 
     def require_equal(self, what: str, facts: dict) -> None:
@@ -151,11 +159,3 @@ class Ranks:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
-
-
-def _number(name, default):
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise UserError(f"{name}={text!r} in the environment is not a whole number: start with torchrun, or "
-                        f"type `unset {name}`")
-    return int(text)

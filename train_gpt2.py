@@ -144,10 +144,6 @@ if fsdp and (optimizer == "muon" or dev.dtype == torch.float16):
     raise UserError(f"parallel=fsdp splits the matrices that muon needs whole, and has no loss scaling for "
                     f"float16; got {optimizer} and {dev.dtype}: type --parallel=ddp, or "
                     f"--optimizer=adamw and --dtype=bfloat16")
-ranks.connect(dev.device)
-code = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        for path in sorted(Path(__file__).parent.glob("*.py"))}
-ranks.require_equal("settings or code", {**config, **code})
 progress = None  # tqdm's bar, while the loop runs in a terminal
 signals, in_loop = [], False  # SIGTERM and SIGINT that have come; whether the loop runs, which saves
 
@@ -175,6 +171,11 @@ def note_signal(number, frame):
 
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, note_signal)
+
+ranks.connect(dev.device)
+code = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in sorted(Path(__file__).parent.glob("*.py"))}
+ranks.require_equal("settings or code", {**config, **code})
 
 
 # what torchrun restarts goes on by itself; a new run that would land on an existing one is refused
@@ -368,7 +369,8 @@ def claim_log_dir():
     """Lock log_dir for as long as this process lives, and see that no run has appeared there meanwhile."""
     if master_process and writes:
         Path(log_dir).mkdir(parents=True, exist_ok=True)
-        lock.enter_context(locked(log_dir, "run"))
+        # a file server keeps the lock of a machine that died for a while
+        lock.enter_context(locked(log_dir, "run", patience=120 if restarted else 0))
         if not exists and checkpoint.list_checkpoints(log_dir):
             raise UserError(occupied)
 
@@ -554,7 +556,7 @@ def too_old():
 
 
 def stop_requested():
-    """Whether this process is to stop: told by a signal, or too old, or left behind by a dead launcher."""
+    """Whether this process is to stop: a signal, max_hours, or a launcher that died."""
     return len(signals) + (too_old() and step > start_step) + ranks.orphaned()
 
 
@@ -570,12 +572,12 @@ def check_weights():
     parted = [rank for rank, bits in enumerate(everyone) if bits != usual]
     if parted:
         give_up(f"at step {step} the weights of rank {', '.join(map(str, parted))} of {world_size} differ "
-                f"from the others': look at that device's memory")
+                f"from the others': other hardware, or a device whose memory fails")
 
 
 # on a CPU compiling takes longer than it saves
-compiled_judging = dev.compile and dev.type == "cuda"
-judging_model = torch.compile(raw_model, dynamic=False) if compiled_judging and not fsdp else raw_model
+eval_compiled = dev.compile and dev.type == "cuda"
+eval_model = torch.compile(raw_model, dynamic=False) if eval_compiled and not fsdp else raw_model
 
 
 @torch.no_grad()
@@ -583,24 +585,26 @@ def loss_of_part(n_windows):
     """[nats, tokens, bytes] of this process's part of the first windows of val."""
     token_bytes = tok.token_bytes()
     losses, n_tokens, n_bytes = [], 0, 0
-    rows = B if raw_model.loss_chunk or compiled_judging else max(1, B // 4)  # eager logits take more memory
+    rows = B if raw_model.loss_chunk or eval_compiled else max(1, B // 4)  # eager logits take more memory
     for first in range(0, n_windows, world_size * rows):
         ids = np.arange(first + rank * rows, min(first + (rank + 1) * rows, n_windows))
         # compiled shapes are fixed; and fsdp gathers weights in every forward, so all processes take part
-        width = rows if compiled_judging else max(1, len(ids))
+        width = rows if eval_compiled else max(1, len(ids))
         x, y = val_loader.read_windows(np.pad(ids, (0, width - len(ids))))
         n_tokens, n_bytes = n_tokens + y[:len(ids)].size, n_bytes + int(token_bytes[y[:len(ids)]].sum())
         y[len(ids):] = -100
         with dev.autocast(), advice_when_memory_runs_out(smaller_batch):
-            losses.append(judging_model(dev.to_device(x), dev.to_device(y), reduction="sum"))
+            losses.append(eval_model(dev.to_device(x), dev.to_device(y), reduction="sum"))
     return sum(torch.stack(losses).tolist()), n_tokens, n_bytes
 
 
 def evaluate_loss(n_windows):
     """(nats per token, bits per byte) over the first windows of val, every token weighing the same."""
     raw_model.eval()
-    with torch.compiler.set_stance("default" if compiled_judging else "force_eager"):
-        loss_sum, n_tokens, n_bytes = ranks.sum(*ranks.on_all(loss_of_part, n_windows))
+    with torch.compiler.set_stance("default" if eval_compiled else "force_eager"):
+        # under fsdp the forward itself waits for all processes
+        part = loss_of_part(n_windows) if fsdp else ranks.on_all(loss_of_part, n_windows)
+        loss_sum, n_tokens, n_bytes = ranks.sum(*part)
     raw_model.train()
     return loss_sum / n_tokens, loss_sum / math.log(2) / n_bytes
 
@@ -615,10 +619,16 @@ def score_hellaswag():
             give_up(error)
 
 
+def save(step, best_step, state):
+    if writer:
+        writer.save(step, state, best_step)
+
+
 def give_up(reason):
     """Stop all processes: called by all of them, for a reason that all of them see."""
-    if writer:
-        writer.wait()
+    with contextlib.suppress(UserError):  # a checkpoint that could not be written: `reason` is worse
+        if writer:
+            writer.wait()
     newest = checkpoint.list_checkpoints(log_dir)[-1:]
     ranks.shutdown()
     end_launcher()
@@ -670,7 +680,7 @@ def print_samples(step):
         return
     generator = torch.Generator(dev.device).manual_seed(seed + step)
     idx = dev.to_device(np.concatenate(([tok.eot], tok.encode(prompt))).astype(np.int64))  # (T,)
-    with dev.autocast():
+    with dev.changing_shapes(), dev.autocast(), advice_when_memory_runs_out(smaller_batch):
         steps = raw_model.generate(idx.repeat(num_samples, 1), max_new_tokens, 0.9, 50, generator=generator)
         rows = torch.stack([token for token, _ in steps], dim=1).tolist()  # (num_samples, max_new_tokens)
     for row in rows:
@@ -716,18 +726,18 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         give_up(f"val loss is not finite at step {step}")
     sample_due = sample_interval > 0 and step > 0 and step % sample_interval == 0
     if sample_due and not (last_step or stopping or dry_run):
-        ranks.on_all(print_samples, step)
+        print_samples(step) if fsdp else ranks.on_all(print_samples, step)
 
     # ---- checkpoint: at step s, s updates have been made
-    if (checkpoint_due or stopping) and step > start_step and writer:
-        writer.save(step, {
+    if (checkpoint_due or stopping) and step > start_step:
+        ranks.on_all(save, step, best and best["step"], {
             "step": step, "train_loss": loss, "val_loss": val_loss if judged else None, "best": best,
             **checkpoint.training_state(raw_model, optimizers),
             "guard": {**guard}, "scaler": scaler.state_dict(),
             "config": config, "model_config": checkpoint.describe_model(raw_model),
             "tokenizer": checkpoint.describe_tokenizer(tok), "data": train_stream.fingerprint,
             "val_data": [val_stream.fingerprint, n_val_windows], "provenance": provenance,
-        }, best and best["step"])
+        })
     if last_step or stopping:
         break
 
@@ -763,12 +773,12 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         norm = norm.full_tensor() if fsdp else norm
         losses = torch.stack(losses).tolist()
         # one exchange, so that all processes go on, skip or stop together; a nan of one is a nan for all
-        loss, norm, n_told, n_failed = ranks.sum(
+        loss, norm, n_stops, n_failed = ranks.sum(
             sum(losses) / grad_accum_steps, norm.item(), len(signals) + too_old() + ranks.orphaned(),
             len(failures) + (writer is not None and writer.failed()))
         if n_failed:  # on a process that could not read its data, or not write
             break
-        loss, norm, stopping = loss / world_size, norm / world_size, n_told > 0
+        loss, norm, stopping = loss / world_size, norm / world_size, n_stops > 0
         # float16 finds its loss scale by trying: a scale that was too large is no fault of the step
         scale = scaler.get_scale()
         overflow = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm) and scale > 1

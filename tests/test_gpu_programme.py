@@ -13,7 +13,7 @@ import gpu
 from bpe import cache_file, load_tokenizer
 
 STEPS = ["machine", "speed_64_cudnn", "speed_64_flash", "speed_32_cudnn", "speed_32_flash", "shakespeare",
-         "openstax4m", "tests", "inference", "presets", "mixed"]
+         "openstax4m", "tests", "inference", "gpu_12gb", "mixed"]
 
 
 def rehearse(folder, minutes):
@@ -49,11 +49,11 @@ def test_rehearsal(tmp_path, tiny_data, questions):
         assert step[name]["last_step"] == 4 and step[name]["first_step"] == 0
         assert step[name]["peak_memory_gb"] > 0
         assert min(step[name][stream] for stream in ("train", "val", "tok_s")) > 0
-        assert "share_of_matmul_peak" in step[name] or not name.startswith("speed")
+        assert "matmul_share" in step[name] or not name.startswith("speed")
         assert (out / f"{name}.log.txt").exists()
     assert step["tests"]["skipped"] > 0 or step["tests"]["passed"] > 0
     assert min(step["inference"]["sample_tok_s"]) > 0 and len(step["inference"]["hellaswag_seconds"]) == 2
-    assert step["presets"]["computed_peak_mib"] == 8826 and step["presets"]["dry_run_gb"] > 0
+    assert step["gpu_12gb"]["computed_peak_mib"] == 8826 and step["gpu_12gb"]["dry_run_gb"] > 0
     assert step["mixed"]["first_step"] == [0, 1] and 0 <= step["mixed"]["hella"] <= 1
     assert (out / "mixed.png").exists() and sum(path.stat().st_size for path in out.iterdir()) < 16e6
 

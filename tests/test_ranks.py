@@ -78,6 +78,18 @@ def test_a_peer_that_does_not_come(flags, tmp_path, rank):
     assert f"rank {rank} has not found {whom}" in done.stderr and "start all 2 processes" in done.stderr
 
 
+def test_a_signal_while_waiting_for_the_others(flags, tmp_path):
+    script = with_fault(tmp_path, "import ranks\nranks.NOTE_SECONDS = 0.2")
+    process = subprocess.Popen(
+        command(flags, 1, script, log_dir=tmp_path / "log"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**ENVIRONMENT, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
+    assert any("is waiting for" in line for line in process.stderr)
+    process.terminate()
+    (_, out, _), = ends_of([process])
+    assert process.returncode == 0 and "stopped by SIGTERM before the first step" in out
+
+
 # ---- processes that differ -------------------------------------------------------
 
 

@@ -4,7 +4,18 @@ import subprocess
 
 import pytest
 import torch
-from training import ENVIRONMENT, PYTHON, ROOT, attempt, fault, losses, read_log, signal_self, train
+from training import (
+    ENVIRONMENT,
+    PYTHON,
+    ROOT,
+    attempt,
+    fault,
+    losses,
+    read_log,
+    signal_self,
+    train,
+    with_fault,
+)
 
 import checkpoint
 from checkpoint import list_checkpoints, load_checkpoint
@@ -101,8 +112,18 @@ def test_compiled_on_two_processes(flags, tmp_path, questions, parallel, n_embd)
     flags |= {"dropout": 0, "n_embd": n_embd, "max_steps": 6, "sample_interval": 2, "max_new_tokens": 4,
               "hellaswag_interval": 2, "hellaswag_data": questions}
     train(flags, log_dir=tmp_path / "one")
-    out = train(flags, 2, log_dir=tmp_path / "two", compile="true", parallel=parallel)
+    told = with_fault(tmp_path, """
+        import torch._dynamo.backends.distributed as backend
+        run = backend.SubmodCompiler.run_node
+        def told(self, node):
+            if node.op == "call_module":
+                print("a part of the graph:", node.target, flush=True)
+            return run(self, node)
+        backend.SubmodCompiler.run_node = told
+    """)
+    out = train(flags, 2, told, log_dir=tmp_path / "two", compile="true", parallel=parallel)
     assert "compile on" in out and "recompiled" not in out
+    assert out.count("a part of the graph") == (2 * 2 if n_embd == 640 else 0)
     assert_same_run(tmp_path / "two", tmp_path / "one", rel=1e-4)
     one, two = (load_checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
     assert list(one) == list(two)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from training import (
     ENVIRONMENT,
+    ROOT,
     arguments,
     attempt,
     command,
@@ -171,6 +172,25 @@ def test_the_same_command_typed_again_is_not_a_restart(flags, tmp_path):
                        max_steps=4)
         assert (done.stdout + done.stderr).count(words) == 1, done.stderr
     assert len(losses(tmp_path / "log")) == 4
+
+
+def test_what_may_be_gone_next_time_is_tried_again(flags, tmp_path):
+    """An error of the disk in the first start; and no parent but torchrun is ever ended."""
+    eio = """
+        import shards
+        def failing(self, start, out):
+            raise OSError(5, "Input/output error", "shard")
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+            shards.TokenStream.read_into = failing
+    """
+    done = attempt(flags, 1, with_fault(tmp_path, eio), ["--max-restarts=1"], python=sys.executable,
+                   log_dir=tmp_path / "log", max_steps=4)
+    assert done.returncode == 0 and "Input/output error" in done.stderr and "done: step 4" in done.stdout
+    environment = {**ENVIRONMENT, "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_MAX_RESTARTS": "1",
+                   "TORCHELASTIC_RESTART_COUNT": "0"}
+    wrapped = subprocess.run(["sh", "-c", f"{sys.executable} {ROOT}/plot_log.py --nope=1; echo $?"],
+                             capture_output=True, text=True, env=environment)
+    assert wrapped.stdout == "2\n" and wrapped.returncode == 0, wrapped
 
 
 def test_a_divergence_is_not_repeated_by_torchrun(flags, tmp_path):
