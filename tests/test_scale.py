@@ -108,7 +108,7 @@ def test_muon_with_processes_and_resume(flags, tmp_path):
 
 @pytest.mark.parametrize(("parallel", "n_embd"), [("ddp", 32), ("ddp", 640), ("fsdp", 32)])
 def test_compiled_on_two_processes(flags, tmp_path, questions, parallel, n_embd):
-    """At 640 the gradients are 39 MB: DDP sends them in two buckets, between which it cuts the graph."""
+    """At 640 the gradients are 39 MB: DDP sends them in buckets, between which it cuts the graph."""
     flags |= {"dropout": 0, "n_embd": n_embd, "max_steps": 6, "sample_interval": 2, "max_new_tokens": 4,
               "hellaswag_interval": 2, "hellaswag_data": questions}
     train(flags, log_dir=tmp_path / "one")
@@ -123,7 +123,7 @@ def test_compiled_on_two_processes(flags, tmp_path, questions, parallel, n_embd)
     """)
     out = train(flags, 2, told, log_dir=tmp_path / "two", compile="true", parallel=parallel)
     assert "compile on" in out and "recompiled" not in out
-    assert out.count("a part of the graph") == (2 * 2 if n_embd == 640 else 0)
+    assert (out.count("a part of the graph") >= 2 * 2) == (n_embd == 640)
     assert_same_run(tmp_path / "two", tmp_path / "one", rel=1e-4)
     one, two = (load_checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
     assert list(one) == list(two)
