@@ -700,11 +700,11 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     if dry_run and step == min(2, max_steps):
         break
 
-    # ---- evaluate: every process, fixed tokens, off the clock; whatever is saved is judged first
+    # ---- evaluate: every process, fixed tokens, off the clock; whatever is saved is evaluated first
     checkpoint_due = last_step or (checkpoint_interval > 0 and step > 0 and step % checkpoint_interval == 0)
     val_due = checkpoint_due or (val_interval > 0 and step % val_interval == 0)
-    judged = val_due and not (stopping or dry_run)
-    if judged:
+    evaluated = val_due and not (stopping or dry_run)
+    if evaluated:
         check_weights()
         val_loss, val_bpb = evaluate_loss(n_val_windows)
         log(step, val=val_loss, val_bpb=val_bpb)
@@ -714,7 +714,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         if checkpoint_due and (best is None or val_loss < best["val_loss"]):
             best = {"step": step, "val_loss": val_loss}
     hella_due = last_step or (step > 0 and step % max(1, hellaswag_interval) == 0)
-    stopping = stopping or (judged and ranks.sum(stop_requested())[0] > 0)
+    stopping = stopping or (evaluated and ranks.sum(stop_requested())[0] > 0)
     hella_due = bool(examples) and hella_due and not stopping
     if hella_due:
         hella = score_hellaswag()
@@ -722,7 +722,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         say(f"step {step} | {hellaswag.format_result(examples.protocol, hella)}")
         stopping = ranks.sum(stop_requested())[0] > 0
     # no time for more, but nothing is saved that is not finite
-    if stopping and not judged and not math.isfinite(evaluate_loss(min(world_size, n_val_windows))[0]):
+    if stopping and not evaluated and not math.isfinite(evaluate_loss(min(world_size, n_val_windows))[0]):
         give_up(f"val loss is not finite at step {step}")
     sample_due = sample_interval > 0 and step > 0 and step % sample_interval == 0
     if sample_due and not (last_step or stopping or dry_run):
@@ -731,7 +731,7 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
     # ---- checkpoint: at step s, s updates have been made
     if (checkpoint_due or stopping) and step > start_step:
         ranks.on_all(save, step, best and best["step"], {
-            "step": step, "train_loss": loss, "val_loss": val_loss if judged else None, "best": best,
+            "step": step, "train_loss": loss, "val_loss": val_loss if evaluated else None, "best": best,
             **checkpoint.training_state(raw_model, optimizers),
             "guard": {**guard}, "scaler": scaler.state_dict(),
             "config": config, "model_config": checkpoint.describe_model(raw_model),
@@ -866,7 +866,7 @@ else:
     why = (signals[0] if signals else "--max_hours" if too_old() else
            "the end of torchrun" if ranks.orphaned() else "a signal to another process")
     say(f"\n{f'stopped by {why}' if stopping else 'done'}: step {step}, "
-        + ("judged, not trained" if eval_only else f"{step * batch_tokens:,} tokens")
+        + ("evaluated, not trained" if eval_only else f"{step * batch_tokens:,} tokens")
         + (f", {batch_tokens / np.median(step_times):,.0f} tok/s (median step)" if step_times else "")
         + (f", peak memory {dev.peak_memory() / 1e9:.2f} GB" if step_times and dev.peak_memory() else "")
         + (f", skipped: {guard['skipped']}" if guard["skipped"] else ""))

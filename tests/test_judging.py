@@ -89,7 +89,7 @@ def test_eval_only_says_what_the_run_said_and_writes_nothing(judged, base_flags,
                 log_dir=tmp_path / "none")
     assert [line in alone for line in seven] == [line in two for line in six] == [True, True]
     assert snapshot(log_dir) == before and not (tmp_path / "none").exists()
-    assert "judged, not trained" in alone and "checkpoint:" not in alone
+    assert "evaluated, not trained" in alone and "checkpoint:" not in alone
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ model.GPT.forward = faulty
     assert "step 4 | val loss" in out and "stopped by SIGTERM: step 6," in out
     assert "step 6 | completion" in out and load_checkpoint(tmp_path / "log")["step"] == 6
     out = train({**flags, "eval_only": "true"}, 1, with_fault(tmp_path, told.format(reduction="sum", call=2)))
-    assert "stopped by SIGTERM: step 6, judged, not trained" in out and "completion" not in out
+    assert "stopped by SIGTERM: step 6, evaluated, not trained" in out and "completion" not in out
 
 
 def test_weights_that_are_not_finite(flags, judged, tmp_path):
