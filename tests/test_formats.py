@@ -375,5 +375,5 @@ def test_damage_is_refused(make, tmp_path, byte_tokenizer, capsys):
             count, failures = count + n, failures + [f"{name}: {line}" for line in found]
         form.write(form.value)
     capsys.readouterr()  # progress bars
-    assert count >= 100
+    assert count >= 90  # else nothing was tried
     assert not failures, f"{len(failures)} of {count}:\n" + "\n".join(failures)
