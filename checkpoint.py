@@ -249,6 +249,7 @@ class CheckpointWriter:
                 self._write_folder(step, state, best_step)
         except (UserError, OSError) as error:
             self._error = UserError(f"{error}; then continue with --resume: the earlier ones are complete")
+            self._error.__cause__ = error.__cause__ or error  # an error of the disk may be gone at a restart
         except BaseException as error:
             self._error = error
 

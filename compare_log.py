@@ -25,7 +25,7 @@ from configurator import PathName, UserError, configure
 from files import read_json, write_atomically
 from plot_log import find_log, last_start, parse_log
 
-run: PathName = "log_demo"  # the run to judge: its folder, or its log
+run: PathName = "log_demo"  # the run to compare: its folder, or its log
 ref: PathName = "reference/demo_cpu.log"  # the reference to hold it against, or to write
 make: PathName = ""  # folders of runs that differ by the seed alone, separated by commas: write ref from them
 
