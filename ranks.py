@@ -1,6 +1,6 @@
 """
-The processes of a run, started by torchrun or one alone: who they are, and what they do together. The only
-file that reads RANK and friends.
+The processes of a run, started by torchrun or one alone: who they are, and what they do together. RANK and
+friends are read here; only doctor.py and fineweb.py, which form no group, read their own.
 
     ranks = Ranks()                            # from the environment, checked
     ranks.connect(dev.device)                  # nccl on CUDA, gloo elsewhere
