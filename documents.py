@@ -1,619 +1,522 @@
 """
-Documents of text, read in chunks that many processes can work on: parquet, jsonl, txt, the embedded corpus.
+Documents of text, in chunks that many processes can work on: from parquet, JSON lines, txt and the hub.
 
-    source = input_source("books/,more.jsonl.gz", column="text")
-    for unit, index, chunk in source.chunks():      # cheap: says where to read, or holds the bytes
-        for documents in chunk.read(*chunk.args):   # in any process: Documents, in order
-            ...
+    source = input_source("books/,more.jsonl.gz", column="text", val_fraction=0.01)
+    for place, chunk in source.chunks():      # cheap: a chunk says where to read, or holds the bytes
+        documents = chunk.read(*chunk.args)   # in any process
 
-A document is a row of a parquet file, a line of a jsonl file, or a whole txt file. D documents are `text`,
-uint8 (n,), their bytes end to end, and `offsets`, int64 (D+1,), from 0 to n: Arrow's own buffers, without a
-Python object per document. The cut into chunks depends on the files alone, so that what is made of them is
-the same for any number of processes, and (unit, index) names a place from which a later run can go on.
+A document is a row of a parquet file, a line of a JSON lines file, or what stands between two <|endoftext|>
+in a txt file. A hash of its text decides whether it is for training or for validation, so equal documents are
+on the same side. A txt file without <|endoftext|> is one document per 64 MB, and its last val_fraction, if
+that is 1,000 bytes or more, is validation, from the start of a line on.
 
-Imported by fineweb.py, bpe.py and analyze_tokenizer.py; nothing to run. Holds a chunk or two at a time,
-however large a file is.
+Chunks and their order depend on the files alone. So the result is the same for any number of processes, and
+the place of a chunk is all that a later run needs to go on from there.
+
+Imported by fineweb.py, train_bpe.py and analyze_tokenizer.py; nothing to run.
 """
-import codecs
+import collections
 import contextlib
 import functools
+import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
-import string
-import sys
+import platform
+import re
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from bpe import U, load_word
+from bpe import EOT_TEXT, U, load_word
 from configurator import UserError
-from files import write_atomically
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
+PIECE_BYTES = 1 << 16  # of a file that is read in order
 CHUNK_BYTES = 1 << 23  # text that a process works on at a time; enough to hide the pool's overhead
-SHARDS_PER_PARQUET = 0.75  # bytes of shards per byte of FineWeb's parquet files, at most
-BIG = 8 * CHUNK_BYTES  # row groups and txt files above this are handed out piece by piece
+MOST_BYTES = 1 << 26   # of a txt document, and of a row group that a worker reads in one go
+VAL_BYTES = 1000       # a txt file whose val_fraction is less than this is not divided
+KINDS = re.compile(r".+\.(parquet|(jsonl|ndjson|json|txt)(\.gz|\.zst)?)", re.IGNORECASE)
+KINDS_TEXT = ".parquet; .jsonl, .ndjson, .json (a document per line) and .txt, also as .gz or .zst"
+FOOTER_BYTES = 1 << 16  # fetched of a parquet file's end; more if its footer is longer
+# of the standard library's folder: tests, packages, and what differs from machine to machine
+LEFT_OUT = re.compile(r"/(tests?|idle_test|(site|dist)-packages|config-[^/]*|_sysconfigdata[^/]*)(/|$)")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+Place = tuple[int, int, int]  # of a chunk: unit; row group, line or number; piece of a large row group
 
 
 class Documents(NamedTuple):
-    """D documents, and what was left out between them."""
-    text: np.ndarray         # uint8 (n,)
-    offsets: np.ndarray      # int64 (D+1,)
-    label: str               # document d is at f"{label}{numbers[d]}", for messages
-    numbers: Sequence
-    bad: Sequence[tuple[str, str]] = ()  # (place, reason) of what cannot be read
-    hash: int | None = None  # of the whole document, where this is a piece of one
+    """D documents of valid UTF-8, none of them empty."""
+    text: np.ndarray     # uint8 (n,): all of them, end to end
+    offsets: np.ndarray  # int64 (D+1,): document d is text[offsets[d]:offsets[d+1]]
+    is_val: np.ndarray   # bool (D,): for validation
+    empty: int           # documents left out because they are empty
+    bad: list[str]       # and because they cannot be read: "FILE, line 3: not JSON"
 
 
 class Chunk(NamedTuple):
-    """Some megabytes of documents, cheap to send to a process: where they are, or the bytes themselves."""
-    read: Callable[..., Iterable[Documents]]  # read(*args) yields them in order
+    """Some megabytes of documents, cheap to send to a process."""
+    read: Callable[..., Documents]
     args: tuple
-    continues: bool = False  # its first document is the next piece of the last one of the chunk before
 
 
 class Source(NamedTuple):
-    """Units (files, or groups of small ones) of chunks."""
-    facts: dict              # what the manifest should know of it
-    identity: str            # of the documents and their order, where a build's settings do not say them
-    chunks: Callable[..., Iterator[tuple[int, int, Chunk]]]  # chunks(unit=0, index=0): from that place on
-    release: Callable[[int], None] | None = None  # to be called when all of a unit is safe in shards
+    """Where documents come from: units (files, or groups of txt files) of chunks."""
+    facts: dict    # for the manifest
+    identity: str  # of the files: a build does not go on with others
+    chunks: Callable[..., Iterator[tuple[Place, Chunk]]]  # chunks(start=(0, 0, 0)): from that place on
+    release: Callable[[int], None] = id  # to be called when a unit is no longer needed
 
 
-def source_of(facts: dict, identity: str, units: list[Callable[[], Iterator[Chunk]]]) -> Source:
-    """The Source whose unit u has the chunks that units[u]() yields."""
-    def chunks(unit: int = 0, index: int = 0) -> Iterator[tuple[int, int, Chunk]]:
-        for u in range(unit, len(units)):
-            for i, chunk in enumerate(units[u]()):
-                if (u, i) >= (unit, index):
-                    yield u, i, chunk
-
-    return Source(facts, identity, chunks)
+class File(NamedTuple):
+    """A file as it was when the build was planned."""
+    path: Path
+    size: int
+    mtime: int | None  # nanoseconds; None while parts of the file still come in
+    name: str          # for messages
 
 
-# ---- identity: a 64-bit hash of the bytes ---------------------------------------
+def plan_file(path: Path) -> File:
+    status = path.stat()
+    return File(path, status.st_size, status.st_mtime_ns, str(path))
 
 
-@njit(cache=True, error_model="numpy")
-def hash_words(h, text, start, stop):
-    """h after text[start:stop], eight bytes at a time (little-endian, the last word padded with zeros).
-
-    h = (h ^ word) * odd; h ^= h >> 32, which loses nothing of h.
-    """
-    i = start
-    while i + 8 <= stop:
-        h = (h ^ load_word(text, i)) * U(0xD6E8FEB86659FD93)
-        h ^= h >> U(32)
-        i += 8
-    if i < stop:
-        word = U(0)
-        for k in range(stop - i):
-            word |= U(text[i + k]) << U(8 * k)
-        h = (h ^ word) * U(0xD6E8FEB86659FD93)
-        h ^= h >> U(32)
-    return h
+def identity_of(described: object) -> str:
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
-@njit(cache=True, error_model="numpy")
-def hash_finish(h):
-    """MurmurHash3's finaliser: every bit of h reaches every other."""
-    h = (h ^ (h >> U(33))) * U(0xFF51AFD7ED558CCD)
-    h = (h ^ (h >> U(33))) * U(0xC4CEB9FE1A85EC53)
-    return h ^ (h >> U(33))
+def numbered(units: Iterable[Iterable], start: Place) -> Iterator[tuple[Place, Chunk]]:
+    """Source.chunks of the units from number start[0] on, each an iterable of ((number, piece), chunk)."""
+    for u, unit in enumerate(units, start[0]):
+        yield from (((u, *where), chunk) for where, chunk in unit if (u, *where) >= tuple(start))
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its container, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no control groups, or no quota: "max"
+        quota, period = map(int, CPU_QUOTA.read_text("ascii").split())
+        cores = min(cores, -(-quota // period))
+    return max(1, cores)
+
+
+# ---- the side of a document ----------------------------------------------------
 
 
 @njit(cache=True, error_model="numpy")
 def hash_kernel(text, offsets, out):
-    """out[d], uint64 (D,), becomes the hash of the bytes of document d; it starts from their number."""
+    """out[d], uint64 (D,), becomes the hash of document d: eight bytes at a time, MurmurHash3's finaliser."""
     for d in range(len(out)):
-        h = U(offsets[d + 1] - offsets[d]) * U(0x9E3779B97F4A7C15)
-        out[d] = hash_finish(hash_words(h, text, offsets[d], offsets[d + 1]))
+        i, stop = offsets[d], offsets[d + 1]
+        h = U(stop - i) * U(0x9E3779B97F4A7C15)
+        while i < stop:
+            word = U(0)
+            if i + 8 <= stop:
+                word = load_word(text, i)
+            else:  # the rest, padded with zeros
+                for k in range(stop - i):
+                    word |= U(text[i + k]) << U(8 * k)
+            h = (h ^ word) * U(0xD6E8FEB86659FD93)
+            h ^= h >> U(32)
+            i += 8
+        h = (h ^ (h >> U(33))) * U(0xFF51AFD7ED558CCD)
+        h = (h ^ (h >> U(33))) * U(0xC4CEB9FE1A85EC53)
+        out[d] = h ^ (h >> U(33))
 
 
-def hash_documents(text: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """64-bit hashes of the documents, uint64 (D,)."""
+def with_sides(text: np.ndarray, offsets: np.ndarray, val_fraction: float) -> Documents:
+    """Documents, each on the side that its hash says; empty ones are left out."""
     text = text.view()
-    text.flags.writeable = False  # one compiled kernel for arrays of both kinds
-    out = np.empty(len(offsets) - 1, dtype=np.uint64)
-    hash_kernel(text, offsets, out)
-    return out
+    text.flags.writeable = False  # Arrow's buffers are; one compiled kernel for all
+    kept = np.unique(offsets)  # an empty document ends where the previous one did
+    hashes = np.empty(len(kept) - 1, dtype=np.uint64)
+    hash_kernel(text, kept, hashes)
+    return Documents(text, kept, hashes < np.uint64(val_fraction * 2.0**64), len(offsets) - len(kept), [])
 
 
-def fingerprint(files: Iterable[Path]) -> str:
-    """16 hex digits of names, sizes and contents; of a file above 64 MB, of 64 MB spread over it."""
-    digest = hashlib.sha256()
-    for path in files:
-        with reading(path), open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(f"{path.name}\0{size}\0".encode())
-            n_blocks = 64 if size > 64 << 20 else -(-size >> 20)
-            for k in range(n_blocks):
-                file.seek((size - (1 << 20)) * k // 63 if n_blocks == 64 else k << 20)
-                digest.update(file.read(1 << 20))
-    return digest.hexdigest()[:16]
+def from_texts(texts: list[tuple[bytes, str, bool | None]], val_fraction: float, bad: list[str]) -> Documents:
+    """Documents of (text, place for messages, for validation; None = as its hash says), and what is bad."""
+    good, bad = [], [*bad]
+    for text, place, side in texts:
+        try:
+            text.decode("utf-8")
+            good.append((text, side))
+        except UnicodeDecodeError as error:
+            bad.append(f"{place}: not UTF-8 at byte {error.start:,} ({error.reason})")
+    offsets = np.cumsum([0, *(len(text) for text, _ in good)])
+    joined = np.frombuffer(b"".join([text for text, _ in good]), np.uint8)
+    documents = with_sides(joined, offsets, val_fraction)
+    for d, side in enumerate(side for text, side in good if text):
+        if side is not None:
+            documents.is_val[d] = side
+    return documents._replace(bad=bad)
 
 
-# ---- readers of each kind of file ----------------------------------------------
-
-
-class Damaged(Exception):
-    """The contents of a file make no sense."""
+# ---- parquet -------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def reading(path: Path):
-    """Tell apart what goes wrong: Damaged for the contents, UserError for what the system does not give."""
+def reading(file: File, place: str = ""):
+    """UserError for what goes wrong in this block, and where the file is no longer the planned one."""
     try:
-        yield
+        for last in (False, True):
+            status = os.stat(file.path)
+            if status.st_size != file.size or file.mtime not in (None, status.st_mtime_ns):
+                raise UserError(f"{file.name} has changed since the build began; choose another --data_dir")
+            if not last:
+                yield
     except UserError:
         raise
     except (OSError, EOFError, ValueError, zlib.error) as error:  # Arrow's errors are OSError and ValueError
-        if getattr(error, "errno", None) is None:
-            raise Damaged(error) from error
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend that, or leave the file out of "
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        if "too much memory" in reason:
+            reason += "; it was made with zstd --long: decompress it with zstd -d --long=31"
+        raise UserError(f"{file.name}{place}: cannot be read ({reason}); fix the file, or leave it out of "
                         f"--input") from error
 
 
-def pack(documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """(text, offsets) of a list of documents."""
-    offsets = np.zeros(len(documents) + 1, dtype=np.int64)
-    np.cumsum([len(document) for document in documents], out=offsets[1:])
-    return np.frombuffer(b"".join(documents), dtype=np.uint8), offsets
-
-
-def nothing_but(place: str, reason: str) -> Documents:
-    """No documents, and the place where some should have been."""
-    return Documents(*pack([]), "", (), [(place, " ".join(str(reason).split()))])
-
-
-def bad_chunk(place: str, reason: str) -> Chunk:
-    return Chunk(iter, ([nothing_but(place, reason)],))
-
-
-def parquet_chunks(path: Path, column: str) -> Iterator[Chunk]:
-    """One chunk per row group, to be read by a worker; several of a row group too large for one."""
+@functools.lru_cache(maxsize=1)
+def open_parquet(file: File):
+    """A pyarrow.parquet.ParquetFile, whose footer is parsed once per file and process."""
     import pyarrow.parquet as pq
-    try:
-        with reading(path), pq.ParquetFile(path) as file:
-            names, metadata = file.schema_arrow.names, file.metadata
-            kind = file.schema_arrow.field(column).type if column in names else None
-    except Damaged as error:
-        yield bad_chunk(str(path), f"no parquet file ({error})")
-        return
-    if reason := wrong_column(names, kind, column):
-        yield bad_chunk(str(path), reason)
-        return
-    first = 0
-    for group in range(metadata.num_row_groups):
-        rows, size = metadata.row_group(group).num_rows, text_bytes(metadata, group, column)
-        at_once = max(1, rows * CHUNK_BYTES // max(1, size))
-        if size <= BIG:
-            yield Chunk(read_row_group, (path, group, column, first, rows, at_once))
-        else:  # cannot be entered in the middle, and would fill the memory if every worker took one
-            for documents in read_row_group(path, group, column, first, rows, at_once):
-                yield Chunk(iter, ([documents],))
-        first += rows
+    return pq.ParquetFile(file.path, buffer_size=1 << 20)
 
 
-def wrong_column(names: list[str], kind, column: str) -> str | None:
-    """What is wrong with a column of the Arrow type `kind` (None = there is none), or None."""
+def check_column(file: File, column: str) -> None:
+    """UserError unless the file has one column of that name, and it holds text."""
+    schema = open_parquet(file).schema_arrow
+    if schema.names.count(column) != 1:
+        found = "two of them" if column in schema.names else f"only {', '.join(schema.names)}"
+        raise UserError(f"{file.name}: wanted a column {column!r}, found {found}; type --text_column=NAME")
+    kind = getattr(schema.field(column).type, "value_type", schema.field(column).type)  # of a dictionary
+    if str(kind).removeprefix("large_").removesuffix("_view") not in ("string", "binary"):
+        raise UserError(f"{file.name}: column {column!r} holds {kind}, not text; type --text_column=NAME")
+
+
+def column_of(metadata, group: int, column: str):
+    """The metadata of a row group's column."""
+    columns = map(metadata.row_group(group).column, range(metadata.num_columns))
+    return next(part for part in columns if part.path_in_schema == column)
+
+
+def parquet_chunks(file: File, column: str, val_fraction: float, first: int = 0,
+                   when_there: Callable = iter) -> Iterator[tuple[tuple[int, int], Chunk]]:
+    """((row group, piece), chunk) from row group `first` on; only row groups above 64 MB have several pieces.
+
+    when_there(groups) yields each row group when it can be read.
+    """
+    with reading(file):
+        metadata = open_parquet(file).metadata
+        check_column(file, column)
+    row = sum(metadata.row_group(g).num_rows for g in range(first))
+    for g in when_there(range(first, metadata.num_row_groups)):
+        rows, size = metadata.row_group(g).num_rows, column_of(metadata, g, column).total_uncompressed_size
+        if size <= MOST_BYTES:
+            yield (g, 0), Chunk(read_row_group, (file, g, column, row, val_fraction))
+        else:  # it cannot be entered in the middle, and would fill the memory if every worker read one
+            with reading(file, f", row group {g}"):
+                batches = open_parquet(file).iter_batches(max(1, rows * CHUNK_BYTES // size), row_groups=[g],
+                                                          columns=[column], use_threads=False)
+                at = row
+                for piece, batch in enumerate(batches):
+                    yield (g, piece), Chunk(read_rows, (batch.column(0), file.name, at, val_fraction))
+                    at += len(batch)
+        row += rows
+
+
+def read_row_group(file: File, group: int, column: str, row: int, val_fraction: float) -> Documents:
+    with reading(file, f", row group {group}"):
+        table = open_parquet(file).read_row_group(group, columns=[column], use_threads=False)
+        return read_rows(table.column(0).combine_chunks(), file.name, row, val_fraction)
+
+
+def read_rows(array, name: str, row: int, val_fraction: float) -> Documents:
+    """Documents of an Arrow array, in Arrow's own buffers; row: the number of its first one, for messages."""
     import pyarrow as pa
-    if kind is not None and pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if kind in (pa.string(), pa.large_string()):
-        return None
-    got = f"type {kind} in column {column!r}" if kind else f"columns {', '.join(names)}"
-    return f"got {got}, wanted a column of text; name it with --text_column=..."
+    with contextlib.suppress(pa.ArrowInvalid):  # it is not UTF-8
+        strings = array.cast(pa.large_string())
+        strings.validate(full=True)
+        if not strings.null_count:
+            _, offsets, text = strings.buffers()
+            offsets = np.frombuffer(offsets, np.int64)[strings.offset:strings.offset + len(strings) + 1]
+            text = np.frombuffer(text or b"", np.uint8)[offsets[0]:offsets[-1]]
+            return with_sides(text, offsets - offsets[0], val_fraction)
+    rows = [(text, f"{name}, row {number}") for number, text in
+            enumerate(array.cast(pa.large_binary()).to_pylist(), row)]
+    bad = [f"{place}: null, not text" for text, place in rows if text is None]
+    return from_texts([(text, place, None) for text, place in rows if text is not None], val_fraction, bad)
 
 
-def text_bytes(metadata, group: int, column: str) -> int:
-    """Bytes of a column in a row group before compression."""
-    row_group = metadata.row_group(group)
-    columns = [row_group.column(i) for i in range(metadata.num_columns)]
-    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == column)
+# ---- JSON lines and txt --------------------------------------------------------
 
 
-def read_row_group(path: Path, group: int, column: str, first: int, rows: int,
-                   at_once: int) -> Iterator[Documents]:
-    """A row group, `at_once` documents at a time, from Arrow's own buffers; first: its first row's number."""
-    import pyarrow.parquet as pq
-    done = 0
-    try:
-        with reading(path), pq.ParquetFile(path, buffer_size=1 << 20) as file:
-            for batch in file.iter_batches(at_once, row_groups=[group], columns=[column], use_threads=False):
-                yield arrow_documents(batch.column(0), f"{path}, row ", first + done)
-                done += len(batch)
-    except Damaged as error:
-        place = f"{path}, row group {group}, rows {first + done} to {first + rows - 1}"
-        yield nothing_but(place, f"damaged ({error})")
+def read_pieces(file: File) -> Iterator[bytes]:
+    """The decompressed contents, PIECE_BYTES at a time, without a byte order mark.
 
-
-def arrow_documents(array, label: str, first: int) -> Documents:
-    """An Arrow array of (large_)string, plain or dictionary, without a copy; first: its first row's number.
+    Of a compressed file that is cut off comes all that can be read, and then the UserError.
     """
     import pyarrow as pa
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    numbers, bad = range(first, first + len(array)), []
-    if array.null_count:
-        null = array.is_null().to_numpy(zero_copy_only=False)
-        bad = [(f"{label}{first + int(row)}", "null, wanted text") for row in np.flatnonzero(null)]
-        numbers, array = (first + np.flatnonzero(~null)).tolist(), array.drop_null()
-    width = np.int64 if str(array.type) == "large_string" else np.int32
-    _, offsets, text = array.buffers()
-    if not len(array) or text is None:  # no bytes at all
-        return Documents(*pack([b""] * len(array)), label, numbers, bad)
-    offsets = np.frombuffer(offsets, dtype=width)[array.offset:array.offset + len(array) + 1].astype(np.int64)
-    text = np.frombuffer(text, dtype=np.uint8)[offsets[0]:offsets[-1]]
-    return Documents(text, offsets - offsets[0], label, numbers, bad)
+    suffix = file.path.suffix.lower()
+    with reading(file):  # Python's gzip, as Arrow's refuses padding
+        stream = gzip.open(file.path) if suffix == ".gz" else pa.input_stream(
+            str(file.path), compression="zstd" if suffix == ".zst" else None)
+        with stream:
+            piece = stream.read1(PIECE_BYTES)
+            if piece[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise UserError(f"{file.name} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW")
+            piece = piece.removeprefix(b"\xef\xbb\xbf")
+            while piece:
+                yield piece
+                piece = stream.read1(PIECE_BYTES)
 
 
-def jsonl_chunks(path: Path, column: str) -> Iterator[Chunk]:
-    """Whole lines: decompressed here, as a file cannot be entered in the middle; parsed by the workers."""
-    import pyarrow as pa
-    line, rest = 1, b""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+def jsonl_chunks(file: File, column: str, val_fraction: float) -> Iterator[tuple[tuple[int, int], Chunk]]:
+    """((line, 0), chunk) of complete lines: decompressed here, as a file cannot be entered in the middle."""
+    line, pieces, size, bad = 1, [], 0, []
     try:
-        with reading(path), pa.input_stream(str(path), compression=compression) as file:
-            while block := file.read(CHUNK_BYTES):
-                head, newline, tail = block.rpartition(b"\n")
-                if newline:
-                    block = rest + head + newline
-                    yield Chunk(read_jsonl, (path, line, block, column))
-                    line, rest = line + block.count(b"\n"), tail
-                else:
-                    rest += block
-        if rest:
-            yield Chunk(read_jsonl, (path, line, rest, column))
-    except Damaged as error:
-        yield bad_chunk(f"{path}, from line {line} on", f"damaged ({error})")
+        for piece in read_pieces(file):
+            if line == 1 and not pieces and piece.lstrip()[:1] == b"[":
+                raise UserError(f"{file.name} is a JSON array, not a document per line; to convert it: python -c "
+                                f"'import json, sys; [print(json.dumps(x)) for x in json.load(sys.stdin)]' "
+                                f"< OLD.json > NEW.jsonl")
+            pieces.append(piece)
+            size += len(piece)
+            if size >= CHUNK_BYTES and b"\n" in piece:
+                block, rest = b"".join(pieces).rsplit(b"\n", 1)
+                yield (line, 0), Chunk(read_jsonl, (file.name, line, block, column, val_fraction, []))
+                line, pieces, size = line + block.count(b"\n") + 1, [rest], len(rest)
+    except UserError as error:
+        if error.__cause__ is None or not pieces:  # only a file that is cut off has complete lines before
+            raise
+        pieces, bad = [b"".join(pieces).rpartition(b"\n")[0]], [str(error)]
+    yield (line, 0), Chunk(read_jsonl, (file.name, line, b"".join(pieces), column, val_fraction, bad))
 
 
-def read_jsonl(path: Path, first_line: int, block: bytes, column: str) -> Iterator[Documents]:
+def read_jsonl(name: str, first_line: int, block: bytes, column: str, val_fraction: float,
+               bad: list[str]) -> Documents:
     """The documents of a block of lines."""
-    documents, numbers, bad = [], [], []
-    for number, line in enumerate(block.split(b"\n"), first_line):
-        if not line.strip():
-            continue
-        try:
-            text = (row := json.loads(line))[column]
-            documents.append(text.encode())
-            numbers.append(number)
-            continue
-        except UnicodeEncodeError:
-            reason = "half of a surrogate pair, wanted text that UTF-8 can hold"
-        except (ValueError, RecursionError) as error:
-            reason = f"not JSON: {error}"
-        except KeyError:
-            reason = f"got fields {', '.join(row)}; name the one with the text with --text_column=..."
-        except (TypeError, AttributeError):
-            reason = f"wanted an object with a string in field {column!r} (--text_column)"
-        bad.append((f"{path}, line {number}", reason))
-    yield Documents(*pack(documents), f"{path}, line ", numbers, bad)
-
-
-def text_chunks(paths: list[Path]) -> Iterator[Chunk]:
-    """Chunks of txt files, each a document."""
-    return document_chunks((path, path.stat().st_size) for path in paths)
-
-
-def document_chunks(documents: Iterable[tuple[Path | bytes, int]]) -> Iterator[Chunk]:
-    """Chunks of documents that are each a whole file, or bytes; `documents` yields (path or bytes, size)."""
-    some, total = [], 0
-    for document, size in documents:
-        if some and total + size > CHUNK_BYTES:
-            yield Chunk(read_documents, (some,))
-            some, total = [], 0
-        if size > BIG:
-            yield from text_pieces(document)
-            continue
-        some.append(document)
-        total += size
-    if some:
-        yield Chunk(read_documents, (some,))
-
-
-def read_documents(documents: list[Path | bytes]) -> Iterator[Documents]:
-    """Documents that are each a whole file, or bytes."""
     texts = []
+    for number, line in enumerate(block.split(b"\n"), first_line):
+        try:
+            if line.strip():
+                texts.append((json.loads(line)[column].encode(), "", None))
+        except (ValueError, RecursionError) as error:  # also for half of a surrogate pair
+            bad.append(f"{name}, line {number}: not JSON, or not text ({error})")
+        except (KeyError, TypeError, AttributeError):
+            bad.append(f"{name}, line {number}: {line[:50]!r} has no text in a field {column!r}; name another "
+                       f"one: --text_column=NAME")
+    return from_texts(texts, val_fraction, bad)
+
+
+def text_chunks(documents: Iterable[tuple[bytes, str, bool | None]],
+                val_fraction: float) -> Iterator[tuple[tuple[int, int], Chunk]]:
+    """((number, 0), chunk) of documents as from_texts takes them."""
+    some, size, number = [], 0, 0
     for document in documents:
-        with reading(document):
-            texts.append(document if isinstance(document, bytes) else document.read_bytes())
-    yield Documents(*pack(texts), "", [d if isinstance(d, Path) else "(text)" for d in documents])
+        some.append(document)
+        size += len(document[0])
+        if size >= CHUNK_BYTES:
+            yield (number, 0), Chunk(from_texts, (some, val_fraction, []))
+            some, size, number = [], 0, number + 1
+    yield (number, 0), Chunk(from_texts, (some, val_fraction, []))
 
 
-def text_pieces(path: Path) -> Iterator[Chunk]:
-    """Chunks of one large document, cut where GPT-2's pattern would cut it whatever comes after.
+def split_text(file: File, val_fraction: float) -> Iterator[tuple[bytes, str, bool | None]]:
+    """The documents of a txt file, as from_texts takes them."""
+    def blocks() -> Iterator[bytes]:  # of 64 MB
+        pieces = read_pieces(file)
+        return iter(lambda: b"".join(itertools.islice(pieces, MOST_BYTES // PIECE_BYTES)), b"")
 
-    That is before a blank or newline whose character before is no space. The file is read once beforehand,
-    to see that it is UTF-8 and for the hash that decides its side.
-    """
-    cuts, decoder, size = [0], codecs.getincrementaldecoder("utf-8")(), path.stat().st_size
-    h = U(size * 0x9E3779B97F4A7C15 & (1 << 64) - 1)
-    with reading(path), open(path, "rb") as file:
-        for start in range(0, size, CHUNK_BYTES):  # a multiple of eight, so that words do not straddle
-            block = file.read(CHUNK_BYTES)
-            try:
-                decoder.decode(block, final=start + CHUNK_BYTES >= size)
-            except UnicodeDecodeError as error:
-                where = f"bytes {start:,} to {start + len(block):,}"
-                yield bad_chunk(str(path), f"not UTF-8 in {where} ({error.reason})")
-                return
-            block = np.frombuffer(block, dtype=np.uint8)
-            h = U(hash_words(h, block, 0, len(block)))
-            if start and (cut := last_cut(block)):
-                cuts.append(start + cut)
-    for start, stop in itertools.pairwise([*cuts, size]):
-        yield Chunk(read_piece, (path, start, stop, int(hash_finish(h))), continues=start > 0)
-
-
-def last_cut(block: np.ndarray) -> int:
-    """The last place in a block before which text_pieces may cut, 0 if there is none."""
-    for i in np.flatnonzero((block == ord(" ")) | (block == ord("\n")))[::-1].tolist():
-        # str.isspace knows more spaces than the pattern does, never fewer
-        before = bytes(block[max(0, i - 4):i]).decode("utf-8", "ignore")[-1:]
-        if before and not before.isspace():
-            return i
-    return 0
+    separator, rest = EOT_TEXT.encode(), b""
+    start = next(blocks(), b"")
+    if separator in start:
+        number = itertools.count(1)
+        for block in itertools.chain(blocks(), [separator]):
+            *texts, rest = (rest + block).split(separator)
+            for text in texts:
+                yield text.strip(b"\r\n"), f"{file.name}, document {next(number)}", None
+        return
+    size = len(start) if len(start) < MOST_BYTES else sum(map(len, blocks()))
+    val_bytes, position = int(size * val_fraction), 0
+    side = False if val_bytes >= VAL_BYTES else None
+    for block in itertools.chain(blocks(), [b""]):
+        rest += block
+        while rest:
+            to_val = size - val_bytes - position if side is False else math.inf
+            cut = limit = min(to_val, MOST_BYTES)
+            if len(rest) > limit:
+                cut = line_start(rest, limit, val_bytes if limit == to_val else MOST_BYTES // 2)
+            elif block:
+                break  # more of this document may come
+            if cut:
+                yield rest[:cut], f"{file.name}, from byte {position:,} on", side
+            position, rest = position + cut, rest[cut:]
+            side = True if limit == to_val else side
 
 
-def read_piece(path: Path, start: int, stop: int, hash: int) -> Iterator[Documents]:
-    with reading(path), open(path, "rb") as file:
-        file.seek(start)
-        text = np.frombuffer(file.read(stop - start), dtype=np.uint8)
-    yield Documents(text, np.array([0, len(text)]), "", [path], hash=hash)
+def line_start(text: bytes, near: int, reach: int) -> int:
+    """Where the last line up to byte `near` starts, or a character where that is more than `reach` away."""
+    start = text.rfind(b"\n", 0, near) + 1
+    if near - start > reach:
+        start = near
+        while 0 < start < len(text) and text[start] & 0xC0 == 0x80:  # a continuation byte of UTF-8
+            start -= 1
+    return start
 
 
 # ---- sources -------------------------------------------------------------------
 
 
-def input_files(input: str) -> list[Path]:
-    """The files named by --input, in the order given, each once; those of a folder or glob sorted by name."""
-    files: dict[Path, Path] = {}  # by where they really are
+def input_files(input: str) -> list[File]:
+    """The files named by --input, in the order given, each once; those of a folder or glob sorted by path."""
+    files, ignored = {}, []
     for name in filter(None, input.split(",")):
-        path = Path(name)
+        path, top = Path(name), Path(Path(name).anchor)
         if path.is_dir():  # may hold other files too; what is named itself must be of a known kind
-            found = [file for file in walk(path, set()) if file.name.endswith(SUFFIXES)]
+            below = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            found = [file for file in below if KINDS.fullmatch(file.name) and not any(
+                part.startswith((".", "__MACOSX")) for part in file.relative_to(path).parts)]
+            ignored += set(below) - set(found)
         else:
-            top = Path(path.anchor)
             found = [path] if path.exists() else sorted(top.glob(str(path.relative_to(top))))
-        wrong = [file.name for file in found if not file.name.endswith(SUFFIXES) or not file.is_file()]
+        wrong = [file.name for file in found if not KINDS.fullmatch(file.name) or not file.is_file()]
         if wrong or not found:
-            raise UserError(f"--input={name}: got {wrong[0] if wrong else 'no such files'}, wanted a file, a "
-                            f"glob or a folder of {', '.join(SUFFIXES)}; a comma separates names")
-        for file in found:
-            files.setdefault(file.resolve(), file)
+            raise UserError(f"--input={name}: {f'{wrong[0]} is no' if wrong else 'found no'} file of a known "
+                            f"kind: {KINDS_TEXT}; a comma separates names")
+        files |= {file.resolve(): plan_file(file) for file in found if file.resolve() not in files}
+    for path in map(str, files):
+        if path != path.encode(errors="replace").decode():
+            raise UserError(f"--input: the file name {path!a} is not UTF-8; rename the file")
+    kinds = collections.Counter(kind_of(file) for file in files.values())
+    print(f"input: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}, "
+          f"{sum(file.size for file in files.values()):,} bytes"
+          + (f"; ignored: {len(ignored)} other files, such as {min(ignored)}" if ignored else ""))
     return list(files.values())
 
 
-def walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """The files below a folder, sorted by path, through links to folders too, but into none twice."""
-    if folder.resolve() in seen:
-        return
-    seen.add(folder.resolve())
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield from walk(path, seen)
-        elif path.is_file():
-            yield path
+def kind_of(file: File) -> str:
+    return KINDS.fullmatch(file.path.name)[1].lower().partition(".")[0]
 
 
-def input_source(input: str, column: str, rank: int = 0, ranks: int = 1) -> Source:
+def input_source(input: str, column: str, val_fraction: float, rank: int = 0, ranks: int = 1) -> Source:
     """The files named by --input; of several machines (ranks), each takes its share of them."""
     files = input_files(input)
-    units, chunks_of = [], (jsonl_chunks, parquet_chunks)
-    for is_txt, group in itertools.groupby(files[rank::ranks], key=lambda file: file.suffix == ".txt"):
-        if is_txt:  # one unit
-            units.append(functools.partial(text_chunks, list(group)))
-        else:
-            units += [functools.partial(chunks_of[file.suffix == ".parquet"], file, column) for file in group]
-    facts = {"files": len(files), "file_bytes": sum(file.stat().st_size for file in files)}
-    return source_of(facts, "", units)  # fineweb.py's settings hold the fingerprint of the files
+
+    def units() -> Iterator[Iterable]:
+        for kind, group in itertools.groupby(files[rank::ranks], key=kind_of):
+            if kind == "txt":  # one unit, as there may be many small ones
+                texts = (split_text(file, val_fraction) for file in list(group))
+                yield text_chunks(itertools.chain.from_iterable(texts), val_fraction)
+            else:
+                read = parquet_chunks if kind == "parquet" else jsonl_chunks
+                yield from (read(file, column, val_fraction) for file in group)
+
+    def chunks(start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
+        return numbered(itertools.islice(units(), start[0], None), start)
+
+    identity = identity_of([[str(file.path.resolve()), *file[1:3]] for file in files])
+    return Source({"files": len(files), "file_bytes": sum(file.size for file in files)}, identity, chunks)
 
 
-def hub_source(dataset: str, subset: str, revision: str, column: str, data_dir: Path, there: int,
-               max_tokens: int, keep_downloads: bool, rank: int, ranks: int, ahead: bool) -> Source:
-    """The parquet files of a subset of FineWeb or FineWeb-Edu: whole, or with max_tokens the parts needed.
+def python_source(val_fraction: float) -> Source:
+    """The embedded corpus: the standard library's .py files, without tests, sorted by path, each text once.
 
-    data_dir, there: where the shards go, and the bytes of them that are there, for the need of space. ahead:
-    fetch a file while the one before is read.
+    The same for everyone with the same Python: what is installed or configured beside it is left out.
+    """
+    root, found = Path(sysconfig.get_path("stdlib")), {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not LEFT_OUT.search(f"/{name}"):
+            found.setdefault(path.read_bytes(), name)
+    documents = [(text, name, None) for text, name in found.items()]
+    identity = identity_of([hashlib.sha256(text).hexdigest() for text in found])
+
+    def chunks(start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
+        return numbered([text_chunks(documents, val_fraction)], start)
+
+    return Source({"documents": len(documents), "python": platform.python_version()}, identity, chunks)
+
+
+def hub_source(dataset: str, subset: str, revision: str, column: str, val_fraction: float, max_tokens: int,
+               downloads: Path, rank: int = 0, ranks: int = 1) -> Source:
+    """The parquet files of a dataset on the hub: complete ones, or with max_tokens the parts that are needed.
+
+    downloads: where they are kept until `release`; what the hub's own cache has is read from there.
     """
     import hub
-    repo = f"HuggingFaceFW/{dataset}"
-    folder = f"sample/{subset[7:]}" if subset.startswith("sample-") else f"data/{subset}"
-    folder = "data" if subset == "default" else folder
-    commit, files = hub.list_files(repo, revision)
-    files = [file for file in files if file.path.startswith(f"{folder}/") and file.path.endswith(".parquet")]
+    repo, folder = dataset, subset
+    if "/" not in dataset:
+        repo, subset = f"HuggingFaceFW/{dataset}", subset or "sample-10BT"
+        folder = f"sample/{subset[7:]}" if subset.startswith("sample-") else f"data/{subset}"
+        folder = "data" if subset == "default" else folder
+    commit, everything = hub.list_files(repo, revision)
+    below = f"{folder}/" if folder else ""
+    files = [file for file in everything if file.path.startswith(below) and file.path.endswith(".parquet")]
+    files = [file for file in files if "train" in file.path.rpartition("/")[2]] or files
     if not files:
-        raise UserError(f"got subset={subset!r}, but {repo} has no parquet files in {folder}/; wanted one of "
-                        f"its subsets, such as --subset=sample-10BT")
-    facts = {"repo": repo, "revision": commit, "files": len(files)}
-    identity = hashlib.sha256(json.dumps([file[:2] for file in files]).encode()).hexdigest()[:16]
-    files = files[rank::ranks]
-    if max_tokens:
-        hub.need_space([(data_dir, max(0, 2 * max_tokens - there), "shards")])
-        return Source(facts, identity, functools.partial(row_groups, repo, commit, files, column))
-    total = sum(file.size for file in files)
-    missing = sorted(file.size for file in files if not hub.in_cache(repo, commit, file))
-    hub.need_space([(data_dir, max(0, int(SHARDS_PER_PARQUET * total) - there), "shards"),
-                    (hub.repo_folder(repo), sum(missing if keep_downloads else missing[-2:]), "downloads")])
-    cache = Borrowed(repo, commit, data_dir / f"downloads_{rank:05d}.json", keep_downloads)
-    return Source(facts, identity, *whole_files(cache, files, column, ahead))
+        folders = sorted({file.path.rpartition("/")[0] for file in everything})
+        raise UserError(f"{repo} has no parquet files in {folder or 'any folder'}; name a folder that has some: "
+                        f"--subset=..., of {', '.join(folders[:20])}")
+    mine = files[rank::ranks]
+    text_bytes = 5 * max_tokens or sum(file.size for file in mine) * 3 // 2
+    most = 0 if max_tokens else sum(sorted((file.size for file in mine), reverse=True)[:3])
+    hub.need_space(downloads.parent, {"shards": text_bytes // 2, "downloads": most})
 
+    def complete(file) -> Iterator:
+        path = hub.fetch(repo, commit, file, downloads)
+        return parquet_chunks(File(path, file.size, None, file.path), column, val_fraction)
 
-class Borrowed:
-    """Files of the hub's cache, where those that were not there before do not stay; `note` remembers them."""
+    def partial(file, first: int) -> Iterator:
+        """The chunks of a file of which only the footer and one column are fetched, a row group ahead."""
+        local = hub.cached(repo, commit, file)
+        if local:
+            yield from parquet_chunks(File(local, file.size, None, file.path), column, val_fraction, first)
+            return
+        local = downloads / f"{file.etag}.part"  # with holes; Arrow reads it like the file
+        downloads.mkdir(parents=True, exist_ok=True)
+        fetch = functools.partial(hub.fetch_range, repo, commit, file)
+        footer = fetch(max(0, file.size - FOOTER_BYTES), file.size)
+        length = 8 + int.from_bytes(footer[-8:-4], "little")
+        if FOOTER_BYTES < length <= file.size:
+            footer = fetch(file.size - length, file.size)
+        with open(local, "wb") as out:
+            out.seek(file.size - len(footer))
+            out.write(footer)
 
-    def __init__(self, repo: str, commit: str, note: Path, keep: bool):
-        self.repo, self.commit, self.note, self.keep = repo, commit, note, keep
-        self.fetched = set(json.loads(note.read_text(encoding="utf-8"))) if note.exists() else set()
+        def spans(groups: range) -> Iterator[int]:
+            metadata = open_parquet(planned).metadata
 
-    def fetch(self, file) -> Path:
-        """The file, whole; noted beforehand, so that a killed build still knows which are its own."""
-        import hub
-        if file.path not in self.fetched and not hub.in_cache(self.repo, self.commit, file):
-            self.fetched.add(file.path)
-            write_atomically(self.note, json.dumps(sorted(self.fetched)).encode())
-        return hub.fetch(self.repo, self.commit, file)
+            def span(group: int) -> tuple[int, int, bytes]:
+                part = column_of(metadata, group, column)
+                start = min(filter(None, (part.dictionary_page_offset, part.data_page_offset)))
+                return group, start, fetch(start, min(file.size, start + part.total_compressed_size))
 
-    def give_back(self, file) -> None:
-        """Remove the file, if it was fetched for this build and is not to be kept."""
-        import hub
-        path = hub.in_cache(self.repo, self.commit, file)
-        if path is not None and file.path in self.fetched and not self.keep:
-            hub.remove(path)
+            for group, start, data in hub.ahead(span, groups):
+                with open(local, "r+b") as out:
+                    out.seek(start)
+                    out.write(data)
+                yield group
 
+        planned = File(local, file.size, None, file.path)
+        yield from parquet_chunks(planned, column, val_fraction, first, spans)
 
-def whole_files(cache: Borrowed, files: list, column: str, ahead: bool) -> tuple[Callable, Callable]:
-    """Source.chunks and Source.release of parquet files."""
-    import hub
-    prefetcher = None
+    def chunks(start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
+        todo = mine[start[0]:]
+        if max_tokens:
+            units = (partial(file, start[1] if file is todo[0] else 0) for file in todo)
+        else:
+            units = hub.ahead(complete, todo)
+        return numbered(units, start)
 
-    def fetch(u: int) -> Path:
-        return cache.fetch(files[u])
+    def release(unit: int) -> None:
+        for suffix in (".parquet", ".part"):
+            (downloads / f"{mine[unit].etag}{suffix}").unlink(missing_ok=True)
 
-    def chunks(unit: int = 0, index: int = 0) -> Iterator[tuple[int, int, Chunk]]:
-        nonlocal prefetcher
-        units = range(unit, len(files))
-        with hub.Prefetcher(fetch, units) if ahead else contextlib.nullcontext() as prefetcher:
-            for u, path in prefetcher or ((u, fetch(u)) for u in units):
-                print(f"file {u + 1} of {len(files)}: {files[u].path}", file=sys.stderr)
-                for i, chunk in enumerate(parquet_chunks(path, column)):
-                    if (u, i) >= (unit, index):
-                        yield u, i, chunk
-
-    def release(u: int) -> None:
-        cache.give_back(files[u])
-        if prefetcher:
-            prefetcher.release()
-
-    return chunks, release
-
-
-def row_groups(repo: str, commit: str, files: list, column: str, unit: int = 0,
-               index: int = 0) -> Iterator[tuple[int, int, Chunk]]:
-    """Source.chunks of parquet files, one chunk per row group: only these are fetched, one ahead."""
-    import pyarrow.parquet as pq
-
-    import hub
-    for u in range(unit, len(files)):
-        file, remote = files[u], None
-        try:
-            with reading(file.path):
-                there = hub.in_cache(repo, commit, file)
-                if not there:
-                    remote = hub.open_ranges(repo, commit, file)
-                    remote.fetch_footer()
-                with hub.READING:
-                    parquet = pq.ParquetFile(there or remote)
-        except Damaged as error:
-            yield u, 0, bad_chunk(file.path, f"no parquet file ({error})")
-            continue
-        metadata, schema = parquet.metadata, parquet.schema_arrow
-        kind = schema.field(column).type if column in schema.names else None
-        if reason := wrong_column(schema.names, kind, column):
-            yield u, 0, bad_chunk(file.path, reason)
-            continue
-        groups = range(metadata.num_row_groups)
-        firsts = [0, *itertools.accumulate(metadata.row_group(group).num_rows for group in groups)]
-
-        def fetch(group: int, remote=remote, metadata=metadata, size=file.size) -> tuple[int, bytes]:
-            start, stop = column_span(metadata, group, column, size) if remote else (0, 0)
-            return start, remote.fetch(start, stop) if remote else b""
-
-        def read(group: int, file=file, parquet=parquet, firsts=firsts) -> Chunk:
-            try:
-                with reading(file.path), hub.READING:
-                    table = parquet.read_row_group(group, columns=[column], use_threads=False)
-            except Damaged as error:
-                rows = f"rows {firsts[group]} to {firsts[group + 1] - 1}"
-                return bad_chunk(f"{file.path}, row group {group}, {rows}", f"damaged ({error})")
-            arrays = table.column(0).chunks
-            starts = itertools.accumulate((len(array) for array in arrays), initial=firsts[group])
-            return Chunk(iter, ([arrow_documents(array, f"{file.path}, row ", start)
-                                 for array, start in zip(arrays, starts)],))
-
-        with hub.Prefetcher(fetch, groups[index if u == unit else 0:]) as fetched:
-            for group, (start, data) in fetched:
-                if remote:
-                    remote.hold(start, data)
-                yield u, group, read(group)
-                fetched.release()
-
-
-def column_span(metadata, group: int, column: str, size: int) -> tuple[int, int]:
-    """Where in a file of `size` bytes the pages of a column of a row group are: [start, stop).
-
-    Empty where the footer does not say it, or says what cannot be: Arrow, asked to read it, names the damage.
-    """
-    row_group = metadata.row_group(group)
-    for part in map(row_group.column, range(metadata.num_columns)):
-        if part.path_in_schema == column:
-            start, dictionary = part.data_page_offset, part.dictionary_page_offset or 0
-            if 0 < dictionary < start:
-                start = dictionary
-            stop = start + part.total_compressed_size
-            return (start, stop) if 0 <= start <= stop <= size else (0, 0)
-    return 0, 0
-
-
-def python_source(seed: int) -> Source:
-    """The embedded corpus: source of the standard library and the installed packages, and the texts beside.
-
-    Read: .py, .rst, .md and .txt files, and the topics of pydoc's help. Left out, and counted: files that
-    worth_learning refuses, and those that cannot be read. Equal ones count once. The order is that of a keyed
-    hash of the contents: the same whatever order the file system lists them in.
-    """
-    from pydoc_data.topics import topics
-    found: dict[bytes, tuple[Path | bytes, int]] = {}  # hash: (document, bytes)
-    left_out = 0
-
-    def add(text: bytes, document: Path | bytes) -> None:
-        found.setdefault(hashlib.blake2b(text, key=str(seed).encode()).digest(), (document, len(text)))
-
-    for topic in topics.values():
-        add(topic.encode(), topic.encode())
-    roots = [Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")]
-    for root in dict.fromkeys(roots):
-        # the standard library's folder may hold the packages of another environment, and no others are wanted
-        hidden = {"__pycache__", *(("site-packages", "dist-packages") if root == roots[0] else ())}
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = [name for name in subfolders if name not in hidden and not name.startswith(".")]
-            for name in names:
-                path = Path(folder, name)
-                if path.suffix not in (".py", ".rst", ".md", ".txt"):
-                    continue
-                try:
-                    text = path.read_bytes()
-                except OSError:
-                    text = b""
-                if worth_learning(text):
-                    add(text, path)
-                else:
-                    left_out += 1
-    documents = [found[key] for key in sorted(found)]
-    facts = {"documents": len(documents), "files_left_out": left_out}
-    identity = hashlib.sha256(b"".join(sorted(found))).hexdigest()[:16]
-    return source_of(facts, identity, [functools.partial(document_chunks, documents)])
-
-
-def worth_learning(text: bytes) -> bool:
-    """Whether a file looks like something to learn to write from, rather than a table or generated code.
-
-    That is: 200 bytes to 500 kB of UTF-8, no line over 1,000 bytes, 40 or more ASCII letters in 100 bytes.
-    """
-    if not 200 <= len(text) <= 500_000 or max(map(len, text.split(b"\n"))) > 1000:
-        return False
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    letters = len(text) - len(text.translate(None, string.ascii_letters.encode()))
-    return letters >= 0.4 * len(text)
+    identity = identity_of([file[:2] for file in files])
+    return Source({"repo": repo, "revision": commit, "files": len(files)}, identity, chunks, release)

@@ -1,19 +1,16 @@
 """fineweb.py: every kind of input gives the shards that a slow twin gives: tiktoken, document by document."""
-import contextlib
-import functools
+import base64
 import gzip
 import hashlib
 import itertools
 import json
 import os
 import random
-import signal
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import kill_build
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,14 +22,13 @@ import documents
 import fineweb
 from bpe import load_tokenizer
 from configurator import UserError
-from shards import TokenStream, list_shards, read_manifest
+from shards import TokenStream, list_shards, read_manifest, read_shard
 
 ROOT = Path(fineweb.__file__).resolve().parent
 EOT = 50_256
-DEFAULTS = {"dataset": "fineweb-edu", "subset": "sample-10BT", "input": "", "text_column": "text",
-            "revision": "main", "tokenizer": "gpt2", "shard_tokens": 1000, "val_fraction": 0.1,
-            "max_tokens": 0, "num_workers": 1, "shard_format": "npy", "skip_bad": 0, "keep_downloads": False,
-            "verify": False, "seed": 1}
+DEFAULTS = {"dataset": "fineweb-edu", "subset": "", "input": "", "text_column": "text", "revision": "main",
+            "tokenizer": "gpt2", "shard_tokens": 1000, "val_fraction": 0.1, "max_tokens": 0, "num_workers": 1,
+            "shard_format": "npy", "skip_bad": False, "verify": False}
 
 
 def build(data_dir, **flags):
@@ -52,7 +48,9 @@ def run(data_dir, env=None, **flags):
 
 
 def contents(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
+    """Hashes of the files; build.json's command, which may be spelled in many ways, apart."""
+    return {path.name: hashlib.sha256(re.sub(rb'\n *"command": .*', b"", path.read_bytes())).hexdigest()
+            for path in Path(folder).iterdir()}
 
 
 def tokens_of(folder, split):
@@ -77,15 +75,32 @@ def slow_hash(text: bytes) -> int:
 
 
 def slow_build(docs, encoding, val_fraction=0.1, max_tokens=0):
-    """(train ids, val ids) of documents, bytes or None."""
+    """(train ids, val ids) of documents: bytes, or (bytes, side) where the place decides."""
     sides, total = ([], []), 0
-    for document in filter(None, docs):
-        ids = [EOT, *encoding.encode_ordinary(document.decode("utf-8", "replace"))]
-        sides[slow_hash(document) < int(val_fraction * 2**64)].extend(ids)
-        total += len(ids)
+    for document in docs:
+        text, side = document if isinstance(document, tuple) else (document, None)
+        if text:
+            ids = [EOT, *encoding.encode_ordinary(text.decode())]
+            sides[slow_hash(text) < int(val_fraction * 2**64) if side is None else side].extend(ids)
+            total += len(ids)
         if max_tokens and total >= max_tokens:
             break
     return sides
+
+
+def slow_txt(text, val_fraction=0.1):
+    """The documents of a txt file below 64 MB."""
+    if b"<|endoftext|>" in text:
+        return [part.strip(b"\r\n") for part in text.split(b"<|endoftext|>")]
+    at = len(text) - int(len(text) * val_fraction)
+    if len(text) - at < 1000:
+        return [text]
+    start = text.rfind(b"\n", 0, at) + 1
+    if at - start > len(text) - at:  # the line is longer than the validation part
+        start = at
+        while text[start] & 0xC0 == 0x80:
+            start -= 1
+    return [(text[:start], False), (text[start:], True)]
 
 
 def make_documents(count=150, seed=0):
@@ -107,52 +122,89 @@ def write_input(folder, kind, docs):
     folder.mkdir(exist_ok=True)
     path, texts = folder / f"corpus.{kind}", [document.decode() for document in docs]
     lines = "".join(f"{json.dumps({'id': i, 'text': text})}\n" for i, text in enumerate(texts)).encode()
-    match kind:
-        case "parquet":
+    types = {"large": pa.large_string(), "view": pa.string_view(), "binary": pa.binary(),
+             "dictionary": pa.dictionary(pa.int32(), pa.string())}
+    match kind.split("."):
+        case ["parquet"]:
             pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, row_group_size=40)
-        case "large.parquet":
-            table = pa.table({"text": pa.array(texts, pa.large_string())})
-            pq.write_table(table, path, row_group_size=64, compression="zstd")
-        case "dictionary.parquet":
-            pq.write_table(pa.table({"text": pa.array(texts).dictionary_encode()}), path, row_group_size=50)
-        case "jsonl":
+        case [name, "parquet"]:
+            array = pa.array(docs if name == "binary" else texts).cast(types[name])
+            pq.write_table(pa.table({"text": array}), path, row_group_size=30, compression="zstd")
+        case ["jsonl"]:
             path.write_bytes(lines.replace(b"\n", b"\r\n\n", 1).removesuffix(b"\n"))  # a blank line, too
-        case "jsonl.gz":
-            path.write_bytes(gzip.compress(lines))
-        case "jsonl.zst":
+        case [_, "gz"]:
+            path.write_bytes(gzip.compress(lines) + bytes(512))  # with padding
+        case [_, "zst"]:
             with pa.output_stream(str(path), compression="zstd") as file:
                 file.write(lines)
-        case "txt":
+        case ["txt"]:
             path = folder / "texts"
             path.mkdir()
             for i, document in enumerate(docs):
                 (path / f"{i:04d}.txt").write_bytes(document)
+        case ["tinystories", "txt"]:
+            path.write_bytes(b"\n<|endoftext|>\n".join(docs))
+        case _:
+            path.write_bytes(b"\xef\xbb\xbf" + lines)  # with a byte order mark
     return path
 
 
-@pytest.mark.parametrize("kind", ["parquet", "large.parquet", "dictionary.parquet", "jsonl", "jsonl.gz",
-                                  "jsonl.zst", "txt"])
+def expected(kind, docs, encoding, val_fraction=0.1):
+    if kind == "txt":
+        docs = [part for document in docs for part in slow_txt(document, val_fraction)]
+    if kind == "tinystories.txt":
+        docs = slow_txt(b"\n<|endoftext|>\n".join(docs))
+    return slow_build(docs, encoding, val_fraction)
+
+
+KINDS = ["parquet", "large.parquet", "dictionary.parquet", "view.parquet", "binary.parquet", "jsonl", "NDJSON",
+         "json", "jsonl.gz", "jsonl.zst", "txt", "tinystories.txt"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_equals_the_slow_twin(tmp_path, encoding, kind, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 512)
     monkeypatch.setattr(documents, "CHUNK_BYTES", 3000)  # several chunks, and documents larger than one
     source = write_input(tmp_path / "in", kind, DOCUMENTS)
     folder = build(tmp_path / "out", input=source)
-    train, val = slow_build(DOCUMENTS, encoding)
+    train, val = expected(kind, DOCUMENTS, encoding)
     assert tokens_of(folder, "train") == train and tokens_of(folder, "val") == val and len(val) > 100
     manifest = read_manifest(folder)
-    assert [f["tokens"] for f in manifest["files"] if "_train_" in f["file"]] == [
-        *[1000] * (len(train) // 1000), len(train) % 1000]
+    sizes = [record["tokens"] for record in manifest["files"] if "_train_" in record["file"]]
+    assert len(sizes) > 3 and all(size >= 1000 for size in sizes[:-1])
     assert {f["file"]: f["sha256"] for f in manifest["files"]} == {
-        name: digest for name, digest in contents(folder).items() if name != "manifest.json"}
+        name: digest for name, digest in contents(folder).items() if name.endswith(".npy")}
+    assert contents(folder).keys() - {f["file"] for f in manifest["files"]} == {
+        "build.json", "manifest.json", "tokenizer.tiktoken"}
     assert manifest["tokens"] == len(train) + len(val) and manifest["eot"] == EOT
-    assert manifest["documents"] == len(DOCUMENTS) - 1 and manifest["empty_documents"] == 1
-    assert manifest["text_bytes"] == sum(map(len, DOCUMENTS))
-    assert manifest["splits"]["val"]["tokens"] == len(val) and manifest["cut"] is None
-    assert manifest["splits"]["val"]["documents"] == val.count(EOT)
+    assert manifest["splits"]["val"]["tokens"] == len(val)
+    for split, ids in ("train", train), ("val", val):
+        assert manifest["splits"][split]["documents"] == ids.count(EOT)
     assert manifest["tokenizer"]["name"] == "gpt2" and len(manifest["tokenizer"]["sha256"]) == 64
-    assert not (folder / "build.json").exists()
+    if "txt" not in kind:
+        assert manifest["documents"] == len(DOCUMENTS) - 1 and manifest["empty_documents"] == 1
+        assert manifest["text_bytes"] == sum(map(len, DOCUMENTS))
+
+
+def test_a_pair_ends_with_the_chunk_that_fills_train(tmp_path, monkeypatch):
+    """Chunks of 10 rows: the train and val shards of a number hold the same chunks, and no more than needed."""
+    texts = [f"{i} " * 40 for i in range(200)]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in" / "a.parquet", row_group_size=10)
+    folder = build(tmp_path / "out", input=tmp_path / "in", shard_tokens=2000)
+    tok, seen = load_tokenizer(), 0
+    for train in list_shards(folder, "train"):
+        numbers = []
+        for path in (train, folder / train.name.replace("train", "val")):
+            text = tok.decode(read_shard(path)) if path.exists() else ""
+            numbers += [int(part.split()[0]) for part in text.split("<|endoftext|>")[1:]]
+        assert sorted(numbers) == list(range(seen, seen + len(numbers))) and len(numbers) % 10 == 0
+        seen += len(numbers)
+    assert seen == 200
 
 
 def test_any_number_of_workers(tmp_path, encoding, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 512)
     monkeypatch.setattr(documents, "CHUNK_BYTES", 3000)
     source = write_input(tmp_path / "in", "parquet", DOCUMENTS)
     flags = {"input": source, "shard_format": "bin", "max_tokens": 9000, "val_fraction": 0.3}
@@ -162,47 +214,64 @@ def test_any_number_of_workers(tmp_path, encoding, monkeypatch):
         slow_build(DOCUMENTS, encoding, 0.3, max_tokens=9000))
 
 
-def test_big_row_groups_are_read_in_pieces(tmp_path, monkeypatch):
+def test_large_row_groups_are_read_in_pieces(tmp_path, encoding, monkeypatch):
     source = write_input(tmp_path / "in", "parquet", DOCUMENTS)
-    whole = build(tmp_path / "whole", input=source)
     monkeypatch.setattr(documents, "CHUNK_BYTES", 500)
-    monkeypatch.setattr(documents, "BIG", 1000)
-    assert len(list(documents.parquet_chunks(source, "text"))) > 8
-    pieces = build(tmp_path / "pieces", input=source)
-    for folder in (whole, pieces):  # its manifest says in which chunk each shard begins
-        assert (folder / "manifest.json").unlink() is None
-    assert contents(pieces) == contents(whole)
+    monkeypatch.setattr(documents, "MOST_BYTES", 1000)
+    places = [place for place, _ in documents.input_source(str(source), "text", 0.1).chunks()]
+    assert len(places) > 20 and places == sorted(places) and max(piece for _, _, piece in places) > 3
+    folder = build(tmp_path / "pieces", input=source)
+    assert [tokens_of(folder, split) for split in ("train", "val")] == list(slow_build(DOCUMENTS, encoding))
 
 
-def test_sliced_arrays_and_bytes_under_nulls():
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
+def test_chunks_go_on_from_any_place(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 512)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(documents, "MOST_BYTES", 4000)
+    for name in "ab":
+        write_input(tmp_path / name, kind, DOCUMENTS)
+    source = documents.input_source(f"{tmp_path / 'a'},{tmp_path / 'b'}", "text", 0.1)
+
+    def read(start):
+        return [(place, chunk.read(*chunk.args).text.tobytes()) for place, chunk in source.chunks(start)]
+
+    everything = read((0, 0, 0))
+    assert len(everything) > 10
+    for i, ((unit, group, piece), _) in enumerate(everything):
+        assert read((unit, group, piece)) == everything[i:]
+        assert read((unit, group, piece + 1)) == everything[i + 1:]
+
+
+def test_rows_in_arrows_own_buffers():
     array = pa.array(["zero", "one", None, "", "four", "five"])
     for kind in (pa.string(), pa.large_string()):
-        got = documents.arrow_documents(array.cast(kind)[1:5], "row ", 11)
-        assert got.text.tobytes() == b"onefour" and got.offsets.tolist() == [0, 3, 3, 7]
-        assert list(got.numbers) == [11, 13, 14] and got.bad == [("row 12", "null, wanted text")]
-        got = documents.arrow_documents(array.cast(kind)[3:], "row ", 0)  # and without a null
-        assert got.text.tobytes() == b"fourfive" and got.offsets.tolist() == [0, 0, 4, 8]
-        assert list(got.numbers) == [0, 1, 2] and not got.bad
+        got = documents.read_rows(array.cast(kind)[1:5], "a.parquet", 11, 0)
+        assert got.text.tobytes() == b"onefour" and got.offsets.tolist() == [0, 3, 7] and got.empty == 1
+        assert got.bad == ["a.parquet, row 12: null, not text"]
+        got = documents.read_rows(array.cast(kind)[3:], "", 0, 0)  # and without a null
+        assert got.text.tobytes() == b"fourfive" and got.offsets.tolist() == [0, 4, 8] and not got.bad
     buffers = [pa.py_buffer(b"\x05"), *pa.array(["ab", "hidden", "c"]).buffers()[1:]]  # bits: 1, null, 1
-    got = documents.arrow_documents(pa.Array.from_buffers(pa.string(), 3, buffers), "", 0)
+    got = documents.read_rows(pa.Array.from_buffers(pa.string(), 3, buffers), "", 0, 0)
     assert got.text.tobytes() == b"abc" and got.offsets.tolist() == [0, 2, 3]
-    for values, left in (([], 0), ([None, None], 0), (["", ""], 2)):
-        got = documents.arrow_documents(pa.array(values, pa.string()), "", 0)
-        assert len(got.text) == 0 and got.offsets.tolist() == [0] * (left + 1)
+    for values, empty in (([], 0), ([None, None], 0), (["", ""], 2)):
+        got = documents.read_rows(pa.array(values, pa.string()), "", 0, 0)
+        assert len(got.text) == 0 and got.offsets.tolist() == [0] and got.empty == empty
 
 
-@given(st.lists(st.binary(max_size=40), max_size=8))
+@given(st.lists(st.binary(max_size=40), max_size=8), st.floats(0, 1, exclude_max=True))
 @settings(deadline=None)
-def test_hash_equals_its_slow_twin(docs):
-    text, offsets = documents.pack(docs)
-    assert documents.hash_documents(text, offsets).tolist() == [slow_hash(document) for document in docs]
+def test_sides_equal_their_slow_twin(docs, val_fraction):
+    offsets = np.cumsum([0, *map(len, docs)])
+    got = documents.with_sides(np.frombuffer(b"".join(docs), np.uint8), offsets, val_fraction)
+    sides = [slow_hash(document) < int(val_fraction * 2**64) for document in docs if document]
+    assert got.is_val.tolist() == sides
 
 
 def test_hash_is_fair():
     """Near-equal documents fall on the two sides as often as val_fraction says."""
-    docs = [b"document number %d" % i for i in range(100_000)]
-    share = (documents.hash_documents(*documents.pack(docs)) < np.uint64(0.01 * 2.0**64)).mean()
-    assert abs(share - 0.01) < 0.0016  # 5 standard errors
+    docs = [(b"document number %d" % i, "", None) for i in range(100_000)]
+    assert abs(documents.from_texts(docs, 0.01, []).is_val.mean() - 0.01) < 0.0016  # 5 standard errors
 
 
 def test_sides_share_no_document_whatever_the_order(tmp_path):
@@ -218,50 +287,62 @@ def test_sides_share_no_document_whatever_the_order(tmp_path):
     assert sides[0] == sides[1]
 
 
-# ---- a corpus that a hash cannot split -----------------------------------------
+# ---- txt files -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-@pytest.mark.parametrize("count", [1, 3])
-def test_few_documents_are_cut_at_a_line(tmp_path, encoding, kind, count, monkeypatch):
-    monkeypatch.setattr(documents, "CHUNK_BYTES", 100)  # every document is its own chunk
-    docs = [b"".join(b"%d: line %d\n" % (d, i) for i in range(500)) for d in range(count)]
-    folder = build(tmp_path / "out", input=write_input(tmp_path / "in", kind, docs), val_fraction=0.01)
-    cut = docs[-1].rindex(b"\n", 0, len(docs[-1]) - int(0.01 * sum(map(len, docs))) + 8) + 1
-    train, val = tokens_of(folder, "train"), tokens_of(folder, "val")
-    text = encoding.decode(val[1:]).encode()
-    assert docs[-1].endswith(text) and docs[-1][:-len(text)].endswith(b"\n") and val[0] == EOT
-    assert abs(len(text) - 0.01 * sum(map(len, docs))) < 12, cut  # to the nearest line
-    expected = [EOT, *encoding.encode_ordinary(docs[-1][:-len(text)].decode())]
-    assert train[-len(expected):] == expected and train.count(EOT) == count and val.count(EOT) == 1
-    assert read_manifest(folder)["documents"] == count + 1 and read_manifest(folder)["cut"]["at_byte"] > 0
+def awkward_text(seed):
+    rng = random.Random(seed)
+    words = ["word", " word", "\n", "\n\n", "  ", " ", "\t", "'s", " 'll", "naïve", "日本語", "。\n",
+             "\u3000", "\u2003 ", "\u00a0", "12", "...", "\r\n", "🙂", "x'", "\u0085\n"]
+    return "".join(rng.choices(words, k=2000))
 
 
-def test_cut_removes_the_shards_of_the_first_pass(tmp_path):
-    folder = build(tmp_path / "out", input=write_input(tmp_path / "in", "txt", [b"some words\n" * 1000]),
-                   shard_tokens=100, val_fraction=0.5)
-    assert {f["file"] for f in read_manifest(folder)["files"]} == contents(folder).keys() - {"manifest.json"}
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("lines", [True, False])
+def test_a_large_txt_file_is_several_documents(tmp_path, encoding, monkeypatch, seed, lines):
+    text = awkward_text(seed).encode()
+    if not lines:
+        text = text.replace(b"\n", b"")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text))
+    monkeypatch.setattr(documents, "PIECE_BYTES", 64)
+    monkeypatch.setattr(documents, "MOST_BYTES", 640)
+    monkeypatch.setattr(documents, "VAL_BYTES", 100)
+    file = documents.plan_file(tmp_path / "a.txt.gz")
+    parts = list(documents.split_text(file, 0.4))
+    assert b"".join(part for part, *_ in parts) == text and len(parts) > 4
+    assert all(part.decode() and len(part) <= 2 * 640 for part, *_ in parts)
+    if lines:
+        assert all(part.endswith(b"\n") for part, *_ in parts[:-1])
+    sides = [side for *_, side in parts]
+    val = sum(len(part) for part, _, side in parts if side)
+    assert sides == sorted(sides) and abs(val - 0.4 * len(text)) < (200 if lines else 8), (val, len(text))
 
 
-@pytest.mark.parametrize("text, near, span, cut", [
-    (b"one\ntwo\nthree", 9, 5, 8), (b"one\ntwo\nthree", 5, 5, 4), (b"one\ntwo\nthree", 7, 5, 8),
-    (b"title\n" + b"x" * 100, 90, 16, 90),          # the only line boundary is far away
-    (b"x" * 90 + b"\n", 88, 9, 88),                 # nothing would be left behind the last newline
-    ("é".encode() * 10, 11, 3, 12),                 # not inside a character
+@pytest.mark.parametrize("text, val_fraction, sides", [
+    (b"word\n" * 2000, 0.1, [(9000, False), (1000, True)]),   # a book
+    (b"word\n" * 2000, 0.05, [(10_000, None)]),              # 500 bytes of it: as its hash says
+    (b"x" * 10_000, 0.1, [(9000, False), (1000, True)]),     # one long line
+    (b"title\n" + b"x" * 9994, 0.1, [(9000, False), (1000, True)]),
+    ("é".encode() * 5001, 0.1, [(9002, False), (1000, True)]),  # not inside a character
+    (b"word\n" * 2000, 0, [(10_000, None)]),
+    (b"", 0.1, []),
 ])
-def test_cut_point(text, near, span, cut):
-    assert fineweb.cut_point(text, near, span) == cut
+def test_where_a_txt_file_is_divided(tmp_path, text, val_fraction, sides):
+    (tmp_path / "a.txt").write_bytes(text)
+    file = documents.plan_file(tmp_path / "a.txt")
+    assert [(len(part), side) for part, _, side in documents.split_text(file, val_fraction)] == sides
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_cut_with_equal_documents_and_max_tokens(tmp_path, encoding, kind, monkeypatch):
-    monkeypatch.setattr(documents, "CHUNK_BYTES", 10)  # parquet: pieces of a chunk beyond the last token
-    source = write_input(tmp_path / "in", kind, [b"same\nsame\n"] * 50)
-    folder = build(tmp_path / "out", input=source, max_tokens=60, val_fraction=0.2)
-    train, val = tokens_of(folder, "train"), tokens_of(folder, "val")
-    length = 1 + len(encoding.encode_ordinary("same\nsame\n"))
-    text = encoding.decode([i for i in train + val if i != EOT])
-    assert text == "same\nsame\n" * -(-60 // length) and val and train
+def test_five_books_have_a_validation_split(tmp_path, encoding, capsys):
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        (tmp_path / "in" / f"{i}.TXT").write_bytes(b"".join(b"book %d, line %d\n" % (i, k) for k in range(9000)))
+    folder = build(tmp_path / "out", input=tmp_path / "in", val_fraction=0.01)
+    text = encoding.decode(tokens_of(folder, "val"))
+    assert all(f"book {i}, line 8999" in text for i in range(5)) and text.count("<|endoftext|>") == 5
+    assert abs(len(tokens_of(folder, "val")) / read_manifest(folder)["tokens"] - 0.01) < 0.001
+    tokens = len(tokens_of(folder, "val"))
+    assert f"validation: 5 documents, {tokens:,} tokens; windows: {(tokens - 1) // 256} of 256" in capsys.readouterr().out
 
 
 def test_shakespeare(tmp_path, shared_data, encoding):
@@ -270,14 +351,12 @@ def test_shakespeare(tmp_path, shared_data, encoding):
     train, val = tokens_of(folder, "train"), tokens_of(folder, "val")
     assert encoding.decode(train[1:]) + encoding.decode(val[1:]) == source.read_text(encoding="utf-8")
     assert encoding.decode(train).endswith("\n") and 0.008 < len(val) / len(train) < 0.012
-    assert len(train) + len(val) == 338_027  # 338,025 of the whole text, and one <|endoftext|> for each side
 
 
-def test_no_validation(tmp_path, encoding):
-    source = write_input(tmp_path / "in", "txt", [b"one document"])
-    folder = build(tmp_path / "out", input=source, val_fraction=0)
-    assert tokens_of(folder, "train") == [EOT, *encoding.encode_ordinary("one document")]
-    assert list_shards(folder, "val") == []
+def test_a_txt_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good<|endoftext|>caf\xe9 \xff")
+    with pytest.raises(UserError, match=r"a\.txt, document 2: not UTF-8 at byte 3 \(invalid continuation"):
+        build(tmp_path / "out", input=tmp_path / "a.txt")
 
 
 # ---- max_tokens ----------------------------------------------------------------
@@ -286,7 +365,7 @@ def test_no_validation(tmp_path, encoding):
 @pytest.mark.parametrize("max_tokens", [1, 500, 3000, 10**9])
 def test_max_tokens_ends_with_the_document_that_reaches_it(tmp_path, encoding, max_tokens):
     docs = DOCUMENTS[12:] + DOCUMENTS[:12]
-    val_fraction = 0.5 if max_tokens > 1 else 0  # a single document would be cut
+    val_fraction = 0.5 if max_tokens > 1 else 0
     source = write_input(tmp_path / "in", "jsonl", docs)
     folder = build(tmp_path / "out", input=source, max_tokens=max_tokens, val_fraction=val_fraction)
     train, val = slow_build(docs, encoding, val_fraction, max_tokens)
@@ -301,29 +380,42 @@ def good_parquet(path):
     return path.read_bytes()
 
 
+def corrupt_parquet(path):
+    content = bytearray(good_parquet(path))
+    content[4:40] = b"\xff" * 36  # the first page header
+    return bytes(content)
+
+
+def twice_parquet(path):
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), path)
+    return path.read_bytes()
+
+
 @pytest.mark.parametrize("name, content, flags, words", [
-    ("a.txt", b"", {}, ["corpus without text"]),
-    ("a.jsonl", b"\n\n", {}, ["corpus without text"]),
-    ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', {}, ["corpus without text", "2 empty"]),
-    ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', {}, ["a.jsonl, line 2: wanted an object with a string"]),
-    ("a.jsonl", b'{"text": "a\\ud800"}\n', {}, ["line 1: half of a surrogate pair"]),
-    ("a.txt", b"caf\xe9 \xff\xfe ok", {}, ["a.txt: not UTF-8: invalid continuation byte at byte 3"]),
-    ("a.txt", b"x", {}, ["1 bytes", "--val_fraction=0"]),
+    ("a.txt", b"", {}, ["found no text"]),
+    ("a.jsonl", b"\n\n", {}, ["found no text"]),
+    ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', {}, ["found no text"]),
+    ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', {}, ["a.jsonl, line 2: ", "no text in a field 'text'", "--skip_bad"]),
+    ("a.jsonl", b'{"text": "a\\ud800"}\n', {}, ["line 1: not JSON, or not text", "surrogates"]),
     ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', {}, ["a.jsonl, line 2: not JSON"]),
     ("a.jsonl", b'{"text": "a"}\n\n\xff\n', {}, ["a.jsonl, line 3: not JSON"]),
-    ("a.jsonl", b'{"body": "a"}\n', {}, ["line 1: got fields body", "--text_column"]),
-    ("a.jsonl", b'["text"]\n', {}, ["line 1: wanted an object", "'text'"]),
-    ("a.jsonl", b'{"text": 3}\n', {}, ["line 1: wanted an object"]),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-20], {},
-     ["a.jsonl.gz, from line 1 on: damaged"]),
-    ("a.jsonl.gz", b'{"text": "a"}\n', {}, ["a.jsonl.gz, from line 1 on: damaged"]),
-    ("a.jsonl.zst", b"nonsense", {}, ["a.jsonl.zst, from line 1 on: damaged"]),
-    ("a.parquet", b"PAR1 nonsense PAR1", {}, ["a.parquet: no parquet file"]),
-    ("a.parquet", good_parquet, {"text_column": "body"}, ["got columns text, n", "--text_column"]),
-    ("a.parquet", good_parquet, {"text_column": "n"}, ["type int64", "--text_column"]),
-    ("a.pdf", b"x", {}, ["got a.pdf", ".parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt"]),
-    ("b.txt", b"x", {"input": "nowhere/*.txt"}, ["nowhere/*.txt", "no such files"]),
-    ("a.txt", b"x", {"dataset": "wiki"}, ["'wiki'", "fineweb-edu, fineweb, python", "--input"]),
+    ("a.jsonl", b'{"body": "a"}\n', {}, ["line 1: b'{\"body\": \"a\"}' has no text", "--text_column"]),
+    ("a.jsonl", b"3\n", {}, ["line 1: b'3' has no text"]),
+    ("a.json", b' [{"text": "a"}]', {}, ["a.json is a JSON array", "python -c 'import json"]),
+    ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), {}, ["a.jsonl is UTF-16", "iconv"]),
+    ("a.txt", b"x", {}, ["all of the text (1 documents)", "--val_fraction"]),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-20], {}, ["a.jsonl.gz: cannot be read"]),
+    ("a.jsonl.gz", b'{"text": "a"}\n', {"skip_bad": True}, ["a.jsonl.gz: cannot be read"]),
+    ("a.jsonl.zst", b"nonsense", {"skip_bad": True}, ["a.jsonl.zst: cannot be read"]),
+    ("a.parquet", b"PAR1 nonsense PAR1", {"skip_bad": True}, ["a.parquet: cannot be read"]),
+    ("a.parquet", corrupt_parquet, {"skip_bad": True}, ["a.parquet, row group 0: cannot be read"]),
+    ("a.parquet", corrupt_parquet, {"num_workers": 2}, ["a.parquet, row group 0: cannot be read"]),
+    ("a.parquet", twice_parquet, {}, ["a.parquet: wanted a column 'text', found two of them"]),
+    ("a.parquet", good_parquet, {"text_column": "body"}, ["found only text, n", "--text_column"]),
+    ("a.parquet", good_parquet, {"text_column": "n"}, ["holds int64", "--text_column"]),
+    ("a.pdf", b"x", {}, ["a.pdf is no file of a known kind: .parquet; .jsonl, .ndjson, .json"]),
+    ("b.txt", b"x", {"input": "nowhere/*.txt"}, ["nowhere/*.txt", "found no file"]),
+    ("a.txt", b"x", {"dataset": "wiki", "input": ""}, ["wiki", "fineweb-edu, fineweb, python", "--input"]),
 ])
 def test_bad_input_is_named_and_nothing_is_left(tmp_path, name, content, flags, words):
     (tmp_path / "in").mkdir()
@@ -337,27 +429,81 @@ def test_bad_input_is_named_and_nothing_is_left(tmp_path, name, content, flags, 
 
 
 def test_bad_line_of_a_later_chunk_has_its_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "CHUNK_BYTES", 50)
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "some words"}\n' * 40 + b"{\n")
-    with pytest.raises(UserError, match=r"a\.jsonl, line 41: not JSON"):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "some words"}\n' * 400 + b"{\n")
+    monkeypatch.setattr(documents, "PIECE_BYTES", 64)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 500)
+    with pytest.raises(UserError, match=r"a\.jsonl, line 401: not JSON"):
         build(tmp_path / "out", input=tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_damaged_row_group_is_named(tmp_path, num_workers):
-    path = tmp_path / "a.parquet"
-    content = bytearray(good_parquet(path))
-    content[4:40] = b"\xff" * 36  # the first page header
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.parquet, row group 0, rows 0 to 2999: damaged"):
-        build(tmp_path / "out", input=path, num_workers=num_workers)
+def test_skip_bad_leaves_out_what_cannot_be_read(tmp_path, encoding, num_workers, capsys):
+    folder, good = tmp_path / "in", [document.decode() for document in DOCUMENTS if document]
+    folder.mkdir()
+    lines = [json.dumps({"text": text}) for text in good[:60]]
+    lines[3:3] = ["{", '{"text": null}', '{"body": "x"}']
+    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    cut = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in good[60:90]).encode(), 0)
+    (folder / "b.jsonl.gz").write_bytes(cut[:-100])  # in the last line
+    pq.write_table(pa.table({"text": [*good[90:120], None]}), folder / "c.parquet")
+    pq.write_table(pa.table({"text": [b"ok", b"\xc3(", b"also"]}), folder / "d.parquet")
+    (folder / "e.txt").write_bytes(b"caf\xe9")
+    kept = [*good[:89], *good[90:120], "ok", "also"]
+    build(tmp_path / "out", input=folder, num_workers=num_workers, skip_bad=True)
+    assert [tokens_of(tmp_path / "out", split) for split in ("train", "val")] == list(
+        slow_build([text.encode() for text in kept], encoding))
+    assert read_manifest(tmp_path / "out")["bad_documents"] == 7
+    said = capsys.readouterr()
+    places = ["a.jsonl, line 4", "a.jsonl, line 5", "a.jsonl, line 6", "b.jsonl.gz", "c.parquet, row 30",
+              "d.parquet, row 1", "e.txt, from byte 0 on"]
+    told = [line for line in said.err.splitlines() if "left out: " in line]
+    assert len(told) == 7 and all(f"{folder}/{place}: " in line for place, line in zip(places, told)), told
+    assert "7 bad ones left out" in said.out
 
 
-def test_input_takes_lists_globs_and_folders(tmp_path, encoding):
+def test_a_file_that_may_not_be_read_is_not_skipped(tmp_path, monkeypatch):
+    source = write_input(tmp_path / "in", "jsonl", DOCUMENTS)
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pa, "input_stream", denied)
+    with pytest.raises(UserError, match=r"corpus\.jsonl: cannot be read \(Permission denied\)"):
+        build(tmp_path / "out", input=source, skip_bad=True)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_file_that_changes_during_the_build_is_noticed(tmp_path, monkeypatch, kind, num_workers):
+    """After the file was planned, and after its first chunk."""
+    monkeypatch.setattr(documents, "PIECE_BYTES", 512)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 1000)
+    source = write_input(tmp_path / "in", kind, DOCUMENTS)
+    path = max(tmp_path.glob("in/**/*.*"), key=os.path.getmtime)
+
+    def change():
+        content = path.read_bytes()
+        path.write_bytes(content)  # of the same size
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))
+
+    take = fineweb.encode_in_order
+
+    def after_planning(*args):
+        change()
+        return take(*args)
+
+    monkeypatch.setattr(fineweb, "encode_in_order", after_planning)
+    with pytest.raises(UserError, match="has changed since the build began"):
+        build(tmp_path / "out", input=source, num_workers=num_workers)
+
+
+def test_input_takes_lists_globs_and_folders(tmp_path, encoding, capsys):
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
-    for name in ("b.txt", "a.txt", "deep/c.txt", "notes.pdf"):
+    (folder / "__MACOSX").mkdir()
+    for name in ("b.txt", "a.txt", "deep/c.txt", "notes.pdf", ".hidden.txt", "__MACOSX/._b.txt"):
         (folder / name).write_text(f"text of {name}", encoding="utf-8")
+    (folder / "link.txt").symlink_to(folder / "a.txt")
     (tmp_path / "d.jsonl").write_text('{"text": "text of d"}', encoding="utf-8")
     for i, (names, order) in enumerate([([folder], "a.txt b.txt deep/c.txt"),
                                         ([tmp_path / "d.jsonl", folder / "a.txt"], "d a.txt"),
@@ -365,218 +511,68 @@ def test_input_takes_lists_globs_and_folders(tmp_path, encoding):
         out = build(tmp_path / f"out{i}", input=",".join(map(str, names)), val_fraction=0)
         text = encoding.decode(tokens_of(out, "train"))
         assert text == "".join(f"<|endoftext|>text of {name}" for name in order.split())
+        if i == 0:
+            said = capsys.readouterr().out
+            assert "input: 3 txt, 44 bytes; ignored: 3 other files, such as " in said
+            assert "nothing for validation, which training needs" in said and list_shards(out, "val") == []
 
 
-def test_large_vocabularies_are_refused(tmp_path, monkeypatch):
-    class Large:
-        name, n_vocab = "large", 100_256
-
-    monkeypatch.setattr(fineweb, "tokenizer_of", lambda _: Large)
-    with pytest.raises(UserError, match="100,256"):
-        build(tmp_path / "out", input="x")
-
-
-# ---- folders that hold something -----------------------------------------------
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_utf8_is_one_line(tmp_path):
+    (tmp_path / "in").mkdir()
+    with open(os.fsencode(tmp_path / "in") + b"/caf\xe9.txt", "wb") as file:
+        file.write(b"text")
+    done = run(tmp_path / "out", input=tmp_path / "in")
+    assert done.returncode == 2 and "is not UTF-8; rename the file" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_existing_folders(tmp_path, capsys):
-    source = write_input(tmp_path / "in", "parquet", DOCUMENTS)
-    folder = build(tmp_path / "out", input=source)
-    before = contents(folder)
-    build(folder, input=source, num_workers=2)
-    assert "already built" in capsys.readouterr().out and contents(folder) == before
-    with pytest.raises(UserError, match=r"finished build.* got max_tokens=0, wanted 5; .*--data_dir"):
-        build(folder, input=source, max_tokens=5)
-    (folder / "manifest.json").unlink()  # as build-nanogpt would leave it
-    with pytest.raises(UserError, match=r"holds shards already.*--data_dir"):
-        build(folder, input=source)
-    (folder / "build.json").write_text('{"settings": {}, "command": "python fineweb.py"}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"unfinished build by other settings.*--data_dir"):
-        build(folder, input=source)
-    assert contents(folder).items() >= {k: v for k, v in before.items() if k != "manifest.json"}.items()
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match="cannot make the folder"):
-        build(tmp_path / "file", input=source)
-
-
-@pytest.mark.parametrize("kind, flags", [
-    ("parquet", {}), ("jsonl.gz", {"max_tokens": 9000, "val_fraction": 0.3}),
-    ("txt", {"val_fraction": 0.4, "shard_format": "bin"}),
-    ("few", {"val_fraction": 0.2}), ("few", {"val_fraction": 0.2, "max_tokens": 4000})])
-def test_missing_shards_are_made_again_and_nothing_else(tmp_path, kind, flags, monkeypatch, capsys):
-    monkeypatch.setattr(documents, "CHUNK_BYTES", 3000)
-    few = [b"".join(b"%d: line %d\n" % (d, i) for i in range(500)) for d in range(3)]
-    corpus = ("jsonl", few) if kind == "few" else (kind, DOCUMENTS)
-    source = write_input(tmp_path / "in", *corpus)
-    folder = build(tmp_path / "out", input=source, **flags)
-    assert (read_manifest(folder)["cut"] is not None) == (kind == "few")
-    before = contents(folder)
-    shards = list_shards(folder, "train") + list_shards(folder, "val")
-    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    for some in ([shards[0], shards[-1]], shards[1::3], shards):
-        for path in some:
-            path.unlink()
-        build(folder, input=source, **flags)
-        out = capsys.readouterr().out
-        assert contents(folder) == before and out.count("again") == len(some) and "already built" in out
-        if some is not shards:
-            assert all(path.stat().st_mtime_ns == times[path] for path in set(shards) - set(some))
-            times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-
-
-def test_a_shard_that_comes_out_different_is_not_kept(tmp_path, monkeypatch):
-    folder = build(tmp_path / "out", input=write_input(tmp_path / "in", "parquet", DOCUMENTS))
-    list_shards(folder, "train")[2].unlink()
-    monkeypatch.setattr(fineweb, "cut_documents", None)
-    monkeypatch.setattr(fineweb, "hash_documents", lambda _, offsets: np.zeros(len(offsets) - 1, np.uint64))
-    with pytest.raises(UserError, match=r"_train_000002\.npy came out with sha256 .*another --data_dir"):
-        build(folder, input=tmp_path / "in" / "corpus.parquet")
-    assert not (folder / "text_train_000002.npy").exists() and not list(folder.glob("*.tmp"))
-
-
-def test_full_disk(tmp_path):
-    source = write_input(tmp_path / "in", "jsonl", DOCUMENTS)
-    command = ["bash", "-c", 'ulimit -f 4; exec "$@"', "-", *fineweb_command(tmp_path / "out", input=source,
-                                                                             shard_tokens=10_000)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120,
-                          env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
-    assert done.returncode == 2 and "no space" in done.stderr, done
-    assert not list((tmp_path / "out").iterdir())
-
-
-# ---- processes that die --------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def large_input(tmp_path_factory):
-    """20 MB of jsonl: some seconds of work, in several chunks."""
-    path = tmp_path_factory.mktemp("large") / "large.jsonl"
-    line = " ".join(f"word{i % 977}" for i in range(20_000))
-    path.write_text("".join(f"{json.dumps({'text': f'{i} {line}'})}\n" for i in range(120)), encoding="utf-8")
-    return path
-
-
-def is_running(pid):
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.005)
-    return result
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_killed_worker_is_an_error_and_the_rerun_is_identical(tmp_path, large_input):
-    """Also one that dies while the pool still starts others, for which CPython's pool waits for ever."""
-    flags = {"input": large_input, "num_workers": 8, "shard_tokens": 200_000}
-    for _ in range(4):
-        process = subprocess.Popen(fineweb_command(tmp_path / "out", **flags), stderr=subprocess.PIPE,
-                                   text=True, encoding="utf-8")
-        os.kill(wait_for(functools.partial(kill_build.children, process.pid))[0], signal.SIGKILL)
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 2 and "worker processes died" in stderr, stderr
-        assert "--num_workers" in stderr
-    expected = contents(build(tmp_path / "whole", **{**flags, "num_workers": 1}))
-    assert contents(build(tmp_path / "out", **flags)) == expected
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_killed_build_goes_on_and_is_identical(tmp_path, large_input):
-    out, flags = tmp_path / "out", {"input": large_input, "num_workers": 2, "shard_tokens": 20_000}
-    process = subprocess.Popen(fineweb_command(out, **flags), stderr=subprocess.DEVNULL)
-    wait_for(lambda: list(out.glob("progress_00000.part")))
-    workers = kill_build.children(process.pid)
-    process.kill()
-    process.wait()
-    assert (out / "build.json").exists() and not (out / "manifest.json").exists() and workers
-    first = list_shards(out, "train")[0]
-    written = first.stat().st_mtime_ns
-    wait_for(lambda: not any(is_running(pid) for pid in workers))
-    with pytest.raises(UserError, match=r"unfinished build; run it again: python fineweb\.py") as error:
-        TokenStream(out, "train")
-    assert f"--input={large_input}" in str(error.value) and f"--data_dir={out}" in str(error.value)
-    with pytest.raises(UserError, match="other settings"):
-        build(out, **{**flags, "max_tokens": 5})
-    (out / "text_train_999999.npy.77.tmp").write_bytes(b"torn")  # as a kill in the middle of a write does
-    (out / "mine.txt").write_text("kept", encoding="utf-8")
-    assert run(out, **{**flags, "num_workers": 1}).returncode == 0
-    assert first.stat().st_mtime_ns == written
-    assert contents(out).pop("mine.txt") and (out / "mine.txt").unlink() is None
-    assert contents(out) == contents(build(tmp_path / "whole", **{**flags, "num_workers": 1}))
+def test_large_vocabularies_are_refused(tmp_path):
+    lines = [*(bytes([b]) for b in range(256)), *(b"%c%c%c" % (a, b, c) for a in range(4) for b in range(200)
+                                                  for c in range(100))][:66_000]
+    (tmp_path / "large.tiktoken").write_bytes(b"".join(
+        base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(lines)))
+    with pytest.raises(UserError, match="66000 ranks, wanted at most 65535"):
+        build(tmp_path / "out", input="x", tokenizer=tmp_path / "large.tiktoken")
 
 
 # ---- the embedded corpus -------------------------------------------------------
 
 
-def test_python_corpus_is_deterministic(tmp_path, encoding, monkeypatch):
-    stdlib = documents.sysconfig.get_path("stdlib")  # alone: the test reads it three times
-    monkeypatch.setattr(documents.sysconfig, "get_path", lambda _: stdlib)
-    flags = {"dataset": "python", "max_tokens": 50_000, "shard_tokens": 10**6}
-    first, second = build(tmp_path / "a", **flags), build(tmp_path / "b", **flags)
-    assert contents(first) == contents(second) and 50_000 <= read_manifest(first)["tokens"] < 400_000
-    assert contents(build(tmp_path / "c", **{**flags, "seed": 2})) != contents(first)
-    text = encoding.decode(tokens_of(first, "train"))
-    assert "def " in text and "import " in text and len(tokens_of(first, "val")) > 0
-    docs = text.split("<|endoftext|>")[1:]
-    assert len(set(docs)) == len(docs)
-
-
-def test_python_corpus_order_is_not_the_file_systems(tmp_path, monkeypatch):
-    for name in ("lib/b.py", "lib/a.py", "lib/site-packages/no.py", "lib/__pycache__/no.py",
-                 "packages/c/README.md", "packages/.hidden/no.py", "packages/copy_of_a.py"):
-        path = tmp_path / name
+def test_the_embedded_corpus_is_the_standard_library(tmp_path, monkeypatch):
+    for name in ("z.py", "a/b.py", "copy_of_z.py", "site-packages/no.py", "__pycache__/no.txt", "test/no.py",
+                 "a/tests/no.py", "config-3.11-x/no.py", "_sysconfigdata__linux.py", "contest.py"):
+        path = tmp_path / "lib" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"text of {'lib/a.py' if 'copy' in name else name}\n" * 20, encoding="utf-8")
-    (tmp_path / "lib/table.txt").write_text("1234 5678\n" * 100, encoding="utf-8")
-    monkeypatch.setattr(documents.sysconfig, "get_path",
-                        lambda key: tmp_path / ("lib" if key == "stdlib" else "packages"))
-    monkeypatch.setattr("pydoc_data.topics.topics", {"for": "The for statement\n"})
-
-    def order():
-        source = documents.python_source(seed=3)
-        assert source.facts == {"documents": 4, "files_left_out": 1}
-        return [bytes(docs.text[a:b]).splitlines()[0] for _, _, chunk in source.chunks()
-                for docs in chunk.read(*chunk.args) for a, b in itertools.pairwise(docs.offsets)]
-
-    once, walk = order(), os.walk
-    assert sorted(once) == [b"The for statement", b"text of lib/a.py", b"text of lib/b.py",
-                            b"text of packages/c/README.md"]
-
-    def backwards(root):
-        for folder, subfolders, names in walk(root):
-            yield folder, subfolders, names[::-1]
-            subfolders.reverse()
-
-    monkeypatch.setattr(documents.os, "walk", backwards)
-    assert order() == once
+        path.write_text(f"text of {'z.py' if 'copy' in name else name}\n", encoding="utf-8")
+    monkeypatch.setattr(documents.sysconfig, "get_path", lambda key: tmp_path / "lib")
+    source = documents.python_source(0)
+    (_, chunk), = source.chunks()
+    text = chunk.read(*chunk.args).text.tobytes().decode()
+    assert text == "text of a/b.py\ntext of contest.py\ntext of z.py\n" and source.facts["documents"] == 3
 
 
-@pytest.mark.parametrize("text, worth", [
-    (b"def f(x):\n    return x\n" * 20, True), (b"short", False), (b"def f(): pass\n" * 50_000, False),
-    (b"x = 1\n" + b"a" * 2000 + b"\n", False), (b"0.123, 4.567,\n" * 50, False),
-    (b"caf\xe9 words\n" * 50, False),
-])
-def test_worth_learning(text, worth):
-    assert documents.worth_learning(text) == worth
+def test_ids_of_the_embedded_corpus_are_tiktokens(tmp_path, encoding):
+    folder = build(tmp_path / "out", dataset="python", shard_tokens=10**8)
+    source = documents.python_source(0.1)
+    docs = []
+    for _, chunk in source.chunks():
+        got = chunk.read(*chunk.args)
+        docs += [got.text[a:b].tobytes() for a, b in itertools.pairwise(got.offsets)]
+    assert len(docs) == source.facts["documents"] > 500 or len(docs) == source.facts["documents"] - 1
+    assert not any(b"site-packages" in document[:100] for document in docs)
+    train, val = slow_build(docs, encoding)
+    assert tokens_of(folder, "train") == train and tokens_of(folder, "val") == val
 
 
-def test_ids_of_the_whole_embedded_corpus_are_tiktokens():
-    """Every document of this Python installation: 100M tokens where torch and numba are installed."""
-    tok = load_tokenizer("gpt2")
-    encoding, n_documents = tok.to_tiktoken(), 0
-    source = documents.python_source(seed=0)
-    for _, _, chunk in source.chunks():
-        for docs in chunk.read(*chunk.args):
-            ids, id_offsets = tok.encode_documents(docs.text, docs.offsets)
-            for d in range(len(docs.offsets) - 1):
-                document = docs.text[docs.offsets[d]:docs.offsets[d + 1]].tobytes().decode("utf-8")
-                expected = encoding.encode_to_numpy(document, disallowed_special=())
-                assert ids[id_offsets[d]] == tok.eot
-                assert np.array_equal(ids[id_offsets[d] + 1:id_offsets[d + 1]], expected), document[:200]
-                n_documents += 1
-    assert n_documents == source.facts["documents"] > 1000
+# ---- cores ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, most", [("200000 100000\n", 2), ("150000 100000\n", 2), ("50000 100000\n", 1),
+                                        ("max 100000\n", 64), (None, 64), ("", 64)])
+def test_cores_honour_the_quota_of_a_container(tmp_path, monkeypatch, text, most):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr(documents, "CPU_QUOTA", tmp_path / "cpu.max")
+    if text is not None:
+        (tmp_path / "cpu.max").write_text(text, encoding="ascii")
+    assert documents.available_cores() == most
