@@ -247,17 +247,15 @@ def _download(repo):
     """The folder in the hub's cache that has config.json and model.safetensors of `repo`."""
     # here, so that who only reads folders needs no client of the hub
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     import hub
 
     def attempt(name):
         try:
             return Path(hf_hub_download(repo, name))
-        except HfHubHTTPError as error:
-            if getattr(getattr(error, "response", None), "status_code", None) != 404:
-                raise
-            raise UserError(f"{repo}/{name}: {constants.ENDPOINT} does not have it (HTTP 404)") from error
+        except LocalEntryNotFoundError as error:  # the reason is in its cause
+            raise error.__cause__ or error from None
 
     try:
         # two attempts for the first: without a network the client tries for 25 s of its own

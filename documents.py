@@ -384,7 +384,8 @@ def input_files(input: str) -> list[File]:
                 part.startswith((".", "__MACOSX")) for part in file.relative_to(path).parts)]
             ignored += set(below) - set(found)
         else:
-            found = [path] if path.exists() else sorted(top.glob(str(path.relative_to(top))))
+            found = [path] if path.exists() else [
+                file for file in sorted(top.glob(str(path.relative_to(top)))) if file.name[0] != "."]
         wrong = [file.name for file in found if not KINDS.fullmatch(file.name) or not file.is_file()]
         if wrong or not found:
             raise UserError(f"--input={name}: {f'{wrong[0]} is no' if wrong else 'found no'} file of a known "
@@ -474,7 +475,7 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
 
     def partial(file, first: int) -> Iterator:
         """The chunks of a file of which only the footer and one column are fetched, a row group ahead."""
-        local = hub.cached(repo, commit, file)
+        local = hub.cached(repo, file)
         if local:
             yield from parquet_chunks(File(local, file.size, None, file.path), column, val_fraction, first)
             return

@@ -5,9 +5,8 @@ Files of datasets on the Hugging Face hub: listed, downloaded, or read by ranges
     path = fetch("HuggingFaceFW/fineweb-edu", commit, files[0], Path("downloads"))    # a complete file
     data = fetch_range("HuggingFaceFW/fineweb-edu", commit, files[0], start, stop)    # some of its bytes
 
-Requests use the session of huggingface_hub, so HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and the proxy
-variables work as they do there. Its cache is read, never written. Its own downloads are not used: they start
-anew after a kill, and accept whatever range the server sends.
+Requests use huggingface_hub's session, so HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and the proxies work
+as they do there. Its cache is only read, and its downloads are not used: they start anew after a kill.
 
 Imported by documents.py, fineweb.py, convert_hf.py and hellaswag.py; nothing to run.
 """
@@ -43,13 +42,14 @@ LIST_TIMEOUT = 60.0    # seconds of silence; the hub needs a while to list 30,00
 LIST_LIMIT = 32 << 20  # bytes of a listing; one of 30,000 files has 9 MB
 COPIES = 3             # corrupt downloads of a file before giving up
 
-TEMPORARY = (408, 416, 425, 429)  # HTTP statuses below 500 that may go away
+TEMPORARY = (408, 416, 425, 429)  # HTTP statuses below 500 that another attempt may not get
 DISK_ERRORS = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS)
 NETWORK_ERRORS = (OSError, *HfHubHTTPError.__bases__)  # with the HTTPError of the client's HTTP library
 
-# What a listing may contain: its names and hashes become URLs and paths. No part of a name is "", ".", "..".
+# What a listing may contain: its names and hashes become URLs and paths. No part is empty, "." or "..".
 PART = r"(?!\.\.?(?:/|$))[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]+"
-PATH, SHA1, SHA256 = map(re.compile, (f"(?![A-Za-z]:){PART}(?:/{PART})*", "[0-9a-f]{40}", "[0-9a-f]{64}"))
+PATH = re.compile(f"(?![A-Za-z]:){PART}(?:/{PART})*")
+SHA1, SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
 LISTING = {"sha": SHA1, "siblings": [{"rfilename": PATH, "size": Between(0, 2**50), "blobId": SHA1,
                                       "lfs?": (None, {"sha256": SHA256})}]}
 
@@ -252,9 +252,14 @@ def ahead(function: Callable, items: Iterable) -> Iterator:
         except Exception as error:
             results.put((None, error))
 
+    def get_result():
+        while results.empty():  # on Windows, Ctrl-C interrupts a sleep, but not a wait for the queue
+            time.sleep(0.01)
+        return results.get()
+
     threading.Thread(target=work, daemon=True).start()
     try:
-        for result, error in iter(results.get, None):
+        for result, error in iter(get_result, None):
             if error is not None:
                 raise error
             yield result

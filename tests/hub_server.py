@@ -26,9 +26,10 @@ class Fault(NamedTuple):
 
     kind: "drop" (the connection is reset), "truncate" (it ends early), "stall" (nothing more comes, until the
     client leaves), each after `after` bytes of the body, under a Content-Length of the whole; "short" (an
-    honest Content-Length, of `after` bytes); "drip" (a byte per millisecond); "none" (nothing); "corrupt"
-    (one wrong byte); "ignore_range" (200 and the whole file); "other_range" (206 for one that starts a byte
-    later); "status" (that status, with `headers`).
+    honest Content-Length, of `after` bytes); "drip" (a byte per millisecond); "flood" (the body again and
+    again, 1 GB under that Content-Length); "none" (nothing); "corrupt" (one wrong byte); "ignore_range" (200
+    and the complete file); "other_range" (206 for one that starts a byte later); "status" (that status, with
+    `headers`).
     """
     kind: str
     after: int = 0
@@ -164,6 +165,8 @@ class Handler(BaseHTTPRequestHandler):
             body = body[:length // 2] + bytes([body[length // 2] ^ 1]) + body[length // 2 + 1:]
         if kind in ("drop", "truncate", "stall", "short"):
             body = body[:fault.after]
+        if kind == "flood":
+            length = 1 << 30
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -182,6 +185,8 @@ class Handler(BaseHTTPRequestHandler):
             for start in range(0, len(body), step):
                 self.wfile.write(body[start:start + step])
                 time.sleep(pause)
+            while kind == "flood":
+                self.wfile.write(body)
             self.wfile.flush()
             if kind == "stall":
                 self.connection.recv(1)  # comes back when the client leaves
