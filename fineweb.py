@@ -59,6 +59,7 @@ from shards import (
     SHA256,
     SHARD_NAME,
     SPLITS,
+    list_shards,
     manifest_name,
     read_header,
     read_manifest,
@@ -341,6 +342,10 @@ def verify_folder(folder: Path) -> None:
     if manifest is None or "splits" not in manifest:
         raise UserError(f"{folder} has no manifest.json to check against: it holds no build of fineweb.py, or one "
                         f"that is not finished")
+    known = {record["file"] for record in manifest["files"]}
+    for path in (path for split in SPLITS for path in list_shards(folder, split)):
+        if path.name not in known:
+            raise UserError(f"{path} is not in the manifest: it is of another set; move it away")
     began, n_vocab = time.perf_counter(), manifest["tokenizer"]["n_vocab"]
     documents = dict.fromkeys(SPLITS, 0)
     for record in tqdm(manifest["files"], unit=" shards"):
@@ -353,7 +358,7 @@ def verify_folder(folder: Path) -> None:
                 raise UserError(f"{path} has the sha256 {sha256}, not {record['sha256']}")
             if ids.max() >= n_vocab:
                 raise UserError(f"{path} has the id {ids.max()}, but the vocabulary {n_vocab:,}")
-        except UserError as error:
+        except (UserError, OSError) as error:
             raise UserError(f"{error}; to make this file again, and only it: rm -f {shlex.quote(str(path))} && "
                             f"{manifest['command']}") from error
         documents[SHARD_NAME.fullmatch(path.name)["split"]] += int(np.count_nonzero(ids == manifest["eot"]))
