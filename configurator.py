@@ -13,21 +13,19 @@ Settings of scripts: module globals, overridden by config files and --key=value 
 A setting is a lower-case global without a leading underscore whose value is a bool, int, float or str, or
 None where its annotation allows that. Nothing is guessed: an unknown key is an error in files and flags
 alike, and so is a value of another type or out of its range. A whole float fills an int (1e3 -> 1000), an int
-fills a float, text is taken as it stands. Reads the config files named on the command line and, for --help,
-the script's own comments. A config file is Python and runs with your rights: read it before you use it.
+fills a float, text is taken as it stands. A config file is Python and runs with your rights: read it first.
 """
 
-import ast
 import contextlib
 import difflib
 import errno
+import itertools
 import math
 import os
 import re
 import reprlib
 import signal
 import sys
-import tokenize
 import traceback
 import typing
 from pathlib import Path
@@ -35,6 +33,17 @@ from pathlib import Path
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no more room
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+OTHER_NAMES = {  # of nanoGPT, build-nanogpt and llm.c: the name here, and the unit where theirs is another
+    "learning_rate": "max_lr", "learning_rate_decay_frac": "min_lr, a rate and not a fraction",
+    "max_iters": "max_steps", "num_iterations": "max_steps", "lr_decay_iters": "max_steps",
+    "warmup_iters": "warmup_steps", "decay_lr": "schedule", "sequence_length": "block_size",
+    "total_batch_size": "batch_tokens", "gradient_accumulation_steps": "batch_tokens, tokens per step",
+    "eval_interval": "val_interval", "val_loss_every": "val_interval", "sample_every": "sample_interval",
+    "eval_iters": "val_tokens, in tokens", "val_max_steps": "val_tokens, in tokens",
+    "always_save_checkpoint": "checkpoint_interval, in steps", "wandb_log": "wandb",
+    "out_dir": "log_dir", "output_dir": "log_dir", "dataset": "data_dir, a folder of shards",
+    "input_bin": "data_dir, a folder of shards", "start": "prompt",
+}
 
 
 class UserError(ValueError):
@@ -92,34 +101,22 @@ def configure(namespace: dict, argv: list[str] | None = None) -> dict:
 
     `argv` (default: the command line) holds paths of config files and --key=value flags, applied in order. A
     bare --key switches a bool on. `-` in a key equals `_`. A config file is looked up as given, then beside
-    the script. Raises UserError. --help prints the table of settings and exits 0.
+    the script. Raises UserError, and then changes nothing. --help prints the table of settings and exits 0.
     """
     sys.excepthook = _exit_with_message
     if hasattr(sys.stdout, "reconfigure"):  # text of a model must not end a run where stdout is not UTF-8
         sys.stdout.reconfigure(errors="replace")
-    settings = _settings(namespace)
     argv = sys.argv[1:] if argv is None else argv
+    settings = _settings(namespace)
     if "--help" in argv or "-h" in argv:
-        print(help_text(namespace, settings), flush=True)
+        print(_help(namespace, settings), flush=True)
         sys.exit(0)
-    resolved = {key: namespace[key] for key in settings}
-    for arg in argv:
-        if arg.startswith("--"):
-            key, equals, text = arg[2:].partition("=")  # the first = only: a value may hold others
-            key, where = key.replace("-", "_"), f"flag {arg}"
-            setting = _find(key, settings, where)
-            if not equals and setting[0] is not bool:
-                raise UserError(f"{where}: needs a value; type --{key}={namespace[key]}, for example")
-            resolved[key] = _check(_parse(text if equals else "true", *setting), *setting, where)
-        elif arg.startswith("-"):
-            raise UserError(f"got {arg!r}, wanted --key=value or a config file; --help lists the keys")
-        else:
-            for key, value in _read_config_file(arg, namespace).items():
-                setting = _find(key, settings, f"config file {arg}")
-                resolved[key] = _check(value, *setting, f"config file {arg}: {key} = {reprlib.repr(value)}")
-    for key, (_, legal) in settings.items():
-        if legal is PathName:
-            resolved[key] = ",".join(map(os.path.expanduser, resolved[key].split(",")))
+    resolved = {key: _check(namespace[key], *settings[key], f"{key}={namespace[key]}") for key in settings}
+    for arg, following in itertools.pairwise([*argv, ""]):
+        if re.search("[\ud800-\udfff]", arg):  # how Python spells bytes that are not UTF-8
+            raise UserError(f"{arg!r} is not UTF-8; rename the file, or correct the text")
+        read = _read_flag if arg.startswith("--") else _read_config_file
+        resolved |= read(arg, following, namespace, settings)
     namespace.update(resolved)
     return resolved
 
@@ -148,7 +145,23 @@ def _find(key, settings, where):
         return settings[key]
     near = difflib.get_close_matches(key, settings, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(settings)}"
+    ours = OTHER_NAMES.get(key, "")
+    if ours.partition(",")[0] in settings:
+        hint = f"its name here is {ours}"
     raise UserError(f"{where}: unknown setting {key!r}; {hint} (--help lists all)")
+
+
+def _read_flag(arg, following, namespace, settings):
+    """{key: value} of --key=value; `following` is the next argument, for advice."""
+    key, equals, text = arg[2:].partition("=")  # the first = only: a value may hold others
+    key, where = key.replace("-", "_"), f"flag {arg}"
+    kind, legal = _find(key, settings, where)
+    if not equals:
+        if kind is not bool or following.lower() in BOOLS:
+            value = following if following and not following.startswith("--") else namespace[key]
+            raise UserError(f"{where}: needs a value after an equals sign; type --{key}={value}")
+        text = "true"
+    return {key: _check(_parse(text, kind, legal), kind, legal, where)}
 
 
 def _parse(text, kind, legal):
@@ -176,7 +189,34 @@ def _check(value, kind, legal, where):
         raise UserError(f"{where}: wanted {TYPES[kind]}{f', {legal}' if isinstance(legal, Between) else ''}")
     if isinstance(legal, (Between, OneOf)) and value not in legal:
         raise UserError(f"{where}: wanted {legal}")
+    if legal is PathName:
+        return ",".join(map(os.path.expanduser, value.split(",")))
     return value
+
+
+def _read_config_file(arg, following, namespace, settings):
+    """{key: value} that a config file assigns; it runs by itself and sees nothing of the script."""
+    folder, where = Path(namespace.get("__file__", ".")).resolve().parent, f"config file {arg}"
+    path = next((p for p in (Path(arg), folder / arg) if p.exists()), None)
+    if path is None:
+        known = sorted(f"config/{p.name}" for p in (folder / "config").glob("*.py"))
+        near = difflib.get_close_matches(arg, known, n=1) or known
+        raise UserError(f"{where}: not found; try {', '.join(near) or 'another path'}, or --key=value for a "
+                        f"setting")
+    if path.suffix != ".py" or not path.is_file():
+        flags = [f"--{key}={arg}" for key, (_, legal) in settings.items() if legal is PathName]
+        raise UserError(f"{arg} is {'a folder' if path.is_dir() else 'no .py file'}, and so no config file; "
+                        f"flags for paths: {', '.join(flags) or 'none'}")
+
+    text, scope = read_text(path), {}
+    try:
+        exec(compile(text, str(path), "exec"), scope)
+    except (Exception, SystemExit) as error:  # exit() in it must not end the script as if all were well
+        lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
+                 if frame.f_code.co_filename == str(path)] or [getattr(error, "lineno", None)]
+        raise UserError(f"{where}, line {lines[-1]}: {type(error).__name__}: {error}") from error
+    return {key: _check(value, *_find(key, settings, where), f"{where}: {key} = {reprlib.repr(value)}")
+            for key, value in scope.items() if not key.startswith("_")}
 
 
 def read_text(path: str | Path) -> str:
@@ -198,63 +238,19 @@ def read_text(path: str | Path) -> str:
                         f"example with iconv") from error
 
 
-def _read_config_file(arg, namespace):
-    """{name: value} that a config file assigns; it runs by itself and sees nothing of the script."""
-    folder = Path(namespace.get("__file__", ".")).resolve().parent
-    path = next((p for p in (Path(arg), folder / arg) if p.is_file()), None)
-    if path is None:
-        known = sorted(f"config/{p.name}" for p in (folder / "config").glob("*.py"))
-        near = difflib.get_close_matches(arg, known, n=1) or known
-        raise UserError(f"config file {arg}: not found; try {', '.join(near) or 'another path'}, "
-                        f"or --key=value for a setting")
-    text, scope = read_text(path), {}
-    try:
-        exec(compile(text, str(path), "exec"), scope)
-    except (Exception, SystemExit) as error:  # exit() in it must not end the script as if all were well
-        lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
-                 if frame.f_code.co_filename == str(path)] or [getattr(error, "lineno", None)]
-        raise UserError(f"config file {path}, line {lines[-1]}: {type(error).__name__}: {error}") from error
-    return {key: value for key, value in scope.items() if not key.startswith("_")}
-
-
-def settings_of(path: str | Path) -> dict:
-    """The settings that a script's source assigns, and their `__annotations__`: the script does not run."""
-    nodes = []
-    for node in ast.parse(read_text(path)).body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            if ast.unparse(node.value) == "configure(globals())":
-                break
-            annotated = isinstance(node, ast.AnnAssign)
-            name = ast.unparse(node.target if annotated else node.targets[0])
-            literal = not any(isinstance(part, ast.Name) for part in ast.walk(node.value))
-            if name.islower() and (annotated or literal):
-                nodes.append(node)
-    scope = {"__file__": str(path), "Between": Between, "OneOf": OneOf, "PathName": PathName, "Path": Path}
-    exec(compile(ast.Module(nodes, []), str(path), "exec"), scope)
-    return {key: value for key, value in scope.items() if key.islower() and not key.startswith("_")} | {
-        "__annotations__": annotations_of(scope)}
-
-
-def help_text(namespace: dict, settings: dict) -> str:
+def _help(namespace, settings):
     """The script's docstring and a line per setting: --key=default, type and range, the comment beside it."""
-    comments = {}
-    with tokenize.open(namespace["__file__"]) as file:
-        line_start = None
-        for token in tokenize.generate_tokens(file.readline):
-            if token.start[1] == 0 and token.type == tokenize.NAME:
-                line_start = token.string
-            elif token.type == tokenize.COMMENT and token.start[1] > 0:
-                comments.setdefault(line_start, token.string.lstrip("# "))
-    rows = []
+    source = Path(namespace["__file__"]).read_text(encoding="utf-8")
+    lines = [(namespace.get("__doc__") or "").strip(), "", "settings:"]
     for key, (kind, legal) in settings.items():
         what = "path" if legal is PathName else str(legal) if isinstance(legal, OneOf) else kind.__name__
-        if isinstance(legal, Between):
-            huge = f", {legal.low:,} or more{' or none' * legal.optional}"
-            what += huge if legal.high >= 10**9 else f", {legal}"
-        rows.append((f"--{key}={namespace[key]}", what, comments.get(key, "")))
-    wide, wider = (min(most, max(len(row[i]) for row in rows)) for i, most in ((0, 30), (1, 24)))
-    lines = [f"  {flag:{wide}}  {what:{wider}}  {comment}".rstrip() for flag, what, comment in rows]
-    return "\n".join([(namespace.get("__doc__") or "").strip(), "", "settings:", *lines])
+        if isinstance(legal, Between):  # a bound of a billion and more says nothing
+            what += ", " + re.sub(r" to ([\d,]{13,}|.*e\+\d+)", " or more", str(legal))
+        # the value may go on in indented lines; a comment stands after two spaces
+        comment = re.search(rf"^{key}\b[^=\n]*=(?:.|\n[ )])*?  # (.*)", source, re.MULTILINE)
+        flag = f"--{key}={namespace[key]}"
+        lines.append(f"  {flag:30}  {what:24}  {comment[1] if comment else ''}".rstrip())
+    return "\n".join(lines)
 
 
 def env_number(name: str, default: int) -> int:
