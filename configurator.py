@@ -205,8 +205,8 @@ def _read_config_file(arg, following, namespace, settings):
                         f"setting")
     if path.suffix != ".py" or not path.is_file():
         flags = [f"--{key}={arg}" for key, (_, legal) in settings.items() if legal is PathName]
-        raise UserError(f"{arg} is {'a folder' if path.is_dir() else 'no .py file'}, and so no config file; "
-                        f"flags for paths: {', '.join(flags) or 'none'}")
+        what = "a folder, not a config file" if path.is_dir() else "not a config file (.py)"
+        raise UserError(f"{arg} is {what}; flags that take a path: {', '.join(flags) or 'none'}")
 
     text, scope = read_text(path), {}
     try:

@@ -12,7 +12,7 @@ import pytest
 from training import PYTHON
 
 import analyze_compute
-from configurator import Between, OneOf, PathName, UserError, annotations_of, configure
+from configurator import OTHER_NAMES, Between, OneOf, PathName, UserError, annotations_of, configure
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("results/*/*.py")])
@@ -227,6 +227,63 @@ def test_home_folder(namespace, monkeypatch):
     assert configure(namespace, ["--start=~/a,~/b"])["start"] == "~/a,~/b"  # a prompt is no path
 
 
+# ---- advice for mistakes that people make
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--batch_size", "100"], "flag --batch_size: needs a value after an equals sign; type --batch_size=100"),
+    (["--out-dir", "x.py"], "type --out_dir=x.py"),
+    (["--compile", "false"], "type --compile=false"),
+    (["--batch_size", "--compile"], "type --batch_size=16"),
+    (["--compile", "nosuch.py"], "config file nosuch.py: not found"),
+])
+def test_a_space_in_place_of_the_equals_sign(namespace, argv, words):
+    with pytest.raises(UserError, match=f"{words}$" if "type" in words else words):
+        configure(namespace, argv)
+    assert configure(namespace, ["--compile"])["compile"] is True
+
+
+@pytest.mark.parametrize(("script", "theirs", "ours"), [
+    ("train_gpt2.py", "learning_rate", "max_lr"), ("train_gpt2.py", "max-iters", "max_steps"),
+    ("train_gpt2.py", "out_dir", "log_dir"), ("train_gpt2.py", "eval_interval", "val_interval"),
+    ("train_gpt2.py", "eval_iters", "val_tokens, in tokens"),
+    ("train_gpt2.py", "gradient_accumulation_steps", "batch_tokens, tokens per step"),
+    ("train_gpt2.py", "sequence_length", "block_size"), ("generate.py", "start", "prompt"),
+])
+def test_names_of_nanogpt_and_llm_c(script, theirs, ours):
+    with pytest.raises(UserError, match=f"its name here is {re.escape(ours)} "):
+        configure(settings_of(ROOT / script), [f"--{theirs}=1"])
+
+
+def test_every_name_of_another_repository_leads_to_a_setting(namespace, tmp_path):
+    settings = settings_of(ROOT / "train_gpt2.py")
+    for theirs, ours in OTHER_NAMES.items():
+        assert theirs not in settings and ours.partition(",")[0] in settings, theirs
+    path = tmp_path / "theirs.py"
+    path.write_text("learning_rate = 1\n", encoding="utf-8")
+    with pytest.raises(UserError, match="its name here is max_lr "):
+        configure(settings, [str(path)])
+    assert configure(namespace, ["--out_dir=x", str(path)])["out_dir"] == "x"  # a setting of this script
+    with pytest.raises(UserError, match="'max_iters'; known: batch_size"):  # which has no max_steps
+        configure(namespace, ["--max_iters=1"])
+
+
+def test_what_is_no_config_file_is_named_as_such(namespace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "folder.py").mkdir()
+    for name in ("input.txt", "text.parquet", "ids.npy", "lines.jsonl"):
+        (tmp_path / name).write_text("batch_size = 1\n", encoding="utf-8")
+    settings = settings_of(ROOT / "fineweb.py")
+    for name in ("input.txt", "text.parquet", "ids.npy", "lines.jsonl", "data", "folder.py"):
+        what = "a folder, not a config file" if Path(name).is_dir() else "not a config file (.py)"
+        flags = f"--input={name}, --data_dir={name}, --tokenizer={name}"
+        with pytest.raises(UserError, match=re.escape(f"{name} is {what}; flags that take a path: {flags}")):
+            configure(settings, [name])
+    with pytest.raises(UserError, match="flags that take a path: none"):
+        configure(namespace, ["data"])
+
+
 # ---- the settings of all scripts
 
 PATHS = {"checkpoint", "data_dir", "hellaswag_data", "init_from", "input", "log_dir", "out", "out_dir",
@@ -317,6 +374,14 @@ def test_a_mistake_exits_2_without_a_traceback(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     message = "unknown setting 'batchsize'; did you mean batch_size? (--help lists all)"
     assert done.stderr == f"error: flag --batchsize=8: {message}\n"
+
+
+def test_a_name_that_is_not_utf8_is_one_line(tmp_path):
+    for argument in (b"--out_dir=caf\xe9.txt", b"caf\xe9.py"):
+        done = run(tmp_path, argument)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+        assert "caf\\udce9" in done.stderr and "is not UTF-8; rename the file" in done.stderr
+    assert "out_dir='café.txt'" in run(tmp_path, "--out_dir=café.txt").stdout
 
 
 def test_a_full_disk_exits_2_and_a_closed_pipe_is_quiet(tmp_path):
