@@ -71,6 +71,10 @@ class Between(typing.NamedTuple):
     high: float
     optional: bool = False  # Between(1, 9) | None: or None
 
+    @property
+    def kind(self) -> type:
+        return float if float in (type(self.low), type(self.high)) else int
+
     def __contains__(self, value) -> bool:
         return self.low <= value <= self.high  # False for nan
 
@@ -128,7 +132,7 @@ def _settings(namespace):
         if key.islower() and not key.startswith("_"):
             legal = annotations.get(key)
             if value is None and isinstance(legal, Between):
-                settings[key] = float if float in map(type, legal[:2]) else int, legal
+                settings[key] = legal.kind, legal
             elif type(value) in TYPES:
                 settings[key] = type(value), legal
     return settings

@@ -21,20 +21,18 @@ import sys
 import time
 from pathlib import Path
 
-from configurator import DISK_FULL, Between, OneOf, TemporaryError, UserError, read_text
-
-LOCK_NAME = ".lock"
+from configurator import DISK_FULL, TYPES, Between, OneOf, TemporaryError, UserError, read_text
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path, what: str, patience: float = 0):
+def locked(folder: str | Path, what: str, patience: float = 0, name: str = ".lock"):
     """Keep a second `what` ("run", "build") out of a folder while this block, or this process, lives.
 
     The operating system drops the lock when the process ends, however it ends. Raises TemporaryError while
     another process holds it, after `patience` seconds. Where the file system has no locks, a line on stderr
-    says so, and the block runs.
+    says so, and the block runs. Locks with different names do not exclude each other.
     """
-    path, deadline = Path(folder, LOCK_NAME), time.monotonic() + patience
+    path, deadline = Path(folder, name), time.monotonic() + patience
     while True:
         file = open(path, "a+", encoding="utf-8", errors="replace")
         try:
@@ -42,12 +40,10 @@ def locked(folder: str | Path, what: str, patience: float = 0):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 break
-            file.close()  # its holder has just removed it, and others may lock a new one: once more
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read(1000).strip() or "another process"
-            file.close()
             if time.monotonic() >= deadline:
+                file.seek(0)
+                holder = file.read(1000).strip() or "another process"
                 raise TemporaryError(f"a {what} is at work in {folder}: {holder}; wait until it ends, stop "
                                      f"it, or choose another folder") from None
             time.sleep(1)
@@ -56,10 +52,10 @@ def locked(folder: str | Path, what: str, patience: float = 0):
                   f"sure that only one {what} at a time writes there", file=sys.stderr, flush=True)
             yield
             return
+        file.close()  # held by another process, or its holder has just removed it
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         file.truncate(0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {platform.node()}, since {since}\n")
+        file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%F %T')}\n")
         file.flush()
     try:
         yield
@@ -83,7 +79,7 @@ def replacing(path: Path, n_bytes: int = 0):
 
     n_bytes: its size, if known, for the UserError of a full disk.
     """
-    if path.exists() and not path.is_file():  # as root, the rename would do away with /dev/null
+    if path.exists() and not path.is_file():  # as root, the rename would replace /dev/null
         raise UserError(f"cannot write {path}: it is not a regular file; name another")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -93,7 +89,7 @@ def replacing(path: Path, n_bytes: int = 0):
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the error that counts is the first
+        with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink()
         if isinstance(error, OSError):
             raise not_written(path, error, n_bytes) from error
@@ -169,55 +165,44 @@ def check(value, schema, place: str):
     with these names (those that end in ? may be missing, others may stand beside them), or {str: schema} for
     a dict of any names.
     """
-    def refuse(wanted):
-        raise UserError(f"{place}: {reprlib.repr(value)}, wanted {wanted}")
-
-    if isinstance(schema, dict):
-        if not isinstance(value, dict):
-            refuse("an object with " + ", ".join(str(name) for name in schema if name is not str))
+    if isinstance(schema, dict) and isinstance(value, dict):
         for name, part in schema.items():
             if name is str:
                 for key, item in value.items():
                     check(key, str, f"{place}, a name")
                     check(item, part, f"{place}, {key}")
-            elif name.rstrip("?") in value:
-                check(value[name.rstrip("?")], part, f"{place}, {name.rstrip('?')}")
-            elif not name.endswith("?"):
+            elif (plain := name.rstrip("?")) in value:
+                check(value[plain], part, f"{place}, {plain}")
+            elif plain == name:
                 raise UserError(f"{place}: {name} is missing")
-    elif isinstance(schema, list):
-        if not isinstance(value, (list, tuple)) or len(schema) not in (1, len(value)):
-            refuse("a list" if len(schema) == 1 else f"a list of {len(schema)}")
+    elif isinstance(schema, list) and isinstance(value, (list, tuple)) and len(schema) in (1, len(value)):
         for i, item in enumerate(value):
             check(item, schema[i % len(schema)], f"{place}, number {i + 1}")
-    elif isinstance(schema, Between):
-        kinds = (int,) if isinstance(schema.low, int) and isinstance(schema.high, int) else (int, float)
-        if type(value) not in kinds or value not in schema:
-            refuse(f"{'a whole number' if kinds == (int,) else 'a number'}, {schema}")
-    elif isinstance(schema, OneOf):
-        if not any(type(value) is type(word) and value == word for word in schema):
-            refuse(schema)
-    elif isinstance(schema, tuple):
-        for part in schema:
-            with contextlib.suppress(UserError):
-                return check(value, part, place)
-        refuse(" or ".join(map(_describe, schema)))
-    elif isinstance(schema, re.Pattern):
-        if not isinstance(value, str) or not schema.fullmatch(value):
-            refuse(_describe(schema))
-    elif schema is None:
-        if value is not None:
-            refuse("null")
-    elif type(value) is not schema and not (schema is float and type(value) is int):
-        refuse(_describe(schema))
+    else:
+        fits, words = _compare(value, schema)
+        if not fits:
+            raise UserError(f"{place}: {reprlib.repr(value)}, wanted {words}")
     return value
 
 
-def _describe(schema):
-    if isinstance(schema, (dict, list)):
-        return "an object" if isinstance(schema, dict) else "a list"
+def _compare(value, schema):
+    """(whether `value` fits, the schema in words), where it is not a dict or list of the schema's form."""
+    if isinstance(schema, dict):
+        return False, "an object"
+    if isinstance(schema, list):
+        return False, "a list" if len(schema) == 1 else f"a list of {len(schema)}"
+    if isinstance(schema, Between):
+        return type(value) in (int, schema.kind) and value in schema, f"{TYPES[schema.kind]}, {schema}"
+    if isinstance(schema, OneOf):
+        return (type(value), value) in [(type(word), word) for word in schema], str(schema)
+    if isinstance(schema, tuple):
+        for part in schema:
+            with contextlib.suppress(UserError):
+                check(value, part, "")
+                return True, ""
+        return False, " or ".join(_compare(None, part)[1] for part in schema)
     if isinstance(schema, re.Pattern):
-        return f"text like {schema.pattern}"
-    if isinstance(schema, tuple):  # a Between or a OneOf
-        return str(schema)
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", None: "null"}
-    return words.get(schema) or schema.__name__
+        return isinstance(value, str) and schema.fullmatch(value), f"text like {schema.pattern}"
+    if schema is None:
+        return value is None, "null"
+    return type(value) in ((int, float) if schema is float else (schema,)), TYPES.get(schema, schema.__name__)
