@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from configurator import Between, PathName, UserError, annotations_of, configure, settings_of
+from configurator import Between, OneOf, PathName, UserError, annotations_of, configure, read_text
 from device import GEFORCE, PEAK_TFLOPS
 from device import peak_tflops as known_peak  # peak_tflops is a setting
 from files import write_atomically
@@ -63,9 +63,11 @@ RUN_A_GPU = "NVIDIA GeForce RTX 4050 Laptop GPU"
 
 def train_settings() -> dict:
     """The settings of train_gpt2.py, and the `__annotations__` of those and of the ones above."""
-    settings = settings_of(Path(__file__).with_name("train_gpt2.py"))
-    settings["__annotations__"] = annotations_of(globals()) | settings["__annotations__"]
-    return settings
+    source = read_text(Path(__file__).with_name("train_gpt2.py"))
+    scope = {"Between": Between, "OneOf": OneOf, "PathName": PathName}
+    exec(source[source.index("\n# ----"):source.index("config = configure(globals())")], scope)
+    settings = {key: value for key, value in scope.items() if key.islower() and not key.startswith("_")}
+    return settings | {"__annotations__": annotations_of(globals()) | annotations_of(scope)}
 
 
 # ---- parameters and FLOPs ------------------------------------------------------

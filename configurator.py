@@ -11,9 +11,9 @@ Settings of scripts: module globals, overridden by config files and --key=value 
     python train_gpt2.py --help                                            # every key, default, type, range
 
 A setting is a lower-case global without a leading underscore whose value is a bool, int, float or str, or
-None where its annotation allows that. Nothing is guessed: an unknown key is an error in files and flags
-alike, and so is a value of another type or out of its range. A whole float fills an int (1e3 -> 1000), an int
-fills a float, text is taken as it stands. A config file is Python and runs with your rights: read it first.
+None where its annotation allows that. Nothing is guessed: an unknown key is an error, and so is a value of
+another type or out of its range. 1e3 is a whole number, and text is taken as it stands. A config file is
+Python and runs with your rights: read it first.
 """
 
 import contextlib
@@ -119,8 +119,10 @@ def configure(namespace: dict, argv: list[str] | None = None) -> dict:
     for arg, following in itertools.pairwise([*argv, ""]):
         if re.search("[\ud800-\udfff]", arg):  # how Python spells bytes that are not UTF-8
             raise UserError(f"{arg!r} is not UTF-8; rename the file, or correct the text")
-        read = _read_flag if arg.startswith("--") else _read_config_file
-        resolved |= read(arg, following, namespace, settings)
+        if arg.startswith("--"):
+            resolved |= _read_flag(arg, following, namespace, settings)
+        else:
+            resolved |= _read_config_file(arg, namespace, settings)
     namespace.update(resolved)
     return resolved
 
@@ -129,12 +131,10 @@ def _settings(namespace):
     """{key: (type, annotation or None)} of the settings among a script's globals, in the order written."""
     annotations, settings = annotations_of(namespace), {}
     for key, value in namespace.items():
-        if key.islower() and not key.startswith("_"):
-            legal = annotations.get(key)
-            if value is None and isinstance(legal, Between):
-                settings[key] = legal.kind, legal
-            elif type(value) in TYPES:
-                settings[key] = type(value), legal
+        legal = annotations.get(key)
+        kind = legal.kind if value is None and isinstance(legal, Between) else type(value)
+        if key.islower() and not key.startswith("_") and kind in TYPES:
+            settings[key] = kind, legal
     return settings
 
 
@@ -198,7 +198,7 @@ def _check(value, kind, legal, where):
     return value
 
 
-def _read_config_file(arg, following, namespace, settings):
+def _read_config_file(arg, namespace, settings):
     """{key: value} that a config file assigns; it runs by itself and sees nothing of the script."""
     folder, where = Path(namespace.get("__file__", ".")).resolve().parent, f"config file {arg}"
     path = next((p for p in (Path(arg), folder / arg) if p.exists()), None)
@@ -224,17 +224,13 @@ def _read_config_file(arg, following, namespace, settings):
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, without the mark that some editors put in front.
-
-    Raises UserError for what is no file, for UTF-16 and for bytes that are not UTF-8; OSError as open does.
-    """
+    """The text of a UTF-8 file, without its byte order mark. Raises UserError if it is no such file."""
     path = Path(path)
     if path.exists() and not path.is_file():  # reading a pipe would wait for whoever writes into it
         raise UserError(f"{path}: not a regular file; name a text file")
     data = path.read_bytes()
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:2]:
-        raise UserError(f"{path}: this text is UTF-16; convert it, for example with "
-                        f"iconv -f UTF-16 -t UTF-8 {path}")
+        raise UserError(f"{path}: this text is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -258,7 +254,7 @@ def _help(namespace, settings):
 
 
 def env_number(name: str, default: int) -> int:
-    """A whole number in the environment; UserError where something else stands there."""
+    """A whole number in the environment, or `default`. Raises UserError for any other text there."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
         raise UserError(f"{name}={text!r} in the environment is not a whole number: start with torchrun, or "
@@ -290,7 +286,7 @@ def _exit_with_message(kind, error, trace):
         return sys.__excepthook__(kind, error, trace)
     # not sys.stderr: torch.distributed calls this hook with a buffer there, which a SystemExit would lose
     print(f"error: {error}", file=sys.__stderr__, flush=True)
-    lasting = issubclass(kind, UserError) and not issubclass(kind, TemporaryError)
-    if lasting and not isinstance(error.__cause__, OSError):
+    lasting = isinstance(error, UserError) and not isinstance(error, TemporaryError)
+    if lasting and not isinstance(error.__cause__, OSError):  # the disk may work at the next try
         end_launcher()
     sys.exit(2)

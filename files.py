@@ -38,8 +38,10 @@ def locked(folder: str | Path, what: str, patience: float = 0, name: str = ".loc
         try:
             import fcntl  # Windows has none
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 break
+        except FileNotFoundError:
+            pass  # its holder has just removed it
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 file.seek(0)
@@ -52,7 +54,7 @@ def locked(folder: str | Path, what: str, patience: float = 0, name: str = ".loc
                   f"sure that only one {what} at a time writes there", file=sys.stderr, flush=True)
             yield
             return
-        file.close()  # held by another process, or its holder has just removed it
+        file.close()
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%F %T')}\n")
@@ -69,16 +71,13 @@ def write_atomically(path: Path, *parts) -> None:
 
     Raises UserError when the disk is full or the folder cannot be written; nothing is left behind then.
     """
-    with replacing(path, sum(memoryview(part).nbytes for part in parts)) as file:
+    with replacing(path) as file:
         file.writelines(parts)
 
 
 @contextlib.contextmanager
-def replacing(path: Path, n_bytes: int = 0):
-    """A new binary file that takes the place of `path` when the block ends; if it fails, nothing is left.
-
-    n_bytes: its size, if known, for the UserError of a full disk.
-    """
+def replacing(path: Path):
+    """A new binary file that takes the place of `path` when the block ends; if it fails, nothing is left."""
     if path.exists() and not path.is_file():  # as root, the rename would replace /dev/null
         raise UserError(f"cannot write {path}: it is not a regular file; name another")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -92,19 +91,18 @@ def replacing(path: Path, n_bytes: int = 0):
         with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink()
         if isinstance(error, OSError):
-            raise not_written(path, error, n_bytes) from error
+            raise not_written(path, error) from error
         raise
 
 
-def not_written(path: Path, error: OSError, n_bytes: int = 0) -> UserError:
-    """The UserError for a file that could not be written: only a full disk speaks of space."""
+def not_written(path: Path, error: OSError) -> UserError:
+    """The UserError for a file that could not be written."""
     if error.errno not in DISK_FULL:
         return UserError(f"cannot write {path} ({error.strerror or error}); check the permissions of the "
                          f"folder, or write to another one")
-    size = f"{n_bytes:,} bytes needed" if n_bytes else "more is needed"
     free = shutil.disk_usage(path.parent).free
-    return UserError(f"no space for {path} ({error.strerror}): {size}, {free:,} free on its disk; make room, "
-                     f"or write to another disk")
+    return UserError(f"no space for {path} ({error.strerror}): {free:,} bytes are free; make room, or write "
+                     f"to another disk")
 
 
 def sync_file(file) -> None:
@@ -115,7 +113,7 @@ def sync_file(file) -> None:
 
 def sync_folder(path: str | Path) -> None:
     """Make the renames in a folder survive a power cut."""
-    if os.name == "nt":  # where a folder cannot be opened
+    if os.name == "nt":  # Windows cannot open a folder
         return
     folder = os.open(path, os.O_RDONLY)
     try:

@@ -1,7 +1,9 @@
 """Settings: every trap that users of nanoGPT's configurator fell into, and every shipped config file."""
 
+import functools
 import math
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 from training import PYTHON
 
-from configurator import Between, OneOf, PathName, UserError, configure, settings_of
+import analyze_compute
+from configurator import OTHER_NAMES, Between, OneOf, PathName, UserError, annotations_of, configure
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("results/*/*.py")])
@@ -33,6 +36,32 @@ config = configure(globals())
 for key, value in config.items():
     print(f"{key}={value!r}")
 '''
+
+
+@functools.cache
+def globals_of(path):
+    sys.path.append(str(path.parent))  # where Python finds what a script stands beside
+    try:
+        return runpy.run_path(str(path))  # not as __main__
+    finally:
+        sys.path.pop()
+
+
+def settings_of(path):
+    """What `configure` is given by a script."""
+    if path.name not in ("train_gpt2.py", "analyze_compute.py"):
+        return dict(globals_of(path))
+    own, settings = vars(analyze_compute), analyze_compute.train_settings()  # of both scripts
+    if path.name == "analyze_compute.py":
+        return {**own, **settings}
+    limits = settings["__annotations__"].items()
+    return {**settings, "__file__": str(path),
+            "__annotations__": {key: limit for key, limit in limits if key not in own}}
+
+
+@pytest.fixture(autouse=True)
+def hook(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure replaces it
 
 
 @pytest.fixture
@@ -95,7 +124,7 @@ def test_good_flags(namespace, flag, key, value):
     ("--CONSTANT=4", "unknown setting"),
     ("--configure=4", "unknown setting"),
     ("--sys=4", "unknown setting"),
-    ("-batch_size=8", "wanted --key=value"),
+    ("-batch_size=8", "or --key=value for a setting"),
     ("batch_size=8", "not found"),
     ("config/nosuch.py", "not found"),
 ])
@@ -161,6 +190,9 @@ def test_annotations_are_checked_in_flags_and_files(namespace, tmp_path, how):
     limits = {"batch_size": Between(1, 99), "grad_clip": Between(0, 1 - 1e-9),
               "top_p": Between(0, 1.0) | None, "stop_at": Between(2, 9) | None,
               "wandb_run_name": OneOf("gpt2", "gpt3", "")}
+    with pytest.raises(UserError, match=r"grad_clip=1\.0: wanted 0 to"):  # a default
+        configure({**namespace, "__annotations__": limits}, [])
+    namespace["grad_clip"] = 0.5
     del namespace["__annotations__"]
     namespace[how] = limits if how == "__annotations__" else {1: limits}.__getitem__  # 1: values, no strings
     path = tmp_path / "a.py"
@@ -195,6 +227,53 @@ def test_home_folder(namespace, monkeypatch):
     assert configure(namespace, ["--start=~/a,~/b"])["start"] == "~/a,~/b"  # a prompt is no path
 
 
+# ---- advice for mistakes that people make
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--batch_size", "100"], "flag --batch_size: needs a value after an equals sign; type --batch_size=100"),
+    (["--out-dir", "x.py"], "type --out_dir=x.py"),
+    (["--compile", "false"], "type --compile=false"),
+    (["--batch_size", "--compile"], "type --batch_size=16"),
+    (["--compile", "nosuch.py"], "config file nosuch.py: not found"),
+])
+def test_a_space_in_place_of_the_equals_sign(namespace, argv, words):
+    with pytest.raises(UserError, match=f"{words}$" if "type" in words else words):
+        configure(namespace, argv)
+    assert configure(namespace, ["--compile"])["compile"] is True
+
+
+def test_names_of_nanogpt_and_llm_c(namespace, tmp_path):
+    settings = settings_of(ROOT / "train_gpt2.py")
+    for theirs, ours in OTHER_NAMES.items():
+        assert ours.partition(",")[0] in settings
+        with pytest.raises(UserError, match=rf"'{theirs}'; its name here is {re.escape(ours)} \("):
+            configure(settings, [f"--{theirs}=1"])
+    path = tmp_path / "theirs.py"
+    path.write_text("learning_rate = 1\n", encoding="utf-8")
+    with pytest.raises(UserError, match="its name here is max_lr "):
+        configure(settings, [str(path)])
+    assert configure(namespace, ["--out_dir=x", str(path)])["out_dir"] == "x"  # a setting of this script
+    with pytest.raises(UserError, match="'max_iters'; known: batch_size"):  # which has no max_steps
+        configure(namespace, ["--max_iters=1"])
+
+
+def test_what_is_no_config_file_is_named_as_such(namespace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "folder.py").mkdir()
+    for name in ("input.txt", "text.parquet", "ids.npy", "lines.jsonl"):
+        (tmp_path / name).write_text("batch_size = 1\n", encoding="utf-8")
+    settings = settings_of(ROOT / "fineweb.py")
+    for name in ("input.txt", "text.parquet", "ids.npy", "lines.jsonl", "data", "folder.py"):
+        what = "a folder, not a config file" if Path(name).is_dir() else "not a config file (.py)"
+        flags = f"--input={name}, --data_dir={name}, --tokenizer={name}"
+        with pytest.raises(UserError, match=re.escape(f"{name} is {what}; flags that take a path: {flags}")):
+            configure(settings, [name])
+    with pytest.raises(UserError, match="flags that take a path: none"):
+        configure(namespace, ["data"])
+
+
 # ---- the settings of all scripts
 
 PATHS = {"checkpoint", "data_dir", "hellaswag_data", "init_from", "input", "log_dir", "out", "out_dir",
@@ -203,8 +282,8 @@ PATHS = {"checkpoint", "data_dir", "hellaswag_data", "init_from", "input", "log_
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_every_number_has_a_range_that_its_default_keeps(path):
-    settings = settings_of(path)
-    limits = settings.pop("__annotations__")
+    settings = configure(settings_of(path), [])
+    limits = {key: limit for key, limit in annotations_of(settings_of(path)).items() if key.islower()}
     assert settings and limits.keys() <= settings.keys()
     for key, value in settings.items():
         limit = limits.get(key)
@@ -223,7 +302,7 @@ def test_what_is_outside_of_a_range_is_refused(path):
     def value_of(key, value):
         return configure(dict(settings), [*before, f"--{key}={value}"])[key]
 
-    for key, limit in settings["__annotations__"].items():
+    for key, limit in annotations_of(settings).items():
         if isinstance(limit, Between):
             whole = type(settings[key]) is not float
             below = limit.low - 1 if whole else math.nextafter(limit.low, -math.inf)
@@ -252,9 +331,7 @@ def test_nonsense_that_hung_or_exploded(script, flags):
 
 def test_a_setting_without_a_range_is_found(tmp_path):
     path = tmp_path / "script.py"
-    path.write_text("import math\nseed = 2**10\nX = math.pi\nconfig = configure(globals())\nlate = 1\n",
-                    encoding="utf-8")
-    assert settings_of(path) == {"seed": 1024, "__annotations__": {}}
+    path.write_text("seed = 2**10\n", encoding="utf-8")
     with pytest.raises(AssertionError, match="seed: no Between"):
         test_every_number_has_a_range_that_its_default_keeps(path)
 
@@ -287,6 +364,14 @@ def test_a_mistake_exits_2_without_a_traceback(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     message = "unknown setting 'batchsize'; did you mean batch_size? (--help lists all)"
     assert done.stderr == f"error: flag --batchsize=8: {message}\n"
+
+
+def test_a_name_that_is_not_utf8_is_one_line(tmp_path):
+    for argument in (b"--out_dir=caf\xe9.txt", b"caf\xe9.py"):
+        done = run(tmp_path, argument)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+        assert "caf\\udce9" in done.stderr and "is not UTF-8; rename the file" in done.stderr
+    assert "out_dir='café.txt'" in run(tmp_path, "--out_dir=café.txt").stdout
 
 
 def test_a_full_disk_exits_2_and_a_closed_pipe_is_quiet(tmp_path):

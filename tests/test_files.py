@@ -1,6 +1,7 @@
 """files.py: what is read is what the schema says, and what is written is complete or not there."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import pytest
 
 import files
 from configurator import Between, OneOf, UserError
-from files import check, read_json, replacing, write_atomically
+from files import check, locked, read_json, replacing, write_atomically
 
 SCHEMA = {"format": OneOf(1), "files": [{"file": re.compile("[a-z]+"), "tokens": Between(0, 9)}],
           "pair": [str, Between(0.0, 1.0)], "loss?": (None, float), "more": {str: (int, str)}}
@@ -54,7 +55,7 @@ def test_long_and_deep_values_are_shown_in_part():
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "9" * 5000, '{"format": 1', "nul"])
-def test_json_that_is_damaged_or_deep(tmp_path, text):
+def test_json_that_is_corrupt_or_deep(tmp_path, text):
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"a\.json: not valid JSON"):
         read_json(tmp_path / "a.json", {})
@@ -90,3 +91,32 @@ def test_a_special_file_is_never_replaced(tmp_path):
     with pytest.raises(UserError, match="not a regular file"):
         write_atomically(tmp_path / "pipe", b"x")
     assert not (tmp_path / "pipe").is_file() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_locks_of_several_machines(tmp_path):
+    """Machine r of N takes .lock_r_of_N: each once, and all at the same time."""
+    with locked(tmp_path, "build", name=".lock_0_of_2"), locked(tmp_path, "build", name=".lock_1_of_2"):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock_0_of_2", ".lock_1_of_2"}
+        with pytest.raises(UserError, match="a build is at work"), \
+                locked(tmp_path, "build", name=".lock_0_of_2"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_whose_holder_has_just_left(tmp_path, monkeypatch, capsys):
+    """Between open and flock its file is removed, or replaced: the lock is then taken on a new file."""
+    flock, left = fcntl.flock, ["removed", "replaced"]
+
+    def late(file, how):
+        if left:
+            (tmp_path / ".lock").unlink()
+            if left.pop() == "replaced":
+                (tmp_path / ".lock").touch()
+        return flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(tmp_path, "run"):
+        assert not left and "process" in (tmp_path / ".lock").read_text(encoding="utf-8")
+        with pytest.raises(UserError, match="a run is at work"), locked(tmp_path, "run"):
+            pass
+    assert not list(tmp_path.iterdir()) and "cannot be locked" not in capsys.readouterr().err

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_configurator import settings_of
 
-from configurator import configure, settings_of
+from configurator import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,14 +21,6 @@ def shown_commands(text):
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).splitlines() or re.findall(r"^[# ]*((?:python|torchrun) .*)$", text, re.M)
     return [re.sub(r"\s+#\s.*", "", line).strip() for line in lines if line.strip()]
-
-
-def script_settings(script):
-    """What configure sees of a script, without running it."""
-    settings = settings_of(ROOT / script)
-    if script == "analyze_compute.py":  # which takes those of train_gpt2.py too
-        settings = settings_of(ROOT / "train_gpt2.py") | settings
-    return settings | {"__file__": str(ROOT / script)}
 
 
 SOURCES = ["README.md", "RESULTS.md", *(p.name for p in ROOT.glob("*.py")),
@@ -44,7 +37,7 @@ def test_commands_parse(source, command, monkeypatch):
         if words[0] in ("python", "torchrun") and scripts:
             monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure replaces it
             flags = [word for word in words[words.index(scripts[0]) + 1:] if word != "--help"]
-            configure(script_settings(scripts[0]), flags)
+            configure(settings_of(ROOT / scripts[0]), flags)
         elif words[0] == "make":
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
             assert re.search(rf"^{words[1] if len(words) > 1 else 'help'}:", makefile, re.M)
