@@ -282,7 +282,7 @@ def jsonl_chunks(file: File, column: str, val_fraction: float) -> Iterator[tuple
     try:
         for piece in read_pieces(file):
             if line == 1 and not pieces and piece.lstrip()[:1] == b"[":
-                raise UserError(f"{file.name} is a JSON array, not a document per line; to convert it: python -c "
+                raise UserError(f"{file.name} is a JSON array, not a document a line; convert it: python -c "
                                 f"'import json, sys; [print(json.dumps(x)) for x in json.load(sys.stdin)]' "
                                 f"< OLD.json > NEW.jsonl")
             pieces.append(piece)
@@ -309,8 +309,8 @@ def read_jsonl(name: str, first_line: int, block: bytes, column: str, val_fracti
         except (ValueError, RecursionError) as error:  # also for half of a surrogate pair
             bad.append(f"{name}, line {number}: not JSON, or not text ({error})")
         except (KeyError, TypeError, AttributeError):
-            bad.append(f"{name}, line {number}: {line[:50]!r} has no text in a field {column!r}; name another "
-                       f"one: --text_column=NAME")
+            bad.append(f"{name}, line {number}: {line[:50]!r} has no text in a field {column!r}; name the "
+                       f"right one with --text_column=NAME")
     return from_texts(texts, val_fraction, bad)
 
 
@@ -373,13 +373,17 @@ def line_start(text: bytes, near: int, reach: int) -> int:
 # ---- sources -------------------------------------------------------------------
 
 
-def input_files(input: str) -> list[File]:
-    """The files named by --input, in the order given, each once; those of a folder or glob sorted by path."""
+def input_files(input: str, but_not: Path) -> list[File]:
+    """The files named by --input, in the order given, each once; those of a folder or glob sorted by path.
+
+    but_not: a folder whose files are passed over, as shards and notes may stand below the text.
+    """
     files, ignored = {}, []
     for name in filter(None, input.split(",")):
         path, top = Path(name), Path(Path(name).anchor)
         if path.is_dir():  # may hold other files too; what is named itself must be of a known kind
-            below = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            below = [file for file in sorted(path.rglob("*"))
+                     if file.is_file() and but_not.resolve() not in file.resolve().parents]
             found = [file for file in below if KINDS.fullmatch(file.name) and not any(
                 part.startswith((".", "__MACOSX")) for part in file.relative_to(path).parts)]
             ignored += set(below) - set(found)
@@ -405,9 +409,10 @@ def kind_of(file: File) -> str:
     return KINDS.fullmatch(file.path.name)[1].lower().partition(".")[0]
 
 
-def input_source(input: str, column: str, val_fraction: float, rank: int = 0, ranks: int = 1) -> Source:
-    """The files named by --input; of several machines (ranks), each takes its share of them."""
-    files = input_files(input)
+def input_source(input: str, column: str, val_fraction: float, but_not: Path = Path("/nowhere"),
+                 rank: int = 0, ranks: int = 1) -> Source:
+    """The files named by --input, as input_files finds them; of several machines, each takes its share."""
+    files = input_files(input, but_not)
 
     def units() -> Iterator[Iterable]:
         for kind, group in itertools.groupby(files[rank::ranks], key=kind_of):
@@ -462,8 +467,8 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
     files = [file for file in files if "train" in file.path.rpartition("/")[2]] or files
     if not files:
         folders = sorted({file.path.rpartition("/")[0] for file in everything})
-        raise UserError(f"{repo} has no parquet files in {folder or 'any folder'}; name a folder that has some: "
-                        f"--subset=..., of {', '.join(folders[:20])}")
+        raise UserError(f"{repo} has no parquet files in {folder or 'any folder'}; name another folder with "
+                        f"--subset=...: {', '.join(folders[:20])}")
     mine = files[rank::ranks]
     text_bytes = 5 * max_tokens or sum(file.size for file in mine) * 3 // 2
     most = 0 if max_tokens else sum(sorted((file.size for file in mine), reverse=True)[:3])
