@@ -354,8 +354,7 @@ def split_text(file: File, val_fraction: float) -> Iterator[tuple[bytes, str, bo
                 cut = line_start(rest, limit, val_bytes if limit == to_val else MOST_BYTES // 2)
             elif block:
                 break  # more of this document may come
-            if cut:
-                yield rest[:cut], f"{file.name}, from byte {position:,} on", side
+            yield rest[:cut], f"{file.name}, from byte {position:,} on", side
             position, rest = position + cut, rest[cut:]
             side = True if limit == to_val else side
 
@@ -363,7 +362,7 @@ def split_text(file: File, val_fraction: float) -> Iterator[tuple[bytes, str, bo
 def line_start(text: bytes, near: int, reach: int) -> int:
     """Where the last line up to byte `near` starts, or a character where that is more than `reach` away."""
     start = text.rfind(b"\n", 0, near) + 1
-    if near - start > reach:
+    if not start or near - start > reach:
         start = near
         while 0 < start < len(text) and text[start] & 0xC0 == 0x80:  # a continuation byte of UTF-8
             start -= 1
