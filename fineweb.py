@@ -430,7 +430,7 @@ def build(**settings) -> None:
     decisive |= {"tokenizer_sha256": tokenizer_of(settings["tokenizer"]).sha256, "machines": ranks}
     shards = "text" if settings["input"] else NAMES.get(name) or re.sub(r"\W+", "_", name.rpartition("/")[2])
     part = manifest_name(rank, ranks, "").removesuffix(".json")  # of this machine
-    downloads = folder / f"downloads{part}"
+    downloads = folder / f"fineweb_downloads{part}"  # removed at the end, so no name that a user may have
     with locked(folder, "build", name=f".lock{part}"):
         work = Build(folder, shards, decisive, command, rank, ranks)
         source = open_source(settings, downloads, "", rank, ranks) if local else None
