@@ -460,6 +460,7 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
     below = f"{folder}/" if folder else ""
     files = [file for file in everything if file.path.startswith(below) and file.path.endswith(".parquet")]
     files = [file for file in files if "train" in file.path.rpartition("/")[2]] or files
+    files = sorted({file.etag: file for file in reversed(files)}.values())  # equal files share a local name
     if not files:
         folders = sorted({file.path.rpartition("/")[0] for file in everything})
         raise UserError(f"{repo} has no parquet files in {folder or 'any folder'}; name a folder that has some: "
