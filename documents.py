@@ -466,9 +466,12 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
         raise UserError(f"{repo} has no parquet files in {folder or 'any folder'}; name a folder that has some: "
                         f"--subset=..., of {', '.join(folders[:20])}")
     mine = files[rank::ranks]
-    text_bytes = 5 * max_tokens or sum(file.size for file in mine) * 3 // 2
-    most = 0 if max_tokens else sum(sorted((file.size for file in mine), reverse=True)[:3])
-    hub.need_space(downloads.parent, {"shards": text_bytes // 2, "downloads": most})
+    shards = min(sum(file.size for file in mine) * 3 // 4, 2 * max_tokens or math.inf)
+    shards -= sum(path.stat().st_size for path in downloads.parent.glob("*_[0-9]*.*"))
+    missing = sorted(file.size for file in mine if not hub.cached(repo, file))
+    most = 0 if max_tokens else sum(missing[-4:])  # one read, two ahead, one until its last shard is written
+    most -= sum(path.stat().st_size for path in downloads.glob("*"))
+    hub.need_space(downloads.parent, {"shards": max(0, shards), "downloads": max(0, most)})
 
     def complete(file) -> Iterator:
         path = hub.fetch(repo, commit, file, downloads)
