@@ -27,6 +27,7 @@ import os
 import platform
 import re
 import sysconfig
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -472,9 +473,11 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
     most = 0 if max_tokens else sum(missing[-4:])  # one read, two ahead, one until its last shard is written
     most -= sum(path.stat().st_size for path in downloads.glob("*"))
     hub.need_space(downloads.parent, {"shards": max(0, shards), "downloads": max(0, most)})
+    fetching = threading.Lock()  # one file at a time: `ahead` of an earlier call may still be at work
 
     def complete(file) -> Iterator:
-        path = hub.fetch(repo, commit, file, downloads)
+        with fetching:
+            path = hub.fetch(repo, commit, file, downloads)
         return parquet_chunks(File(path, file.size, None, file.path), column, val_fraction)
 
     def partial(file, first: int) -> Iterator:
