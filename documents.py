@@ -27,6 +27,7 @@ import os
 import platform
 import re
 import sysconfig
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -464,17 +465,23 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
     below = f"{folder}/" if folder else ""
     files = [file for file in everything if file.path.startswith(below) and file.path.endswith(".parquet")]
     files = [file for file in files if "train" in file.path.rpartition("/")[2]] or files
+    files = sorted({file.etag: file for file in reversed(files)}.values())  # equal files share a local name
     if not files:
         folders = sorted({file.path.rpartition("/")[0] for file in everything})
         raise UserError(f"{repo} has no parquet files in {folder or 'any folder'}; name another folder with "
                         f"--subset=...: {', '.join(folders[:20])}")
     mine = files[rank::ranks]
-    text_bytes = 5 * max_tokens or sum(file.size for file in mine) * 3 // 2
-    most = 0 if max_tokens else sum(sorted((file.size for file in mine), reverse=True)[:3])
-    hub.need_space(downloads.parent, {"shards": text_bytes // 2, "downloads": most})
+    shards = min(sum(file.size for file in mine) * 3 // 4, 2 * max_tokens or math.inf)
+    shards -= sum(path.stat().st_size for path in downloads.parent.glob("*_[0-9]*.*"))
+    missing = sorted(file.size for file in mine if not hub.cached(repo, file))
+    most = 0 if max_tokens else sum(missing[-4:])  # one read, two ahead, one until its last shard is written
+    most -= sum(path.stat().st_size for path in downloads.glob("*"))
+    hub.need_space(downloads.parent, {"shards": max(0, shards), "downloads": max(0, most)})
+    fetching = threading.Lock()  # one file at a time: `ahead` of an earlier call may still be at work
 
     def complete(file) -> Iterator:
-        path = hub.fetch(repo, commit, file, downloads)
+        with fetching:
+            path = hub.fetch(repo, commit, file, downloads)
         return parquet_chunks(File(path, file.size, None, file.path), column, val_fraction)
 
     def partial(file, first: int) -> Iterator:

@@ -137,7 +137,7 @@ def encode_in_order(chunks: Iterator[tuple[Place, Chunk]], tokenizer: str,
     try:
         for place, chunk in chunks:
             waiting.append((place, pool.submit(encode_chunk, chunk, tokenizer)))
-            if len(waiting) > 2 * num_workers:
+            while waiting and (len(waiting) > 2 * num_workers or waiting[0][1].done()):
                 place, future = waiting.popleft()
                 yield place, future.result()
         yield from ((place, future.result()) for place, future in waiting)
@@ -259,18 +259,16 @@ class Build:
 
         writer: a thread that writes a pair while the next one fills.
         """
-        max_tokens, end = self.settings["max_tokens"], tuple(self.pairs[k - 1]["next"]) if k else (0, 0, 0)
+        end = tuple(self.pairs[k - 1]["next"]) if k else (0, 0, 0)
+        max_tokens = self.settings["max_tokens"] or math.inf
         tokens = sum(tokens for _, tokens, _ in self.counts(self.pairs[:k]).values())
         pair, writing = Pair(end[0]), None
-        for (unit, group, piece), done in results:
-            room = max_tokens - tokens - pair.tokens() if max_tokens else math.inf
-            if room <= 0:
-                break
+        for (unit, group, piece), done in results if tokens < max_tokens else ():
             for reason in done.bad:
                 if not skip_bad:
                     raise UserError(f"{reason}; fix or remove it, or leave out what is bad with --skip_bad")
                 bar.write(f"left out: {reason}", file=sys.stderr)
-            pair.add(done, room)
+            pair.add(done, max_tokens - tokens - pair.tokens())
             end = unit, group, piece + 1
             bar.set_postfix_str(f"{tokens + pair.tokens():,} tokens", refresh=False)
             bar.update(int(done.sizes.sum()))
@@ -281,6 +279,8 @@ class Build:
                 tokens, pair, k = tokens + pair.tokens(), Pair(unit), k + 1
                 if k < len(self.pairs) and self.is_complete(k):
                     return writing.result()
+            if tokens + pair.tokens() >= max_tokens:
+                break
         if writing:
             writing.result()
         self.check_sides(k, pair)
@@ -433,7 +433,7 @@ def build(**settings) -> None:
     decisive |= {"tokenizer_sha256": tokenizer_of(settings["tokenizer"]).sha256, "machines": ranks}
     shards = "text" if settings["input"] else NAMES.get(name) or re.sub(r"\W+", "_", name.rpartition("/")[2])
     part = manifest_name(rank, ranks, "").removesuffix(".json")  # of this machine
-    downloads = folder / f"downloads{part}"
+    downloads = folder / f"fineweb_downloads{part}"  # removed at the end, so no name that a user may have
     with locked(folder, "build", name=f".lock{part}"):
         work = Build(folder, shards, decisive, command, settings["tokenizer"], rank, ranks)
         source = open_source(settings, downloads, "", rank, ranks) if local else None
