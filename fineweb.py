@@ -142,6 +142,8 @@ def encode_in_order(chunks: Iterator[tuple[Place, Chunk]], tokenizer: str,
                 yield place, future.result()
         yield from ((place, future.result()) for place, future in waiting)
     except BrokenProcessPool as error:
+        for worker in multiprocessing.active_children():  # Python 3.11 would wait for one that just started
+            worker.kill()
         raise UserError(f"one of {num_workers} worker processes died, most often because memory ran out; in "
                         f"that case choose a smaller --num_workers=...") from error
     finally:
@@ -389,8 +391,8 @@ def describe(manifest: dict, folder: Path, seconds: float) -> str:
     else:
         val = "no validation, which training needs: build again with --val_fraction=0.01, for example"
     rate = manifest["text_bytes"] / max(1, manifest["tokens"])
-    return (f"{manifest['documents']:,} documents ({left_out}), {manifest['tokens']:,} tokens, {rate:.3f} bytes "
-            f"per token, {seconds:.1f} s\n{val}\n{len(manifest['files'])} shards in {folder}")
+    return (f"{manifest['documents']:,} documents ({left_out}), {manifest['tokens']:,} tokens, {rate:.3f} "
+            f"bytes per token, {seconds:.1f} s\n{val}\n{len(manifest['files'])} shards in {folder}")
 
 
 def open_source(settings: dict, downloads: Path, revision: str, rank: int, ranks: int) -> Source:
