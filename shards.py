@@ -1,33 +1,33 @@
 """
 The token files: how they are written, checked and read, and the order in which training reads them.
 
-    from shards import TokenStream, WindowLoader
     stream = TokenStream("edu_fineweb10B", "train")
     loader = WindowLoader(stream, T=1024, batch_tokens=524_288, seed=1, n_vocab=50257)
     x, y = loader.batch(step, first=0, count=16)  # int64, (16, 1024) each
 
-A folder holds NAME_{train,val}_000000.npy, ... (1-D uint16), or .bin with llm.c's header, and manifest.json,
-which fineweb.py writes last. Folders made by build-nanogpt (.npy), llm.c and modded-nanogpt (.bin) have no
-manifest and are read as they are. Files appear by rename, so one that is there is whole.
+A folder from fineweb.py holds NAME_{train,val}_000000.npy, ... (1-D uint16), or .bin with llm.c's header, the
+rank file of their tokenizer, build.json (progress) and manifest.json. Of several machines each has its own:
+manifest_0_of_2.json. Folders of other projects have no manifest: build-nanogpt (.npy), llm.c and
+modded-nanogpt (.bin), nanoGPT (train.bin and val.bin, uint16 without a header).
 
 The shards of a split are one long array, the stream. Window w is its tokens [w*T, w*T + T]: T inputs, and
 the same shifted by one as targets. Neighbouring windows share one token, and only the tail of the stream,
 fewer than T tokens, is never a target. Sample i of a run is window permute(i % n_windows) in the order of
 epoch i // n_windows: every window once per epoch, each epoch in its own order, and the step is all that a
 resume needs. Memory stays flat whatever the size of the data: windows are read one by one, as uint16, and
-become int64 only in the batch.
-
-Imported by the other scripts; nothing to run. Opening 10,000 shards takes half a second.
+become int64 only in the batch. Opening 10,000 shards takes half a second.
 """
+import functools
 import hashlib
 import io
+import itertools
 import json
 import math
+import operator
 import os
 import re
+import struct
 from bisect import bisect_right
-from collections import OrderedDict
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -35,90 +35,86 @@ import numpy as np
 from configurator import Between, OneOf, UserError
 from files import check, read_json, write_atomically
 
-BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256  # llm.c, dev/data/data_common.py
-TOKEN = np.dtype("<u2")     # on disk, whatever the machine's byte order
-MAX_OPEN_SHARDS = 128       # file descriptors held; the usual limit is 1024
-MANIFEST, UNFINISHED = "manifest.json", "build.json"  # fineweb.py writes the second first and removes it last
-SHARD_NAME = re.compile(r"(?P<name>[^/\\\0]+)_(?P<split>train|val)(?:_(?P<index>\d+))?\.(?:npy|bin)")
-NPY_START = b"\x93NUMPY\x01\x00"  # version 1.0; then two bytes of the header's length, then the header
-NPY_HEADER = re.compile(rb"\{'descr': '<u2', 'fortran_order': False, 'shape': \((\d{1,15}),\), \}\s*")
+RANK_FILE = "tokenizer.tiktoken"  # of the tokenizer of a data_dir, in it
+BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 1024  # llm.c, dev/data/data_common.py
+TOKEN = np.dtype("<u2")  # on disk, whatever the machine's byte order
+MAX_OPEN_SHARDS = 128    # file descriptors held; the usual limit is 1024
+SPLITS = ("train", "val")
+SHARD_NAME = re.compile(r"(?:(?P<name>[^/\\:\0]+)_)?(?P<split>train|val)(?:_(?P<number>\d+))?\.(?:npy|bin)")
+MANIFEST_NAME, BUILD_NAME = (  # of one machine, or of one of several
+    re.compile(rf"{stem}(?:_\d{{1,4}}_of_(?P<ranks>\d{{1,4}}))?\.json") for stem in ("manifest", "build"))
+NPY_HEADER = re.compile(  # version 1.0: its length in two bytes, then a dict in Python's notation
+    rb"(?s)\x93NUMPY\x01\0(..)(\{'descr': '<u2', 'fortran_order': False, 'shape': \((\d{1,15}),\), \} *\n)")
+
 COUNT, SHA256 = Between(0, 2**48), re.compile("[0-9a-f]{64}")
-PLAIN, SIDES = (bool, int, float, str, None), OneOf("by hash", "by place", "as they came")
-SCHEMA = {"format": OneOf(1), "tokenizer": {"name": str, "sha256": SHA256},
-          "files": [{"file": SHARD_NAME, "tokens": COUNT, "sha256": SHA256,
-                     "origin?": [COUNT, COUNT, COUNT, COUNT]}]}
-BUILD_SCHEMA = {  # what fineweb.py needs of its own, beside that
+PLAIN = (bool, int, float, str, None, list)
+TOTALS = {"documents": COUNT, "tokens": COUNT, "text_bytes": COUNT}
+MANIFEST = {  # what training reads
+    "format": OneOf(1), "tokenizer": {"name": str, "sha256": SHA256},
+    "files": [{"file": SHARD_NAME, "tokens": COUNT, "sha256": SHA256}]}
+BUILT = {  # what fineweb.py reads besides
+    **TOTALS, "splits": {"train": TOTALS, "val": TOTALS}, "empty_documents": COUNT, "bad_documents": COUNT,
     "tokenizer": {"n_vocab": Between(257, 65_536)}, "eot": Between(0, 65_535), "settings": {str: PLAIN},
-    "source": {str: PLAIN}, "cut": (None, {"at_byte": COUNT, "of_bytes": COUNT}), "sides?": SIDES,
-    "documents": COUNT, "tokens": COUNT,
-    "splits": {"train": {"documents": COUNT}, "val": {"documents": COUNT}}}
+    "source": dict}
 
 # ---- one file ------------------------------------------------------------------
 
 
-def write_shard(path: Path, ids: np.ndarray) -> dict:
-    """Write token ids (1-D, any integer type, 0 to 65,535) as .npy or .bin, by suffix.
+def write_shard(path: Path, *parts: np.ndarray) -> dict:
+    """Write `parts`, uint16 (n,) each, end to end as one .npy or .bin file, by suffix.
 
-    Returns the manifest's record: {"file": name, "tokens": count, "sha256": of the whole file}. Raises
-    UserError for ids that do not fit, another suffix, or a full disk.
+    Returns the manifest's record: {"file": name, "tokens": count, "sha256": of the file}. Raises UserError
+    for a full disk, TypeError for ids of another type.
     """
-    path, ids = Path(path), np.asarray(ids)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise UserError(f"{path.name}: got ids of {ids.dtype} and shape {ids.shape}, wanted 1-D integers")
-    if ids.dtype != TOKEN and ids.size and not 0 <= ids.min() <= ids.max() <= 65_535:
-        raise UserError(f"{path.name}: got ids from {ids.min()} to {ids.max()}, wanted 0 to 65,535 (uint16); "
-                        f"choose a tokenizer of at most 65,536 tokens")
-    ids = np.ascontiguousarray(ids, dtype=TOKEN)
-    if path.suffix == ".npy":
-        stream = io.BytesIO()
-        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(ids))
-        header = stream.getvalue()
-    elif path.suffix == ".bin":
-        ints = np.zeros(BIN_HEADER_INTS, dtype="<i4")
-        ints[:3] = BIN_MAGIC, BIN_VERSION, len(ids)
-        header = ints.tobytes()
+    for ids in parts:
+        if ids.dtype != np.uint16 or ids.ndim != 1:
+            raise TypeError(f"{path}: got ids of {ids.dtype} and shape {ids.shape}, wanted uint16 (n,)")
+    tokens = sum(map(len, parts))
+    if path.suffix == ".bin":
+        header = struct.pack("<3i", BIN_MAGIC, BIN_VERSION, tokens).ljust(BIN_HEADER_BYTES, b"\0")
     else:
-        raise UserError(f"got shard format {path.suffix!r}, wanted --shard_format=npy or --shard_format=bin")
-    write_atomically(path, header, ids.data)
-    sha256 = hashlib.sha256(header)
-    sha256.update(ids.data)
-    return {"file": path.name, "tokens": len(ids), "sha256": sha256.hexdigest()}
+        stream = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            stream, {"descr": TOKEN.str, "fortran_order": False, "shape": (tokens,)})
+        header = stream.getvalue()
+    buffers = [header, *(np.ascontiguousarray(ids, TOKEN) for ids in parts)]
+    write_atomically(path, *buffers)
+    sha256 = hashlib.sha256()
+    for buffer in buffers:
+        sha256.update(buffer)
+    return {"file": path.name, "tokens": tokens, "sha256": sha256.hexdigest()}
 
 
 def read_header(path: Path) -> tuple[int, int]:
-    """(tokens, bytes before the first one) of a shard; UserError if its header or its size is wrong."""
-    fix = "the file is damaged or not a shard: build or download it again"
+    """(tokens, bytes before the first one) of a shard; UserError if its header or size is wrong, OSError."""
+    fix = "the file is corrupt or not a shard: build or download it again"
     if path.exists() and not path.is_file():  # reading a pipe would wait for whoever writes into it
         raise UserError(f"{path}: not a regular file; {fix}")
-    try:
-        with open(path, "rb") as file:
-            if path.suffix == ".bin":
-                ints = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
-                if ints[:2] != [BIN_MAGIC, BIN_VERSION] or ints[2] < 0:
-                    raise UserError(f"{path}: got a .bin header that starts with {ints}, wanted "
-                                    f"{[BIN_MAGIC, BIN_VERSION]} (magic, version; llm.c's format) and the "
-                                    f"number of tokens; {fix}")
-                tokens, offset = ints[2], 4 * BIN_HEADER_INTS
-            else:
-                start = file.read(len(NPY_START) + 2)
-                header = file.read(int.from_bytes(start[len(NPY_START):], "little"))
-                match = NPY_HEADER.fullmatch(header)
-                if not start.startswith(NPY_START) or not match:
-                    raise UserError(f"{path}: got a header that starts with {(start + header)[:80]!r}, "
-                                    f"wanted .npy, version 1.0, one dimension of {TOKEN.str} (uint16); {fix}")
-                tokens, offset = int(match[1]), file.tell()
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check that the file is there") from error
+    with open(path, "rb", buffering=0) as file:
+        start, size = file.read(512), os.fstat(file.fileno()).st_size
+    if path.suffix == ".bin":
+        magic, version, tokens = struct.unpack("<3i", start[:12].ljust(12, b"\0"))
+        offset = BIN_HEADER_BYTES
+        if path.stem in ("train", "val") and magic != BIN_MAGIC:  # nanoGPT's have no header
+            tokens, offset = size // TOKEN.itemsize, 0
+        elif (magic, version) != (BIN_MAGIC, BIN_VERSION) or tokens < 0:
+            raise UserError(f"{path}: its header starts with {[magic, version, tokens]}, not with "
+                            f"{[BIN_MAGIC, BIN_VERSION]} (llm.c's magic and version) and a count; {fix}")
+    else:
+        match = NPY_HEADER.match(start)
+        if not match or len(match[2]) != int.from_bytes(match[1], "little"):
+            raise UserError(f"{path}: its header {start[:80]!r} is not that of .npy, version 1.0, one "
+                            f"dimension of {TOKEN.str} (uint16); {fix}")
+        tokens, offset = int(match[3]), match.end()
     if size != offset + TOKEN.itemsize * tokens:
-        raise UserError(f"{path}: got {size:,} bytes, wanted {offset + TOKEN.itemsize * tokens:,} for the "
-                        f"{tokens:,} tokens its header states; {fix}")
+        raise UserError(f"{path}: has {size:,} bytes instead of the {offset + TOKEN.itemsize * tokens:,} of "
+                        f"{tokens:,} tokens; {fix}")
     return tokens, offset
 
 
 def read_shard(path: Path) -> np.ndarray:
     """The ids of a shard as a read-only memory map, uint16 (tokens,); UserError as read_header raises it."""
-    tokens, offset = read_header(Path(path))
+    tokens, offset = read_header(path)
     if tokens == 0:
         return np.frombuffer(b"", dtype=TOKEN)  # an empty range cannot be mapped
     return np.memmap(path, dtype=TOKEN, mode="r", offset=offset, shape=(tokens,))
@@ -127,193 +123,172 @@ def read_shard(path: Path) -> np.ndarray:
 # ---- a folder of them ----------------------------------------------------------
 
 
-def list_shards(data_dir: str | Path, split: str) -> list[Path]:
-    """The shards of a split in order: *_{split}_{index}.npy or .bin; llm.c's small sets have no index."""
-    found = []
-    for path in Path(data_dir).iterdir() if Path(data_dir).is_dir() else ():
-        match = SHARD_NAME.fullmatch(path.name)
-        if match and match["split"] == split:
-            found.append((match["name"], int(match["index"] or 0), path.suffix, path))
-    return [path for *_, path in sorted(found)]
+def list_shards(folder: str | Path, split: str) -> list[Path]:
+    """The shards of a split in order: *_{split}_{number}.npy or .bin; some of llm.c's sets have no number."""
+    found = [match for match in _find(folder, SHARD_NAME) if match["split"] == split]
+    found.sort(key=lambda match: (match["name"] or "", int(match["number"] or 0), match[0]))
+    return [Path(folder, match[0]) for match in found]
 
 
-def read_manifest(data_dir: str | Path, built: bool = False) -> dict | None:
-    """manifest.json of a finished build, or None where there is none; UserError if it makes no sense.
-
-    built: it must have all that fineweb.py writes, not only what training reads.
-    """
-    path = Path(data_dir) / MANIFEST
-    if not path.exists():
-        return None
-    try:
-        manifest = read_json(path, SCHEMA)
-        return check(manifest, BUILD_SCHEMA, str(path)) if built else manifest
-    except UserError as error:
-        raise UserError(f"{error}; the file is damaged: build the data again into another --data_dir, or "
-                        f"delete it to use the shards without it") from error
+def _find(folder, pattern):
+    """The matches of a pattern among the names in a folder; none where there is no folder."""
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    return [match for match in map(pattern.fullmatch, names) if match]
 
 
-def write_manifest(data_dir: str | Path, manifest: dict) -> None:
-    """Write manifest.json, which makes the folder a finished one. No date in it: same build, same bytes."""
+def manifest_name(rank: int = 0, ranks: int = 1, stem: str = "manifest") -> str:
+    """manifest.json, or of several machines manifest_RANK_of_RANKS.json; stem: manifest or build."""
+    return f"{stem}.json" if ranks == 1 else f"{stem}_{rank}_of_{ranks}.json"
+
+
+def write_manifest(folder: str | Path, manifest: dict, rank: int = 0, ranks: int = 1) -> None:
+    """Write the manifest of machine `rank`. No date in it: same build, same bytes."""
     text = json.dumps({"format": 1, **manifest}, indent=1, sort_keys=True, ensure_ascii=False)
-    write_atomically(Path(data_dir) / MANIFEST, f"{text}\n".encode())
+    write_atomically(Path(folder, manifest_name(rank, ranks)), f"{text}\n".encode())
 
 
-class ShardWriter:
-    """Cuts a stream of ids into NAME_SPLIT_000000, 000001, ... of `shard_tokens`; the last may be shorter.
+def read_manifest(folder: str | Path, built: bool = False) -> dict | None:
+    """The manifest of a folder, or None where there is none: those of several machines as one, counts added.
 
-    append writes each shard when it is full. add only keeps them in `full`, for a caller that writes them
-    elsewhere: write(full) then makes the records.
+    built: it must have all that fineweb.py writes, not only what training reads. Raises UserError for a
+    manifest that is missing or invalid, and for machines whose tokenizer or settings differ.
     """
+    found = {match[0]: int(match["ranks"] or 1) for match in _find(folder, MANIFEST_NAME)}
+    if not found:
+        return None
+    ranks = max(found.values())
+    names = [manifest_name(rank, ranks) for rank in range(ranks)]
+    for name in names:
+        if name not in found:
+            raise UserError(f"{folder} has {next(iter(found))} but no {name}: that machine has not finished "
+                            f"its part; run fineweb.py there again, or copy its files into this folder")
+    try:
+        manifests = [read_json(Path(folder, name), MANIFEST) for name in names]
+        for name, manifest in zip(names, manifests) if built or ranks > 1 else ():
+            check(manifest, BUILT, str(Path(folder, name)))
+    except UserError as error:
+        raise UserError(f"{error}; build the data again into another --data_dir") from error
 
-    def __init__(self, data_dir: str | Path, name: str, split: str, shard_tokens: int,
-                 shard_format: str = "npy", first_index: int = 0):
-        self.stem, self.suffix = Path(data_dir) / f"{name}_{split}", f".{shard_format}"
-        self.next_index = first_index
-        self.buffer = np.empty(shard_tokens, dtype=TOKEN)  # the system hands out its pages as they fill
-        self.spare: list[np.ndarray] = []  # buffers that are written, to be filled again
-        self.used, self.origin = 0, None
-        self.full: list[tuple[Path, np.ndarray, object]] = []
-        self.records: list[dict] = []
-
-    def append(self, ids: np.ndarray) -> None:
-        """Add ids, uint16 (n,); n may be more than a shard, or 0."""
-        self.add(ids)
-        self.write(self.full)
-        self.full = []
-
-    def add(self, ids: np.ndarray, origin: tuple = ()) -> None:
-        """Add ids without writing. origin: where ids[0] comes from, integers of which the last counts ids.
-
-        A shard that starts at ids[k] gets "origin": origin, its last integer plus k, in its record.
-        """
-        taken = 0
-        while taken < len(ids):
-            if not self.used:
-                self.origin = [*origin[:-1], origin[-1] + taken] if origin else None
-            part = ids[taken:taken + len(self.buffer) - self.used]
-            self.buffer[self.used:self.used + len(part)] = part
-            self.used += len(part)
-            taken += len(part)
-            if self.used == len(self.buffer):
-                self._cut()
-
-    def write(self, full: list[tuple[Path, np.ndarray, object]]) -> None:
-        """Write shards that add has filled, in order, and note their records."""
-        for path, ids, origin in full:
-            self.records.append(write_shard(path, ids) | ({"origin": origin} if origin else {}))
-            self.spare.append(ids.base)
-
-    def close(self) -> list[dict]:
-        """Write what is left; returns the records of all files for the manifest, [] if nothing was added."""
-        if self.used:
-            self._cut()
-        self.append(self.buffer[:0])
-        return self.records
-
-    def _cut(self) -> None:
-        path = self.stem.with_name(f"{self.stem.name}_{self.next_index:06d}{self.suffix}")
-        self.full.append((path, self.buffer[:self.used], self.origin))
-        self.buffer = self.spare.pop() if self.spare else np.empty(len(self.buffer), dtype=TOKEN)
-        self.next_index, self.used = self.next_index + 1, 0
+    merged = manifests[0]
+    for name, other in zip(names[1:], manifests[1:]):
+        for key in ("tokenizer", "eot", "settings"):
+            if other[key] != merged[key]:
+                raise UserError(f"{folder}: {key} is {other[key]} in {name}, {merged[key]} in {names[0]}; "
+                                f"build all parts again with the same command")
+        for key in (*TOTALS, "empty_documents", "bad_documents", "files"):
+            merged[key] += other[key]
+        for split, key in itertools.product(SPLITS, TOTALS):
+            merged["splits"][split][key] += other["splits"][split][key]
+    merged["files"].sort(key=operator.itemgetter("file"))
+    return merged
 
 
 class TokenStream:
     """The shards of one split as one long array of ids; a read may cross from shard to shard.
 
-    Raises UserError for a folder without shards, with an unfinished build, or that differs from its manifest.
+    Raises UserError for a folder without shards, with an unfinished build, that differs from its manifest,
+    or that has none and mixes shards of several kinds or lacks some.
     """
 
     def __init__(self, data_dir: str | Path, split: str):
         folder = Path(data_dir)
         self.manifest = read_manifest(folder)
-        if self.manifest is None and (folder / UNFINISHED).exists():
-            raise UserError(f"{folder} holds an unfinished build; run it again: {unfinished_command(folder)}")
+        for match in _find(folder, BUILD_NAME):
+            build = read_json(folder / match[0], {"command": str, "finished?": bool})
+            if not (self.manifest and build.get("finished")):
+                raise UserError(f"{folder} holds an unfinished build; run it again: {build['command']}")
+
         self.paths = list_shards(folder, split)
+        everything = [path for each in SPLITS for path in list_shards(folder, each)]
         if not self.paths:
-            raise UserError(f"got no {split} shards in {folder}, wanted *_{split}_*.npy or .bin; "
-                            f"`make prepare` builds the FineWeb-Edu data, `make demo` builds and trains on "
-                            f"a small corpus without any download, --data_dir=... names another folder")
-        if len({path.stem for path in self.paths}) < len(self.paths):
-            raise UserError(f"{folder} holds the same {split} shards as .npy and as .bin; keep one kind")
+            cure = ("training needs both splits: build the data again with fineweb.py --val_fraction=0.01 "
+                    "--data_dir=ANOTHER" if everything else
+                    "`make prepare` builds the FineWeb-Edu data, `make demo` builds and trains on a small "
+                    "corpus without any download, --data_dir=... names another folder")
+            raise UserError(f"{folder} has no {split} shards (*_{split}_*.npy or .bin); {cure}")
         self._headers = [read_header(path) for path in self.paths]
         counts = [tokens for tokens, _ in self._headers]
-        found = {path.name: {"tokens": count} for path, count in zip(self.paths, counts, strict=True)}
-        records = found if self.manifest is None else self._check_manifest(folder, found)
-        self.ends = list(accumulate(counts))  # stream position just after each shard
-        described = [[name, found[name]["tokens"], records[name].get("sha256")] for name in found]
+        if self.manifest:
+            self._sha256 = self._check_manifest(folder, split, counts)
+        else:
+            self._sha256 = [None] * len(counts)
+            self._check_numbers(folder, everything)
+        self.ends = list(itertools.accumulate(counts))  # stream position just after each shard
+        described = [[path.name, *facts] for path, *facts in zip(self.paths, counts, self._sha256)]
         self.fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-        self._open: OrderedDict[int, io.FileIO] = OrderedDict()  # by shard number, the oldest use first
-        self._pid = os.getpid()
+        self._file = functools.lru_cache(MAX_OPEN_SHARDS)(_open)
 
-    def _check_manifest(self, folder: Path, found: dict) -> dict:
-        records = {record["file"]: record for record in self.manifest["files"]}
-        for name in found.keys() - records.keys():
-            raise UserError(f"{folder / name} is not in {MANIFEST}: it comes from elsewhere; move it away")
-        for name, record in records.items():
-            if not (folder / name).exists():
-                raise UserError(f"{folder / name} is in {MANIFEST} and missing; put it back, or build again")
-            if name in found and found[name]["tokens"] != record["tokens"]:
-                raise UserError(f"{folder / name}: got {found[name]['tokens']:,} tokens, wanted "
-                                f"{record['tokens']:,} as {MANIFEST} states; build the data again")
-        return records
+    def _check_manifest(self, folder, split, counts):
+        """The sha256 of each shard by the manifest, which must name these shards and no others."""
+        found = {path.name: tokens for path, tokens in zip(self.paths, counts)}
+        records = {record["file"]: record for record in self.manifest["files"]
+                   if SHARD_NAME.fullmatch(record["file"])["split"] == split}
+        for name in sorted(found.keys() | records.keys()):
+            if name not in records:
+                raise UserError(f"{folder / name} is not in the manifest: it is of another set; move it away")
+            if name not in found:
+                raise UserError(f"{folder / name} is in the manifest but missing; run fineweb.py again")
+            if found[name] != records[name]["tokens"]:
+                raise UserError(f"{folder / name} has {found[name]:,} tokens, in the manifest "
+                                f"{records[name]['tokens']:,}; delete it and run fineweb.py again")
+        return [records[name]["sha256"] for name in found]
+
+    def _check_numbers(self, folder, everything):
+        """Shards without a manifest must have one name, one suffix and no gap in their numbers."""
+        kinds = {(SHARD_NAME.fullmatch(path.name)["name"], path.suffix): path.name for path in everything}
+        if len(kinds) > 1:
+            raise UserError(f"{folder} mixes shards of {len(kinds)} kinds, {', '.join(kinds.values())}: keep "
+                            f"one kind, and move the others into another folder")
+        numbers = [int(SHARD_NAME.fullmatch(path.name)["number"] or -1) for path in self.paths]
+        first = min(max(numbers[0], 0), 1)
+        for path, number, expected in zip(self.paths, numbers, itertools.count(first)):
+            if number != expected and numbers != [-1]:
+                raise UserError(f"{path} stands where number {expected} should: add the missing shards, or "
+                                f"rename them, so that their numbers run from 0 or 1 without a gap")
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read shards part, part + parts, ...; UserError unless each has the sha256 of the manifest."""
+        for path, sha256 in list(zip(self.paths, self._sha256))[part::parts]:
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    raise UserError(f"{path}: its sha256 is not that of the manifest: it is corrupt or from "
+                                    f"another build; delete it and run fineweb.py again")
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def locate(self, position: int) -> tuple[Path, int]:
         """The file that holds a stream position, and the position within that file: for messages."""
-        if not 0 <= position < len(self):
-            raise IndexError(f"position {position:,} is outside the stream of {len(self):,} tokens")
         i = bisect_right(self.ends, position)
-        return self.paths[i], position - (self.ends[i - 1] if i else 0)
+        return self.paths[i], position - (self.ends[i] - self._headers[i][0])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), uint16 (count,)."""
-        out = np.empty(count, dtype=TOKEN)
-        self.read_into(start, out)
-        return out
-
-    def read_into(self, start: int, out: np.ndarray) -> None:
-        """Fill `out`, uint16 (n,), with tokens [start, start + n).
+        """Tokens [start, start + count), uint16 (count,).
 
         Plain reads, not memory maps: a map of a set larger than memory counts every page it ever touched as
         resident, reads 2 MB for a window of 2 kB, and kills the process when a file shrinks under it.
         """
-        if not 0 <= start <= start + len(out) <= len(self):
-            raise IndexError(f"tokens {start:,} to {start + len(out):,} of {len(self):,} do not exist")
-        i = bisect_right(self.ends, start)
-        while len(out):
-            first = start - (self.ends[i - 1] if i else 0)
-            tokens, header_bytes = self._headers[i]
-            wanted = memoryview(out[:tokens - first]).cast("B")
-            start, out, i = start + len(wanted) // TOKEN.itemsize, out[tokens - first:], i + 1
-            file = self._file(i - 1)
-            file.seek(header_bytes + first * TOKEN.itemsize)
-            while wanted:
-                got = file.readinto(wanted)
-                if not got:
-                    raise UserError(f"{self.paths[i - 1]} has become shorter since it was opened; build or "
-                                    f"download it again")
-                wanted = wanted[got:]
-
-    def _file(self, i: int) -> io.FileIO:
-        if self._pid != os.getpid():  # a forked process must not move its parent's place in a file
-            self._open, self._pid = OrderedDict(), os.getpid()
-        if i not in self._open:
-            self._open[i] = open(self.paths[i], "rb", buffering=0)
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(i)
-        return self._open[i]
+        if not 0 <= start <= start + count <= len(self):
+            raise IndexError(f"tokens {start:,} to {start + count:,} of {len(self):,} do not exist")
+        tokens = np.empty(count, dtype=TOKEN)
+        at, rest = start * TOKEN.itemsize, tokens.view(np.uint8)  # in bytes: a read may end within a token
+        while len(rest):
+            i = bisect_right(self.ends, at // TOKEN.itemsize)
+            length, offset = self._headers[i]
+            place = at - (self.ends[i] - length) * TOKEN.itemsize  # in shard i
+            file = self._file(self.paths[i], os.getpid())
+            file.seek(offset + place)
+            got = file.readinto(rest[:length * TOKEN.itemsize - place])
+            if not got:
+                raise UserError(f"{self.paths[i]} has become shorter since it was opened; build or download "
+                                f"it again")
+            at, rest = at + got, rest[got:]
+        return tokens
 
 
-def unfinished_command(folder: Path) -> str:
-    """The command that fineweb.py noted in build.json when it started."""
-    try:
-        return read_json(folder / UNFINISHED, {"command": str})["command"]
-    except (UserError, OSError):
-        return f"python fineweb.py --data_dir={folder} (with the settings it had)"
+def _open(path, process):
+    """A file of this process alone: a fork that shared it would move its parent's place in it."""
+    return open(path, "rb", buffering=0)
 
 
 # ---- the order of training -----------------------------------------------------
@@ -357,10 +332,9 @@ class WindowLoader:
                             f"{T + 1:,} for one window of block_size={T}; choose "
                             f"--block_size={len(stream) - 1} or smaller, or build more data")
         if batch_tokens < T or batch_tokens % T:
-            below = batch_tokens // T * T
-            legal = [f"--batch_tokens={n}" for n in (below, below + T) if n]
-            raise UserError(f"batch_tokens={batch_tokens} is not a multiple of block_size={T}; "
-                            f"the nearest legal values are {' and '.join(legal)}")
+            below = max(T, batch_tokens // T * T)
+            raise UserError(f"batch_tokens={batch_tokens} is not a multiple of block_size={T}; try "
+                            f"--batch_tokens={below} or {below + T}")
         self.stream, self.T, self.seed, self.n_vocab, self.shuffle = stream, T, seed, n_vocab, shuffle
         self.n_windows = (len(stream) - 1) // T
         self.windows_per_step = batch_tokens // T
@@ -382,12 +356,12 @@ class WindowLoader:
         """Inputs and targets of the windows `ids` (B,): x and y, int64 (B, T), y one token ahead of x."""
         tokens = np.empty((len(ids), self.T + 1), dtype=TOKEN)  # (B, T+1)
         for row in np.argsort(ids, kind="stable").tolist():  # in file order: a shard is opened once
-            self.stream.read_into(int(ids[row]) * self.T, tokens[row])
+            tokens[row] = self.stream.read(int(ids[row]) * self.T, self.T + 1)
         if len(ids) and tokens.max() >= self.n_vocab:
             row, column = np.argwhere(tokens >= self.n_vocab)[0].tolist()
             path, offset = self.stream.locate(int(ids[row]) * self.T + column)
             raise UserError(f"{path}: got id {tokens[row, column]} at token {offset:,}, wanted ids below the "
-                            f"vocabulary's {self.n_vocab:,}; the file is damaged or was made with another "
+                            f"vocabulary's {self.n_vocab:,}; the file is corrupt or was made with another "
                             f"tokenizer: build the data again with this run's, or raise --vocab_size")
         return tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
 

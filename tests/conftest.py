@@ -39,21 +39,21 @@ def byte_tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory, byte_tokenizer) -> Path:
-    """Token shards of a few of the standard library's sources in bytes: 5 train shards, 1 val shard, a
-    manifest."""
+    """A folder as fineweb.py makes it, of a few of the standard library's sources in bytes: 4 train shards
+    and 1 val shard."""
     from bpe import load_tokenizer
-    from shards import ShardWriter, write_manifest
+    from shards import RANK_FILE, write_manifest, write_shard
 
     data_dir = tmp_path_factory.mktemp("tiny_data")
     tok = load_tokenizer(str(byte_tokenizer))
     stdlib = Path(sysconfig.get_path("stdlib"))
     files = []
     for split, names in {"train": ("bisect", "heapq", "this", "keyword"), "val": ("stat",)}.items():
-        writer = ShardWriter(data_dir, "tiny", split, 10_000)
-        for name in names:
+        for i, name in enumerate(names):
             ids = tok.encode((stdlib / f"{name}.py").read_text(encoding="utf-8"))
-            writer.append(np.concatenate(([tok.eot], ids)).astype(np.uint16))
-        files += writer.close()
+            shard = data_dir / f"tiny_{split}_{i:06d}.npy"
+            files.append(write_shard(shard, np.array([tok.eot], dtype=np.uint16), ids))
+    (data_dir / RANK_FILE).write_bytes(tok.rank_file)
     write_manifest(data_dir, {"tokenizer": {"name": tok.name, "sha256": tok.sha256}, "files": files})
     return data_dir
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from training import ENVIRONMENT, PYTHON
 
@@ -110,7 +111,7 @@ def finish(*processes):
 def make_data(folder, tokens=1000):
     folder.mkdir(parents=True)
     for split in ("train", "val"):
-        write_shard(folder / f"x_{split}_000000.npy", range(tokens))
+        write_shard(folder / f"x_{split}_000000.npy", np.arange(tokens, dtype=np.uint16))
 
 
 def test_healthy_machines_pass(tmp_path):

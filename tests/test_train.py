@@ -330,7 +330,7 @@ def test_ids_beyond_the_vocabulary(flags, tmp_path):
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     for split in ("train", "val"):
-        ids = np.arange(5000) % 257
+        ids = np.arange(5000, dtype=np.uint16) % 257
         ids[4000] = 300
         write_shard(data_dir / f"x_{split}_000000.npy", ids)
     done = attempt(flags, data_dir=data_dir, log_dir=tmp_path / "log")
