@@ -123,11 +123,13 @@ def test_npy_of_another_kind_is_refused(tmp_path, array):
         read_shard(tmp_path / "x_train_000000.npy")
 
 
-@pytest.mark.parametrize("keep", [0, 3, 60, 128, 130, 135, 137])
-def test_truncated_npy_is_refused(tmp_path, keep):
+@pytest.mark.parametrize("keep, then", [(0, b""), (3, b""), (60, b""), (128, b""), (130, b""), (137, b""),
+                                        (8, b"\x77\0"), (127, b" ")])  # a wrong length, and no line end
+def test_npy_cut_or_changed_is_refused(tmp_path, keep, then):
     path = tmp_path / "x_train_000000.npy"
     write_shard(path, zeros(5))  # 128 bytes of header, 10 of ids
-    path.write_bytes(path.read_bytes()[:keep])
+    data = path.read_bytes()
+    path.write_bytes(data[:keep] + then + (data[keep + len(then):] if then else b""))
     with pytest.raises(UserError, match=path.name):
         read_shard(path)
 
@@ -407,11 +409,13 @@ def test_a_shard_that_shrinks_while_it_is_in_use(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
-def test_a_forked_process_reads_its_own_place(tmp_path):
+def test_a_forked_process_reads_its_own_place(tmp_path, monkeypatch):
     """A child that shared the open files of its parent would move the parent's place in them."""
+    files, opened = [], shards._open
+    monkeypatch.setattr(shards, "_open", lambda *args: files.append(opened(*args)) or files[-1])
     stream = TokenStream(make_folder(tmp_path, [5000]), "train")
     stream.read(0, 10)
-    file = stream._file(stream.paths[0], os.getpid())
+    file, = files
     place = file.tell()
     child = os.fork()
     if child == 0:
