@@ -229,10 +229,10 @@ def test_nanogpts_files_have_no_header(tmp_path, size):
     (["a_train_000000.npy", "a_train_000000.bin"], "keep one kind"),
     (["a_train_000001.bin", "a_val_000000.npy"], "keep one kind"),
     (["a_train_000000.bin", "train.bin"], "keep one kind"),
-    (["a_train_000001.bin", "a_train_000003.bin"], "a_train_000003.bin stands where number 2 should"),
-    (["a_train_000002.bin", "a_train_000003.bin"], "a_train_000002.bin stands where number 1 should"),
-    (["a_train_000000.bin", "a_train_0.bin"], "a_train_000000.bin stands where number 1 should"),
-    (["a_train.bin", "a_train_000001.bin"], "a_train.bin stands where number 0 should"),
+    (["a_train_000001.bin", "a_train_000003.bin"], "a_train_000003.bin: expected number 2 here"),
+    (["a_train_000002.bin", "a_train_000003.bin"], "a_train_000002.bin: expected number 1 here"),
+    (["a_train_000000.bin", "a_train_0.bin"], "a_train_000000.bin: expected number 1 here"),
+    (["a_train.bin", "a_train_000001.bin"], "a_train.bin: expected number 0 here"),
 ])
 def test_shards_that_do_not_belong_together(tmp_path, names, words):
     for name in names:

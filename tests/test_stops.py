@@ -178,7 +178,7 @@ def test_what_may_be_gone_next_time_is_tried_again(flags, tmp_path):
     """An error of the disk in the first start; and no parent but torchrun is ever ended."""
     eio = """
         import shards
-        def failing(self, start, count):
+        def failing(self, *arguments):
             raise OSError(5, "Input/output error", "shard")
         if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
             shards.TokenStream.read = failing
