@@ -231,7 +231,8 @@ def of_shards(folder, byte_tokenizer):
                                   lambda was, now: same(facts(was), facts(now)))}
     for suffix in (".npy", ".bin"):
         shard = folder / f"x_train_000000{suffix}"
-        formats[suffix] = Format(np.arange(3, dtype=np.uint16), lambda ids, shard=shard: write_shard(shard, ids),
+        formats[suffix] = Format(np.arange(3, dtype=np.uint16),
+                                 lambda ids, shard=shard: write_shard(shard, ids),
                                  lambda shard=shard: np.array(read_shard(shard)), path=shard,
                                  sound=lambda was, now: now.dtype == was.dtype and now.ndim == 1)
     return formats
