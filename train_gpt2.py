@@ -446,6 +446,7 @@ if verify_data and not built_with:
     raise UserError(f"verify_data: {data_dir} has no manifest.json to compare with; leave --verify_data out")
 if verify_data:
     ranks.on_all(verify_shards)
+    say(f"data: the shards in {data_dir} are those of its manifest")
 elif built_with and not dry_run:
     threading.Thread(target=verify_in_background, daemon=True).start()
 unigram = ranks.on_all(unigram_loss)
