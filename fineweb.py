@@ -136,7 +136,10 @@ def encode_in_order(chunks: Iterator[tuple[Place, Chunk]], tokenizer: str,
     waiting = collections.deque()
     try:
         for place, chunk in chunks:
-            waiting.append((place, pool.submit(encode_chunk, chunk, tokenizer)))
+            try:
+                waiting.append((place, pool.submit(encode_chunk, chunk, tokenizer)))
+            except (OSError, ValueError) as error:  # a worker died while the pool started another
+                raise BrokenProcessPool from error
             while waiting and (len(waiting) > 2 * num_workers or waiting[0][1].done()):
                 place, future = waiting.popleft()
                 yield place, future.result()
