@@ -720,7 +720,7 @@ def gpt2_rank_file() -> bytes:
 
     A download goes into the cache by rename, so several processes may do it at once. Raises UserError.
     """
-    path, problem = cache_file(), "not there"
+    path, problem = cache_file(), "missing"
     if path.is_file():
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() == GPT2_SHA256:
@@ -730,9 +730,9 @@ def gpt2_rank_file() -> bytes:
         with urllib.request.urlopen(GPT2_URL, timeout=DOWNLOAD_SECONDS) as response:
             data = response.read()
         if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
-            raise OSError("received another file")
+            raise OSError("that is another file")
     except OSError as error:
-        raise UserError(f"GPT-2's vocabulary is {problem} at {path} and cannot be downloaded from {GPT2_URL} "
+        raise UserError(f"GPT-2's vocabulary is {problem} ({path}) and cannot be downloaded from {GPT2_URL} "
                         f"({error}); put r50k_base.tiktoken (or Whisper's gpt2.tiktoken), sha256 "
                         f"{GPT2_SHA256}, at that path, or type --tokenizer=FILE") from error
     path.parent.mkdir(parents=True, exist_ok=True)

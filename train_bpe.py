@@ -110,8 +110,8 @@ def count_documents(text: np.ndarray, offsets: np.ndarray) -> Counter:
             raise not_utf8(text, offsets, doc)
         offsets[doc] = max(pos, offsets[doc])
         used = table[table["count"] > 0]
-        for place, length, count in zip(*(used[key].tolist() for key in ("place", "length", "count"))):
-            counts[data[place:place + length]] += count
+        columns = (used[key].tolist() for key in ("place", "length", "count"))
+        counts.update({data[place:place + length]: count for place, length, count in zip(*columns)})
     return counts
 
 
@@ -133,13 +133,13 @@ def count_chunks(chunks, num_workers: int = 0) -> Counter:
 
 
 def count_chunk(chunk) -> Counter:
-    counts = Counter()
+    """count_documents of a chunk."""
     documents = chunk.read(*chunk.args)
-    for part in [documents] if hasattr(documents, "offsets") else documents:  # remove: one Documents, always
-        for place, reason in part.bad:
-            raise UserError(f"{place}: {reason}; fix or remove it, and run this again")
-        counts.update(count_documents(part.text, part.offsets))
-    return counts
+    if not hasattr(documents, "bad"):  # remove: it is one Documents after the merge
+        documents = [*documents][0]
+    for place, reason in documents.bad:
+        raise UserError(f"{place}: {reason}; fix or remove it, and run this again")
+    return count_documents(documents.text, documents.offsets)
 
 
 # ---- merges --------------------------------------------------------------------
@@ -154,9 +154,8 @@ def add_pair(key, times, place, entry, numbers, keys, counts, first, last, where
         counts.append(0)
         first.append(entry)
         last.append(entry)
-    where[entry], after[entry], after[last[k]] = place, -1, entry
-    after[entry] = -1
-    last[k] = entry
+    where[entry], after[last[k]] = place, entry
+    last[k], after[entry] = entry, -1
     counts[k] += times
 
 
@@ -181,12 +180,12 @@ def train_kernel(ids, times, n_ranks, lengths, merges, where, after):
     only grows while the newest token of the pair is made, because a merge makes no other pairs.
     """
     numbers = Dict.empty(types.int64, types.int64)  # {key: k}
-    keys, counts, first, last = [0 for _ in range(0)], [0 for _ in range(0)], [0 for _ in range(0)], [0 for _ in range(0)]
+    keys, counts, first, last = [0][:0], [0][:0], [0][:0], [0][:0]  # typed empty lists
     entries = 0
     for i in range(1, len(ids) - 1):
         if ids[i] != GAP and ids[i + 1] != GAP:
-            add_pair(np.int64(ids[i]) << 16 | ids[i + 1], times[i], i, entries, numbers, keys, counts, first, last,
-                     where, after)
+            key = np.int64(ids[i]) << 16 | ids[i + 1]
+            add_pair(key, times[i], i, entries, numbers, keys, counts, first, last, where, after)
             entries += 1
     heap = [heap_key(counts[k], keys[k]) for k in range(len(keys))]
     heapq.heapify(heap)
@@ -216,18 +215,21 @@ def train_kernel(ids, times, n_ranks, lengths, merges, where, after):
             before, beyond = np.int64(ids[i - 1]), np.int64(ids[i + both])
             if before != GAP:
                 counts[numbers[before << 16 | left]] -= times[i]
-                add_pair(before << 16 | n, times[i], i - lengths[before], entries, numbers, keys, counts, first,
-                         last, where, after)
+                start = i - lengths[before]
+                add_pair(before << 16 | n, times[i], start, entries, numbers, keys, counts, first, last, where,
+                         after)
                 entries += 1
             if beyond != GAP:
                 counts[numbers[right << 16 | beyond]] -= times[i]
-                add_pair(n << 16 | beyond, times[i], i, entries, numbers, keys, counts, first, last, where, after)
+                add_pair(n << 16 | beyond, times[i], i, entries, numbers, keys, counts, first, last, where,
+                         after)
                 entries += 1
             ids[i + size] = GAP
             ids[i] = ids[i + both - 1] = n
         counts[k] = 0
         for k in range(n_pairs, len(keys)):
-            heapq.heappush(heap, heap_key(counts[k], keys[k]))
+            if counts[k] > 0:  # aaaa makes (aa, a) and destroys it
+                heapq.heappush(heap, heap_key(counts[k], keys[k]))
     return n_ranks
 
 
