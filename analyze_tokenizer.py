@@ -31,7 +31,6 @@ The last three go by spelling and frequency alone, so that no vocabulary has a s
 
 import csv
 import io
-import itertools
 import math
 import random
 import re

@@ -26,8 +26,6 @@ small enough), because numba counts references with atomic additions at every ot
 import base64
 import functools
 import hashlib
-import importlib.metadata
-import itertools
 import os
 import tempfile
 import urllib.request
@@ -72,9 +70,9 @@ BATCH = 128         # pieces read at a time: their slots are prefetched while th
 #
 #     byte  0      8      16                               48       56      64
 #           | head | tail | ids, 16 uint16, as four words  | length | count |     length 0: a free slot
-SLOT = np.dtype([("head", "u8"), ("tail", "u8"), ("ids0", "u8"), ("ids4", "u8"), ("ids8", "u8"), ("ids12", "u8"),
-                 ("length", "i8"), ("count", "i8")])
-CACHE_BITS = 18  # 2**18 slots, 16 MiB
+SLOT = np.dtype([("head", "u8"), ("tail", "u8"), ("ids0", "u8"), ("ids4", "u8"), ("ids8", "u8"),
+                 ("ids12", "u8"), ("length", "i8"), ("count", "i8")])
+CACHE_BITS = 19  # 2**19 slots, 32 MiB: of unseen English 1.3% of the pieces miss, of Python code 1.0%
 
 PIECE = np.dtype([("head", "u8"), ("tail", "u8"), ("length", "i8"), ("slot", "i8")])  # of read_pieces
 LONG = np.dtype([("start", "i8"), ("length", "i8"), ("ids", "i8"), ("count", "i8")])  # of encode_long
@@ -339,11 +337,17 @@ def same_bytes(a, i, b, j, length):
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)
+def first_slot(key, table):
+    """Where to look for a key first."""
+    return np.int64(U(key) * HASH_1 >> U(32)) & len(table) - 1
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
 def find(key, table):
     """The value of a 48-bit key in a table of fill_table, ABSENT if it has none."""
-    slot = np.int64(key * HASH_1 >> U(32)) & len(table) - 1
+    slot = first_slot(key, table)
     while table[slot] != U(0):
-        if table[slot] >> U(16) == key:
+        if table[slot] >> U(16) == U(key):
             return np.int64(table[slot] & U(0xFFFF))
         slot = slot + 1 & len(table) - 1
     return ABSENT
@@ -353,7 +357,7 @@ def find(key, table):
 def fill_table(keys, values, table):
     """Enter keys << 16 | values, uint64 and not 0, into an empty table, a power of two long."""
     for key, value in zip(keys, values):
-        slot = np.int64(key * HASH_1 >> U(32)) & len(table) - 1
+        slot = first_slot(key, table)
         while table[slot] != U(0):
             slot = slot + 1 & len(table) - 1
         table[slot] = key << U(16) | value
@@ -378,7 +382,7 @@ def find_pair(left, right, pairs):
 
 @njit(cache=True, error_model="numpy", forceinline=True)
 def set_rank(tree, i, rank):
-    """Give the pair at i a rank: tree[1] is then the lowest rank << 40 | position, the leftmost of equal ones."""
+    """Give the pair at i a rank. tree[1] is the lowest rank << 40 | position, the leftmost of equal ones."""
     node = (len(tree) >> 1) + i
     tree[node] = rank << 40 | i
     while node > 1:
@@ -391,6 +395,8 @@ def merge(ids, n, count, pairs, scratch):
     """Merge ids[n:n+count] in place, lowest rank first, leftmost first -> count left; O(count log count)."""
     work = scratch if len(scratch) >= 4 * count else np.empty(4 * count, np.int64)
     before, after, tree = work[:count], work[count:2 * count], work[2 * count:4 * count]
+    for i in range(count - 1):  # the slots are far apart in memory: ask for all before the first is needed
+        prefetch(pairs, first_slot(U(ids[n + i]) << U(16) | U(ids[n + i + 1]), pairs))
     for i in range(count):
         before[i], after[i] = i - 1, i + 1  # a linked list
         rank = find_pair(ids[n + i], ids[n + i + 1], pairs) if i < count - 1 else ABSENT
@@ -444,8 +450,8 @@ def encode_long(text, start, stop, vocab, byte_ids, pairs, scratch, longs, ids, 
 # ---- documents -----------------------------------------------------------------
 
 @njit(cache=True, error_model="numpy")
-def encode_kernel(text, offsets, eot, classes, vocab, byte_ids, pairs, cache, pieces, scratch, longs, kinds, starts,
-                  ids, id_offsets):
+def encode_kernel(text, offsets, eot, classes, vocab, byte_ids, pairs, cache, pieces, scratch, longs, kinds,
+                  starts, ids, id_offsets):
     """Tokens of all documents -> -1, or the first document that is not UTF-8 (the rest is then undefined).
 
     text uint8; offsets int64 (n_docs + 1,), checked before; pieces PIECE; longs LONG, free; kinds, starts
@@ -466,10 +472,10 @@ def encode_kernel(text, offsets, eot, classes, vocab, byte_ids, pairs, cache, pi
             while pos < begin + done:
                 for k in range(read_pieces(text, pos, begin, begin + done, end, starts, cache, pieces)):
                     piece = pieces[k]
-                    length = piece.length
-                    slot = cache[piece.slot]
+                    slot, length = cache[piece.slot], piece.length
+                    stop = pos + length
                     if length > 16:
-                        count = encode_long(text, pos, pos + length, vocab, byte_ids, pairs, scratch, longs, ids, n)
+                        count = encode_long(text, pos, stop, vocab, byte_ids, pairs, scratch, longs, ids, n)
                     elif slot.head == piece.head and slot.tail == piece.tail and slot.length == length:
                         # all 16: the next piece overwrites what is too many
                         store_ids(ids, n, slot.ids0)
@@ -478,12 +484,12 @@ def encode_kernel(text, offsets, eot, classes, vocab, byte_ids, pairs, cache, pi
                         store_ids(ids, n + 12, slot.ids12)
                         count = slot.count
                     else:
-                        count = encode_piece(text, pos, pos + length, vocab, byte_ids, pairs, scratch, ids, n)
+                        count = encode_piece(text, pos, stop, vocab, byte_ids, pairs, scratch, ids, n)
                         slot.head, slot.tail, slot.length, slot.count = piece.head, piece.tail, length, count
                         slot.ids0, slot.ids4 = load_ids(ids, n), load_ids(ids, n + 4)
                         slot.ids8, slot.ids12 = load_ids(ids, n + 8), load_ids(ids, n + 12)
                     n += count
-                    pos += length
+                    pos = stop
     id_offsets[len(offsets) - 1] = n
     return -1
 
@@ -502,13 +508,10 @@ def unicode_classes() -> np.ndarray:
     """uint8 (0x110000,): OTHER, LETTER, NUMBER or SPACE for each code point, by tiktoken's own regex engine.
 
     An Encoding whose pattern is one class and whose tokens are single bytes drops all other characters, so
-    encoding a text of every code point gives the members of the class. Raises UserError for tiktoken < 0.13.
+    encoding a text of every code point gives the members of the class.
     """
     import tiktoken  # here, so that importing this module stays cheap
 
-    version = importlib.metadata.version("tiktoken")
-    if tuple(int(part) for part in version.split(".")[:2]) < (0, 13):  # before: quadratic on long runs
-        raise UserError(f"tiktoken {version} is installed, wanted 0.13 or later: pip install -U tiktoken")
     code_points = np.arange(0x110000, dtype="<u4")
     code_points = code_points[(code_points < 0xD800) | (code_points > 0xDFFF)]  # no surrogates
     text = code_points.tobytes().decode("utf-32-le")
@@ -540,19 +543,16 @@ def not_utf8(text: np.ndarray, offsets: np.ndarray, document: int) -> UnicodeDec
 
 
 def check_documents(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(text, contiguous; offsets, int64) as kernels take them. Raises ValueError for what they cannot."""
-    text, offsets = np.ascontiguousarray(text), np.asarray(offsets)
+    """(text, read-only; offsets, a copy in int64) for the kernels. Raises ValueError."""
+    text, offsets = np.ascontiguousarray(text).view(), np.asarray(offsets)
     if text.dtype != np.uint8 or text.ndim != 1:
-        raise ValueError(f"text is {text.dtype} {text.shape}, wanted uint8 (n,): try np.frombuffer")
+        raise ValueError(f"text is {text.dtype} {text.shape}; it must be uint8 (n,): try np.frombuffer")
     if offsets.ndim != 1 or len(offsets) == 0 or offsets.dtype.kind not in "iu":
-        raise ValueError(f"offsets are {offsets.dtype} {offsets.shape}, wanted integers (n_docs + 1,)")
+        raise ValueError(f"offsets are {offsets.dtype} {offsets.shape}; they must be integers (n_docs + 1,)")
     offsets = offsets.astype(np.int64)
-    sizes = np.diff(offsets)
-    if offsets.min() < 0 or offsets.max() > len(text) or sizes.min(initial=0) < 0:
-        raise ValueError(f"offsets lie in {offsets.min()} to {offsets.max()}, smallest step "
-                         f"{sizes.min(initial=0)}; wanted them to rise within the {len(text)} bytes")
-    text = text.view()
-    text.flags.writeable = False  # Arrow's buffers are; one type, one compiled kernel
+    if offsets[0] < 0 or offsets.max() > len(text) or np.any(offsets[1:] < offsets[:-1]):
+        raise ValueError(f"offsets must increase from 0 or more to at most {len(text)}, the bytes of text")
+    text.flags.writeable = False  # as Arrow's buffers are: one type, one compiled kernel
     return text, offsets
 
 
@@ -581,19 +581,20 @@ class Tokenizer:
         # Every left + right = merged of tokens, not only the cut its training took: tiktoken asks whether two
         # neighbours joined are a token, whatever they came from.
         merges = [(left << 16 | right, rank) for token, rank in ranks.items() for i in range(1, len(token))
-                  if (left := ranks.get(token[:i])) is not None and (right := ranks.get(token[i:])) is not None]
+                  if (left := ranks.get(token[:i])) is not None
+                  and (right := ranks.get(token[i:])) is not None]
         pairs = make_table(np.array(merges, np.uint64).reshape(-1, 2))
 
-        blob = np.frombuffer(b"".join(tokens), np.uint8)
-        edges = np.cumsum([0, *map(len, tokens)])
+        blob, edges = np.frombuffer(b"".join(tokens), np.uint8), np.cumsum([0, *map(len, tokens)])
         keys = np.empty(len(tokens), np.uint64)
         hash_tokens(blob, edges, keys)
-        assert len(np.unique(keys)) == len(keys), "two tokens have one hash of 48 bits; change HASH_1"
+        assert len(np.unique(keys)) == len(keys), "two tokens have the same hash of 48 bits; change HASH_1"
         table = make_table(np.stack([keys, np.arange(len(keys), dtype=np.uint64)], axis=1))
 
-        cache = np.zeros((1 << CACHE_BITS) + 1, SLOT)
-        cache = cache.view(np.uint8)[-cache.ctypes.data % 64:][:64 << CACHE_BITS].view(SLOT)  # on a line's edge
-        return unicode_classes(), (table, blob, edges), byte_ids, pairs, cache, np.empty(BATCH, PIECE), np.empty(256, np.int64)
+        lines = np.zeros(64 * ((1 << CACHE_BITS) + 1), np.uint8)
+        cache = lines[-lines.ctypes.data % 64:][:64 << CACHE_BITS].view(SLOT)  # each slot on one line
+        pieces, scratch = np.empty(BATCH, PIECE), np.empty(256, np.int64)  # merges of up to 64 bytes
+        return unicode_classes(), (table, blob, edges), byte_ids, pairs, cache, pieces, scratch
 
     def __reduce__(self):
         return tokenizer_from_ranks, (self.rank_file, self.name)

@@ -4,10 +4,10 @@ Train a byte-level BPE vocabulary with GPT-2's pattern; the same merges as Huggi
     python train_bpe.py --input=books/,more.jsonl.gz --vocab_size=32768 --out=my.tiktoken
     python train_bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken    # the embedded corpus
 
-Reads text as fineweb.py does and writes a rank file (tiktoken's format), with one rank less than --vocab_size:
-<|endoftext|> is the last id and has no line. First come the 256 bytes in the order of GPT-2's file, then the
-merges. Prints what it read and wrote, and the command that builds token shards with it. 70 MB take about three
-seconds. Memory grows only with the distinct pieces of the text: 36 bytes for each of their bytes.
+Reads text as fineweb.py does and writes a rank file (tiktoken's format) with one rank less than --vocab_size,
+because <|endoftext|> is the last id and has no line. First come the 256 bytes in the order of GPT-2's file,
+then the merges. Prints what it read and wrote, and the command that builds token shards with it. 70 MB take
+about four seconds. Memory grows only with the distinct pieces of the text.
 
 Two steps: count how often each piece of GPT-2's pattern occurs (threads, a chunk of documents each), then
 merge the most frequent pair of neighbours in the distinct pieces, again and again.
@@ -45,7 +45,7 @@ from bpe import (
 from configurator import Between, PathName, UserError, configure
 from files import write_atomically
 
-# A slot of count_kernel's table: the first 16 bytes of a piece, its length, a place where it stands, how often.
+# A slot of count_kernel's table: the first 16 bytes of a piece, its length, where it stands, how often.
 COUNT = np.dtype([("head", "u8"), ("tail", "u8"), ("length", "i8"), ("place", "i8"), ("count", "i8")])
 GAP = -1  # no id: between pieces, and where a token has become part of another
 MAX_DISTINCT = 1 << 29  # bytes of distinct pieces: their places are int32, up to three for each byte
@@ -75,7 +75,8 @@ def count_kernel(text, offsets, doc, classes, kinds, starts, pieces, table):
                 return doc, -1
             while pos < begin + done:
                 for k in range(read_pieces(text, pos, begin, begin + done, end, starts, table, pieces)):
-                    head, tail, length, slot = pieces[k].head, pieces[k].tail, pieces[k].length, pieces[k].slot
+                    piece = pieces[k]
+                    head, tail, length, slot = piece.head, piece.tail, piece.length, piece.slot
                     if length > 16:
                         slot = np.int64(hash_bytes(text, pos, pos + length) >> U(64 - CACHE_BITS))
                     while table[slot].count > 0:
@@ -97,7 +98,7 @@ def count_kernel(text, offsets, doc, classes, kinds, starts, pieces, table):
 
 
 def count_documents(text: np.ndarray, offsets: np.ndarray) -> Counter:
-    """{piece: occurrences} of documents, as Tokenizer.encode_documents takes them; raises what that raises."""
+    """{piece: occurrences} of documents; takes and raises what Tokenizer.encode_documents does."""
     text, offsets = check_documents(text, offsets)
     longest = int(np.diff(offsets).max(initial=0))
     kinds, starts = np.empty(longest + 32, np.uint8), np.empty(longest + 32, np.uint8)
@@ -145,8 +146,8 @@ def count_chunk(chunk) -> Counter:
 # ---- merges --------------------------------------------------------------------
 
 @njit(cache=True, error_model="numpy")
-def add_pair(key, times, place, entry, numbers, keys, counts, first, last, where, after):
-    """Count the pair `key` `times` times more, at `place`; `entry`: the next free one of where and after."""
+def add_pair(key, times, place, entry, numbers, keys, counts, first, last, links):
+    """Count the pair `key` `times` times more, at `place`; `entry`: the next free one of `links`."""
     k = numbers.get(key, -1)
     if k < 0:
         k = numbers[key] = len(keys)
@@ -154,6 +155,7 @@ def add_pair(key, times, place, entry, numbers, keys, counts, first, last, where
         counts.append(0)
         first.append(entry)
         last.append(entry)
+    where, after = links
     where[entry], after[last[k]] = place, entry
     last[k], after[entry] = entry, -1
     counts[k] += times
@@ -166,13 +168,13 @@ def heap_key(count, pair):
 
 
 @njit(cache=True, error_model="numpy")
-def train_kernel(ids, times, n_ranks, lengths, merges, where, after):
+def train_kernel(ids, times, n_ranks, lengths, merges, links):
     """Make tokens 256 to n_ranks - 1 -> the ranks there are: fewer where no pair is left.
 
     ids, int32: the id at the first and at the last byte of each token of each piece, GAP before, between and
     after pieces; what is inside tokens is not used. times, int64: how often the piece occurs. lengths, int64
     (n_ranks,), of tokens in bytes: 1 for the first 256. merges, int64 (n_ranks,), is filled with the pairs,
-    left << 16 | right. where, after: int32, room for three times as many places as bytes.
+    left << 16 | right. links: (where, after), int32, room for three times as many places as bytes.
 
     Pair k has keys[k], counts[k] and the places where it begins: where[first[k]], from there on linked by
     `after`, in order. A merge leaves the places of the pairs it destroys in these lists, where the ids show
@@ -181,11 +183,12 @@ def train_kernel(ids, times, n_ranks, lengths, merges, where, after):
     """
     numbers = Dict.empty(types.int64, types.int64)  # {key: k}
     keys, counts, first, last = [0][:0], [0][:0], [0][:0], [0][:0]  # typed empty lists
+    where, after = links
     entries = 0
     for i in range(1, len(ids) - 1):
         if ids[i] != GAP and ids[i + 1] != GAP:
             key = np.int64(ids[i]) << 16 | ids[i + 1]
-            add_pair(key, times[i], i, entries, numbers, keys, counts, first, last, where, after)
+            add_pair(key, times[i], i, entries, numbers, keys, counts, first, last, links)
             entries += 1
     heap = [heap_key(counts[k], keys[k]) for k in range(len(keys))]
     heapq.heapify(heap)
@@ -215,14 +218,13 @@ def train_kernel(ids, times, n_ranks, lengths, merges, where, after):
             before, beyond = np.int64(ids[i - 1]), np.int64(ids[i + both])
             if before != GAP:
                 counts[numbers[before << 16 | left]] -= times[i]
-                start = i - lengths[before]
-                add_pair(before << 16 | n, times[i], start, entries, numbers, keys, counts, first, last, where,
-                         after)
+                key, start = before << 16 | n, i - lengths[before]
+                add_pair(key, times[i], start, entries, numbers, keys, counts, first, last, links)
                 entries += 1
             if beyond != GAP:
                 counts[numbers[right << 16 | beyond]] -= times[i]
-                add_pair(n << 16 | beyond, times[i], i, entries, numbers, keys, counts, first, last, where,
-                         after)
+                key = n << 16 | beyond
+                add_pair(key, times[i], i, entries, numbers, keys, counts, first, last, links)
                 entries += 1
             ids[i + size] = GAP
             ids[i] = ids[i + both - 1] = n
@@ -235,8 +237,8 @@ def train_kernel(ids, times, n_ranks, lengths, merges, where, after):
 
 def check_vocab_size(vocab_size: int) -> None:
     if not 257 <= vocab_size <= 1 << 16:
-        raise UserError(f"vocab_size={vocab_size}: the smallest is 257 (the bytes and {EOT_TEXT}), the largest "
-                        f"65,536 (ids are uint16); type --vocab_size=32768, for example")
+        raise UserError(f"vocab_size={vocab_size}: the smallest is 257 (the bytes and {EOT_TEXT}), the "
+                        f"largest 65,536 (ids are uint16); type --vocab_size=32768, for example")
 
 
 def train_ranks(counts: dict[bytes, int], vocab_size: int) -> list[bytes]:
@@ -266,8 +268,8 @@ def train_ranks(counts: dict[bytes, int], vocab_size: int) -> list[bytes]:
     times[place] = np.repeat(np.fromiter(counts.values(), np.int64, len(counts)), sizes)
     lengths, merges = np.ones(n_ranks, np.int64), np.zeros(n_ranks, np.int64)
     # Each merge ends two pairs and begins two, and there are fewer merges than bytes.
-    where, after = np.empty(3 * len(text) + 1, np.int32), np.empty(3 * len(text) + 1, np.int32)
-    n = train_kernel(ids, times, n_ranks, lengths, merges, where, after)
+    links = np.empty(3 * len(text) + 1, np.int32), np.empty(3 * len(text) + 1, np.int32)
+    n = train_kernel(ids, times, n_ranks, lengths, merges, links)
     if n < n_ranks:
         raise UserError(f"every piece of this text is one token after {n - 256:,} merges, too few for "
                         f"vocab_size={vocab_size}; give more text to --input, or type --vocab_size={n + 1}")
@@ -295,11 +297,11 @@ def train(dataset: str, input: str, text_column: str, vocab_size: int, out: str,
     began, path = time.perf_counter(), Path(out)
     check_vocab_size(vocab_size)
     if dataset not in ("", "python"):
-        raise UserError(f"--dataset={dataset}: only python, the embedded corpus, can be trained on by name; for "
-                        f"other text type --input=PATH[,PATH...]")
+        raise UserError(f"--dataset={dataset}: only python, the embedded corpus, can be trained on by name; "
+                        f"for other text type --input=PATH[,PATH...]")
     if bool(dataset) == bool(input) or not out:
-        raise UserError("needs one text and a new file; type --input=PATH[,PATH...] or --dataset=python, and "
-                        "--out=my.tiktoken")
+        raise UserError("needs one text and a new file; type --input=PATH[,PATH...] or --dataset=python, "
+                        "and --out=my.tiktoken")
     if path.exists():
         raise UserError(f"--out={out} exists; type another name, or remove it")
     if not path.parent.is_dir():
@@ -310,8 +312,8 @@ def train(dataset: str, input: str, text_column: str, vocab_size: int, out: str,
     text_bytes, counted = sum(len(piece) * count for piece, count in counts.items()), time.perf_counter()
     if not counts:
         raise UserError("no text found; check --input and --text_column")
-    print(f"text        {text_bytes:,} bytes, {counts.total():,} pieces, {len(counts):,} of them distinct, counted "
-          f"in {counted - began:.1f} s")
+    print(f"text        {text_bytes:,} bytes, {counts.total():,} pieces, {len(counts):,} of them distinct, "
+          f"counted in {counted - began:.1f} s")
     data = rank_file(train_ranks(counts, vocab_size))
     trained = time.perf_counter()
     write_atomically(path, data)
@@ -319,8 +321,8 @@ def train(dataset: str, input: str, text_column: str, vocab_size: int, out: str,
     offsets = np.cumsum([0, *map(len, counts)])
     _, id_offsets = tok.encode_documents(np.frombuffer(b"".join(counts), np.uint8), offsets)
     tokens = int((np.diff(id_offsets) - 1) @ np.array([*counts.values()]))
-    print(f"vocabulary  {tok.n_vocab:,} ids: 256 bytes, {tok.n_vocab - 257:,} merges in {trained - counted:.1f} s, "
-          f"{EOT_TEXT} = {tok.eot}")
+    print(f"vocabulary  {tok.n_vocab:,} ids: 256 bytes, {tok.n_vocab - 257:,} merges in "
+          f"{trained - counted:.1f} s, {EOT_TEXT} = {tok.eot}")
     print(f"rank file   {path}, {len(data):,} bytes, sha256 {tok.sha256}")
     print(f"this text   {tokens:,} tokens, {text_bytes / tokens:.3f} bytes per token")
     text = f"--dataset={dataset}" if dataset else f"--input={shlex.quote(input)}"

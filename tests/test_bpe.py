@@ -78,16 +78,16 @@ def check(tokenizer, text: str):
 
 
 def check_documents(tokenizer, documents: list[bytes]):
-    """Each document is the end-of-text id and tiktoken's ids; or Python's error for the first that is not UTF-8."""
-    try:
-        for i, document in enumerate(documents):
+    """Each document is the end-of-text id and tiktoken's ids, or else the error is Python's for the first."""
+    for i, document in enumerate(documents):
+        try:
             document.decode()
-    except UnicodeDecodeError as error:
-        with pytest.raises(UnicodeDecodeError, match=rf"{error.reason}, in document {i}$") as raised:
-            tokenizer.encode_documents(*pack(documents))
-        assert raised.value.document == i
-        assert (raised.value.start, raised.value.object) == (error.start, documents[i])
-        return
+        except UnicodeDecodeError as error:
+            with pytest.raises(UnicodeDecodeError, match=rf"{error.reason}, in document {i}$") as raised:
+                tokenizer.encode_documents(*pack(documents))
+            assert raised.value.document == i
+            assert (raised.value.start, raised.value.object) == (error.start, document)
+            return
     ids, id_offsets = tokenizer.encode_documents(*pack(documents))
     assert ids.dtype == np.uint16 and id_offsets.dtype == np.int64
     expected = [[tokenizer.eot, *TIKTOKEN[tokenizer].encode_ordinary(doc.decode())] for doc in documents]
@@ -195,7 +195,7 @@ def test_long_blank_before_a_word():
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 200), st.sampled_from(["a", "_", " ", "-=", "abcd", "é", "0x1f"]), st.integers(0, 20))
 def test_piece_lengths(length, unit, shift):
-    """Around the edges of a word (8), two words (16) and merge's scratch (64), at every distance from the end."""
+    """Around a word (8), two words (16) and merge's scratch (64), at any distance from the end."""
     check(gpt2, "x" * shift + " " + unit * length + "!")
     check(small, "x" * shift + " " + unit * length)
 
@@ -278,7 +278,7 @@ def test_openstax_from_arrow():
 
 def test_python_source():
     sources = [path.read_bytes() for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
-    check_documents(gpt2, [source for source in sources if source == source.decode("utf-8", "ignore").encode()])
+    check_documents(gpt2, [source.decode("utf-8", "replace").encode() for source in sources])
 
 
 def test_tables_find_what_is_there_and_nothing_else():
@@ -337,7 +337,7 @@ def test_no_documents():
 ])  # fmt: skip
 def test_bad_arguments(text, offsets):
     text = np.frombuffer(text, np.uint8) if isinstance(text, bytes) else np.zeros(3, np.uint16)
-    with pytest.raises(ValueError, match="wanted"):
+    with pytest.raises(ValueError, match="must"):
         gpt2.encode_documents(text, np.array(offsets))
 
 
@@ -379,12 +379,6 @@ def test_character_classes():
         found = int((classes == kind).sum()), hashlib.sha256(members).hexdigest()
         version = importlib.metadata.version("tiktoken")
         assert found == expected, f"tiktoken {version}: class {kind} is not 0.14.0's: other tokens"
-
-
-def test_old_tiktoken_is_refused(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.12.0")
-    with pytest.raises(UserError, match=r"0\.12\.0 is installed, wanted 0\.13 or later: pip install"):
-        bpe.unicode_classes.__wrapped__()
 
 
 # ---- rank files ----------------------------------------------------------------
@@ -442,7 +436,7 @@ def test_marks_of_editors_in_a_rank_file(tmp_path):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Where GPT-2's vocabulary is cached, in an empty folder; and a server in place of tiktoken's, not there."""
+    """Where GPT-2's vocabulary is cached, in an empty folder; the server is a file that does not exist."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(bpe, "GPT2_URL", (tmp_path / "server").as_uri())
     return tmp_path / "cache" / bpe.GPT2_CACHE_NAME
@@ -463,9 +457,10 @@ def test_download(cache, tmp_path, cached):
     if cached:
         cache.parent.mkdir()
         cache.write_bytes(cached)
-    with pytest.raises(UserError, match=f"vocabulary is {'corrupt' if cached else 'missing'}.*--tokenizer=FILE") as e:
+    problem = "corrupt" if cached else "missing"
+    with pytest.raises(UserError, match=f"vocabulary is {problem}.*--tokenizer=FILE") as raised:
         bpe.gpt2_rank_file()
-    assert str(cache) in str(e.value) and bpe.GPT2_SHA256 in str(e.value)
+    assert str(cache) in str(raised.value) and bpe.GPT2_SHA256 in str(raised.value)
     (tmp_path / "server").write_bytes(b"a captive portal")
     with pytest.raises(UserError, match="another file"):
         bpe.gpt2_rank_file()

@@ -24,7 +24,7 @@ from training import PYTHON, RUN_THE_REST
 
 import convert_hf
 import hub
-from bpe import count_pieces, load_tokenizer, rank_file, tokenizer_from_ranks, train_ranks
+from bpe import load_tokenizer, rank_file, tokenizer_from_ranks
 from checkpoint import (
     FORMAT,
     build_model,
