@@ -137,7 +137,7 @@ def count_chunk(chunk) -> Counter:
     """count_documents of a chunk."""
     documents = chunk.read(*chunk.args)
     if not hasattr(documents, "bad"):  # remove: it is one Documents after the merge
-        documents = [*documents][0]
+        documents = next(iter(documents))
     for place, reason in documents.bad:
         raise UserError(f"{place}: {reason}; fix or remove it, and run this again")
     return count_documents(documents.text, documents.offsets)
