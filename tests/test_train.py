@@ -432,7 +432,7 @@ def test_deterministic_samples_on_cuda(flags, tmp_path):
 
 
 def test_own_vocabulary_from_text_to_samples(flags, tmp_path):
-    """train_bpe.py trains it; fineweb.py, train_gpt2.py and generate.py take it, the last from a checkpoint."""
+    """train_bpe.py trains it; fineweb.py, train_gpt2.py and generate.py take it (from the checkpoint)."""
     def run(script, *arguments):
         done = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True,
                               text=True, encoding="utf-8", timeout=240, cwd=tmp_path)
