@@ -5,7 +5,7 @@ PREFIX := $(shell $(PYTHON) -c 'import sys; print(sys.prefix)')
 RUN_STAMP := $(PREFIX)/.gpt2-requirements
 DEV_STAMP := $(PREFIX)/.gpt2-requirements-dev
 
-.PHONY: help install demo prepare prepare-small test lint bench gpu gpu-data doctor compare experiment-norm
+.PHONY: help install vocabulary demo prepare prepare-small test lint bench gpu gpu-data doctor compare experiment-norm
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -18,8 +18,13 @@ $(DEV_STAMP): requirements-dev.txt requirements.txt
 	$(PYTHON) -m pip install -r requirements-dev.txt
 	touch $@
 
-install: $(RUN_STAMP)  ## install what running needs, and fetch GPT-2's vocabulary
-	$(PYTHON) bpe.py
+install: vocabulary  ## install what running needs, and fetch GPT-2's vocabulary
+
+vocabulary: $(RUN_STAMP)  # where only the package index can be reached: openai-whisper's source has the same file
+	$(PYTHON) bpe.py || { set -e; file=$$($(PYTHON) -c 'import bpe; print(bpe.cache_file())'); mkdir -p "$${file%/*}"; \
+	$(PYTHON) -m pip download -q --no-deps --no-binary=openai-whisper -d "$$file.pip" openai-whisper==20250625; \
+	tar -xzOf "$$file.pip"/*.tar.gz openai_whisper-20250625/whisper/assets/gpt2.tiktoken > "$$file"; \
+	rm -r "$$file.pip"; $(PYTHON) bpe.py; }
 
 demo: install  ## train a small GPT-2 on this Python installation's source, in minutes; again = continue
 	$(PYTHON) fineweb.py --dataset=python --data_dir=python_corpus --max_tokens=12e6
@@ -38,8 +43,7 @@ prepare-small: install  ## the 25M tokens of it that config/rtx4050_15m.py needs
 lint: $(DEV_STAMP)  ## check the style
 	$(PYTHON) -m ruff check .
 
-test: $(DEV_STAMP) lint  ## install what tests need and run all tests
-	$(PYTHON) bpe.py
+test: $(DEV_STAMP) vocabulary lint  ## install what tests need and run all tests
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: install $(DEV_STAMP)  ## measure every speed this repository claims, beside its baseline
@@ -63,7 +67,7 @@ gpu-data: install  ## build what `make gpu` reads, 57 MiB: SHARED has openstax/,
 	cp $(SHARED)/tokenizer/gpt2.tiktoken $(GPU_DATA)/tokenizer/0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4
 
 experiment-norm: $(RUN_STAMP)  ## Pre-LN against Post-LN: 36 short runs and 18 of one step; again = continue
-	test -e python4k.tiktoken || $(PYTHON) bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken
+	test -e python4k.tiktoken || $(PYTHON) train_bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken
 	test -e python4k/manifest.json || $(PYTHON) fineweb.py --dataset=python --tokenizer=python4k.tiktoken \
 		--data_dir=python4k --max_tokens=12e6
 	$(PYTHON) results/norm_study/theory.py

@@ -31,7 +31,6 @@ The last three go by spelling and frequency alone, so that no vocabulary has a s
 
 import csv
 import io
-import itertools
 import math
 import random
 import re
@@ -42,20 +41,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bpe import (
-    PieceCounter,
-    PieceCounts,
-    Tokenizer,
-    load_tokenizer,
-    rank_file,
-    tokenizer_from_ranks,
-    train_ranks,
-    unicode_classes,
-)
+from bpe import Tokenizer, load_tokenizer, rank_file, tokenizer_from_ranks
 from configurator import Between, PathName, UserError, configure
-from documents import hash_documents, input_source
+from documents import input_source
 from files import write_atomically
 from model import GPT, GPTConfig
+from train_bpe import count_documents, train_ranks
 
 input: PathName = ""  # PATH[,PATH...], each a file, a glob or a folder of .parquet, .jsonl[.gz|.zst] or .txt
 text_column = "text"  # the parquet column or jsonl field that holds the text
@@ -105,8 +96,8 @@ COLUMNS = {
 
 class Corpus(NamedTuple):
     """Both sides of the text, as occurrences of their pieces."""
-    train: PieceCounts
-    val: PieceCounts
+    train: Counter  # {piece: occurrences}
+    val: Counter
     hyphenated: Counter  # {hyphenated word of val: occurrences}
     documents: list[int]  # of train and of val
     sizes: list[int]      # bytes of text of each
@@ -114,40 +105,30 @@ class Corpus(NamedTuple):
 
 def read_corpus(input: str, column: str, val_fraction: float) -> Corpus:
     """Count the pieces of both sides. Raises UserError if there is no text for one of them."""
-    classes, hyphenated, documents = unicode_classes(), Counter(), [0, 0]
-    counters = PieceCounter(classes), PieceCounter(classes)
-    for _, _, chunk in input_source(input, column).chunks():
-        for part in chunk.read(*chunk.args):
-            for place, reason in part.bad:
-                raise UserError(f"{place}: {reason}; mend or remove it, and run this again")
-            text, offsets = part.text, np.unique(part.offsets)  # an empty one ends where the last one did
-            is_val = hash_documents(text, offsets) < np.uint64(val_fraction * 2.0**64)
-            for side, counter in enumerate(counters):
-                counter.count(*choose(text, offsets, is_val == side))
-                documents[side] += int(np.sum(is_val == side))
-            for d in np.flatnonzero(is_val):
-                document = text[offsets[d]:offsets[d + 1]].tobytes().decode("utf-8", "replace")
-                hyphenated.update(HYPHENATED.findall(document))
+    sides, hyphenated, documents, sizes = (Counter(), Counter()), Counter(), [0, 0], [0, 0]
+    for _, chunk in input_source(input, column, val_fraction).chunks():
+        text, offsets, is_val, _, bad = chunk.read(*chunk.args)
+        if bad:
+            raise UserError(f"{bad[0]}; fix or remove it, and run this again")
+        for side, counts in enumerate(sides):
+            chosen = choose(text, offsets, is_val == side)
+            counts.update(count_documents(*chosen))
+            documents[side] += int(np.sum(is_val == side))
+            sizes[side] += len(chosen[0])
+        for d in np.flatnonzero(is_val):
+            hyphenated.update(HYPHENATED.findall(text[offsets[d]:offsets[d + 1]].tobytes().decode()))
     if not all(documents):
         raise UserError(f"--input={input}: got {documents[0]} documents to train on and {documents[1]} to "
-                        f"measure on, wanted both; give more documents (a txt file is one: cut it into many) "
-                        f"or another --val_fraction")
+                        f"measure on, wanted both; give more text or another --val_fraction")
     hyphenated = Counter({word.encode(): count for word, count in hyphenated.items()
                           if word.removeprefix(" ").replace("-", "").isalpha()})  # [^\W\d_] has some numbers
-    train, val = counters
-    return Corpus(train.pieces(), val.pieces(), hyphenated, documents, [train.bytes, val.bytes])
+    return Corpus(*sides, hyphenated, documents, sizes)
 
 
 def choose(text: np.ndarray, offsets: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(text, offsets) of the documents where `chosen`, bool (D,), is True."""
     sizes = np.diff(offsets)
     return text[:offsets[-1]][np.repeat(chosen, sizes)], np.cumsum([0, *sizes[chosen]])
-
-
-def listed(pieces: PieceCounts) -> dict[bytes, int]:
-    """{piece: occurrences}, in order of their bytes."""
-    text, edges = pieces.text.tobytes(), pieces.offsets.tolist()
-    return dict(sorted(zip((text[a:b] for a, b in itertools.pairwise(edges)), pieces.counts.tolist())))
 
 
 # ---- words and their groups ----------------------------------------------------
@@ -190,10 +171,10 @@ class Items(NamedTuple):
 def make_items(corpus: Corpus) -> Items:
     """List what is to be encoded, and which of it belongs to which group."""
     frequency = Counter()
-    for piece, count in listed(corpus.train).items():
+    for piece, count in corpus.train.items():
         if word := as_word(piece):
             frequency[word.lower()] += count
-    pieces = listed(corpus.val)
+    pieces = dict(sorted(corpus.val.items()))
     strings, counts = [*pieces, *corpus.hyphenated], [*pieces.values(), *corpus.hyphenated.values()]
     masks = {name: np.zeros(len(strings), bool) for name in ("pieces", "words", *GROUPS)}
     masks["pieces"][:len(pieces)] = True
@@ -250,7 +231,7 @@ def measure(tok: Tokenizer, vocabulary: str, items: Items, shape: dict) -> tuple
                  for group in GROUPS]
 
 
-def train_tokenizers(pieces: PieceCounts, sizes: list[int]) -> list[Tokenizer]:
+def train_tokenizers(pieces: Counter, sizes: list[int]) -> list[Tokenizer]:
     """A vocabulary of each size, all from one training. Raises UserError if the text is too small for one."""
     try:
         ranks = train_ranks(pieces, max(sizes))

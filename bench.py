@@ -9,12 +9,13 @@ Measure every speed this repository claims, each beside its baseline, in one run
 Ours and the baseline take turns (A B A B ...), so that a machine whose speed drifts is unfair to neither; the
 table has the median of each and the median, lowest and highest of the ratios turn by turn. Writes nothing.
 
-encode     bpe.py, one core, against tiktoken.encode_ordinary, one thread; the ids are compared first
+encode     bpe.py, one core, against tiktoken.encode_ordinary, one thread; the ids are compared first. If
+           gigatoken is installed, against it too: with an empty cache, on unseen text, on the same text again
 shards     fineweb.py from parquet to shards, all cores and its start included, against a pool of workers that
            call tiktoken document by document; memory, and what sample-10BT would take
 loader     tokens per second of one process reading shuffled windows; no baseline
 open       seconds to open 10,000 shards of 100M tokens, memory, and a batch at a random step; no baseline
-bpe_train  bpe.py training a vocabulary, all cores, against tokenizers' BpeTrainer; and how well both compress
+bpe_train  train_bpe.py, all cores, against tokenizers' BpeTrainer; and how well both compress
 matmul     the device's matmul peak, measured: 8192^3 on a GPU, 4096^3 on a CPU; no baseline
 loss       output layer and cross-entropy, forward and backward, against torch's F.linear_cross_entropy (2.13)
 train      an optimizer step of config A (16M parameters), compiled, in auto dtype, against torch as it comes,
@@ -30,6 +31,8 @@ hellaswag  hellaswag.py's evaluate, in float32 and in auto dtype, against a loop
 
 import contextlib
 import functools
+import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
@@ -49,17 +52,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bpe import (
-    available_cores,
-    byte_order,
-    count_pieces,
-    load_tokenizer,
-    rank_file,
-    tokenizer_from_ranks,
-    train_ranks,
-)
+from bpe import byte_order, load_tokenizer, rank_file, tokenizer_from_ranks
 from configurator import Between, OneOf, PathName, UserError, configure
+from documents import Chunk, Documents, available_cores
 from shards import TokenStream, WindowLoader, read_manifest, write_shard
+from train_bpe import count_chunks, train_ranks
 
 only = "encode,shards,bpe_train,loader,open,train,scale,startup,generate,hellaswag"  # which to run
 turns: Between(1, 10_000) = 5  # times each side is measured, after one warm-up turn
@@ -126,8 +123,8 @@ def read_documents() -> list[bytes]:
 
 
 def bench_encode() -> None:
-    tok, text = load_tokenizer(), b"".join(read_documents()).decode()
-    encoding = tok.to_tiktoken()
+    tok, documents = load_tokenizer(), read_documents()
+    encoding, text = tok.to_tiktoken(), b"".join(documents).decode()
     if not np.array_equal(tok.encode(text), encoding.encode_ordinary(text)):
         raise RuntimeError("the ids differ from tiktoken's: a bug in bpe.py")
     buffer = np.frombuffer(text.encode(), dtype=np.uint8)
@@ -140,6 +137,56 @@ def bench_encode() -> None:
         encoding.encode_ordinary(text)
 
     report("encode", "MB/s", len(buffer) / 1e6, *take_turns(ours, tiktoken, turns), "tiktoken")
+    if importlib.util.find_spec("gigatoken"):
+        bench_gigatoken(documents)
+
+
+def hard_text(n: int, seed: int) -> list[bytes]:
+    """n bytes each of long runs and of random bytes, which no cache of pieces helps with."""
+    rng = np.random.default_rng(seed)
+    runs = [bytes([byte]) * (n // 5 + seed) for byte in b"a -\n_"]
+    noise = [rng.integers(0, 128, n // 2, np.uint8).tobytes(), rng.bytes(n // 4).decode("latin-1").encode()]
+    letters = rng.integers(ord("a"), ord("z") + 1, n // 2, np.uint8).tobytes()
+    return [*runs, letters, *noise]
+
+
+def bench_gigatoken(documents: list[bytes]) -> None:
+    """Against gigatoken, one thread each: with an empty cache, with one warmed by other text, and again."""
+    import gigatoken
+    half = sum(map(len, documents)) // 2
+    split = next(i for i, size in enumerate(itertools.accumulate(map(len, documents)), 1) if size >= half)
+    texts = {"text": (documents[:split], documents[split:]),
+             "hard": (hard_text(10**6, 1), hard_text(10**6, 2))}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "r50k_base.tiktoken")  # gigatoken goes by the name
+        path.write_bytes(load_tokenizer().rank_file)
+
+        def ours():
+            tok = load_tokenizer()
+            tok.encode("")  # so that the tables are there
+            return lambda packed, some: tok.encode_documents(*packed)
+
+        def theirs():
+            rival = gigatoken.Tokenizer.from_tiktoken(path)
+            return lambda packed, some: rival.encode_batch(some, parallel=False)
+
+        for name, (first, second) in texts.items():
+            parts = [((np.frombuffer(b"".join(some), np.uint8), np.cumsum([0, *map(len, some)])), some)
+                     for some in (first, second, second)]
+            seconds = []  # per turn: ours and theirs, three each
+            for _ in range(turns + 1):
+                encoders = ours(), theirs()
+                seconds.append([[time_once(encode, part) for part in parts] for encode in encoders])
+            for i, state in enumerate(("empty", "unseen", "again")):
+                timed = compare(*([turn[side][i] for turn in seconds[1:]] for side in (0, 1)))
+                report(f"{name} {state}", "MB/s", len(parts[i][0][0]) / 1e6, *timed,
+                       f"gigatoken {importlib.metadata.version('gigatoken')}")
+
+
+def time_once(run, arguments: tuple) -> float:
+    t0 = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - t0
 
 
 def perturbed(document: bytes, rng: np.random.Generator) -> bytes:
@@ -248,17 +295,17 @@ def bench_bpe_train() -> None:
                         "tokenizers, or name the others with --only=...") from error
     documents = read_documents()
     texts, size = [document.decode() for document in documents], sum(map(len, documents))
-    step = -(-len(documents) // 64)  # parts of the text, to be dealt to the cores
-    parts = []
+    step = -(-len(documents) // 16)  # chunks of the text, to be dealt to the cores
+    chunks = []
     for i in range(0, len(documents), step):
         some = documents[i:i + step]
-        parts.append((np.frombuffer(b"".join(some), np.uint8), np.cumsum([0, *map(len, some)])))
+        packed = np.frombuffer(b"".join(some), np.uint8), np.cumsum([0, *map(len, some)])
+        chunks.append(Chunk(Documents, (*packed, *[()] * (len(Documents._fields) - 2))))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     made = {}
 
     def ours():
-        pieces, _ = count_pieces([functools.partial(iter, [part]) for part in parts])
-        made["ours"] = train_ranks(pieces, vocab_size)
+        made["ours"] = train_ranks(count_chunks(chunks), vocab_size)
 
     def theirs():
         made["tokenizers"] = tokenizers.Tokenizer(models.BPE())
@@ -270,7 +317,7 @@ def bench_bpe_train() -> None:
     timed = take_turns(ours, theirs, turns)
     report("bpe_train", "MB/s", size / 1e6, *timed, f"tokenizers {tokenizers.__version__}")
     tok = tokenizer_from_ranks(rank_file(made["ours"]), "ours")
-    n_ours = sum(len(tok.encode_documents(*part)[0]) - len(part[1]) + 1 for part in parts)  # without EOT
+    n_ours = sum(len(tok.encode_documents(*chunk.args[:2])[0]) for chunk in chunks) - len(documents)  # no EOT
     n_theirs = sum(len(encoded.ids) for encoded in made["tokenizers"].encode_batch_fast(texts))
     ids = made["tokenizers"].get_vocab()
     char_of = dict(zip(byte_order(), sorted(byte_level.alphabet())))  # tokenizers writes bytes as characters

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import analyze_tokenizer as study
-from analyze_tokenizer import COLUMNS, GROUPS, groups_of, is_joined, listed, make_items, measure
-from bpe import PieceCounts, rank_file, tokenizer_from_ranks, train_ranks
+from analyze_tokenizer import COLUMNS, GROUPS, groups_of, is_joined, make_items, measure
+from bpe import rank_file, tokenizer_from_ranks
 from configurator import UserError
 from documents import hash_documents, pack
 from model import GPT, GPTConfig
+from train_bpe import train_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTES = [bytes([b]) for b in range(256)]
@@ -24,8 +25,7 @@ SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
 
 
 def corpus_of(train, val, hyphenated=()):
-    sides = (PieceCounts(*pack([*side]), np.array([*side.values()])) for side in (train, val))
-    return study.Corpus(*sides, Counter(dict(hyphenated)), [1, 1], [1, 1])
+    return study.Corpus(Counter(train), Counter(val), Counter(dict(hyphenated)), [1, 1], [1, 1])
 
 
 def tokenizer_of(*merged):
@@ -133,7 +133,7 @@ def test_the_sides_are_those_of_the_hash_and_nothing_is_lost(texts, corpus):
     documents = [text.encode() for text in texts[0] if text]
     is_val = hash_documents(*pack(documents)) < np.uint64(0.3 * 2**64)
     assert corpus.documents == [(~is_val).sum(), is_val.sum()]
-    for counts, size, side in zip(map(listed, (corpus.train, corpus.val)), corpus.sizes, (~is_val, is_val)):
+    for counts, size, side in zip((corpus.train, corpus.val), corpus.sizes, (~is_val, is_val)):
         here = [document for document, chosen in zip(documents, side) if chosen]
         assert size == sum(map(len, here)) == sum(len(piece) * count for piece, count in counts.items())
         words = Counter(word for document in here for word in document.split() if word.isalpha())
@@ -170,7 +170,7 @@ def test_smaller_vocabularies_are_prefixes_of_the_largest(corpus):
 
 
 def test_a_text_too_small_for_the_size_is_refused():
-    with pytest.raises(UserError, match=r"the largest of --vocab_sizes, 300, cannot be trained: .*wanted 43"):
+    with pytest.raises(UserError, match=r"vocab_sizes, 300, cannot be trained: .*--vocab_size=259"):
         study.train_tokenizers(corpus_of({b"abc": 2}, {b"a": 1}).train, [257, 300])
 
 

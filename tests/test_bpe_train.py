@@ -6,7 +6,6 @@ Training of a vocabulary against a slow twin in plain Python and against Hugging
 Reads the corpora under GPT2_SHARED_DATA where that is set.
 """
 
-import functools
 import itertools
 import os
 import random
@@ -14,7 +13,9 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
 import bpe
-from bpe import PieceCounter, PieceCounts, byte_order, count_pieces, rank_file, train_ranks
+import train_bpe
+from bpe import byte_order, rank_file
 from configurator import UserError
+from train_bpe import count_chunks, count_documents, train_ranks
 
 REPO = Path(__file__).parent.parent
 CLASSES = bpe.unicode_classes()
@@ -38,21 +41,20 @@ def pack(documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(b"".join(documents), np.uint8), np.cumsum([0, *map(len, documents)])
 
 
-def count(documents: list[bytes]) -> PieceCounts:
-    counter = PieceCounter(CLASSES)
-    counter.count(*pack(documents))
-    return counter.pieces()
+def count(documents: list[bytes]) -> Counter:
+    return count_documents(*pack(documents))
 
 
-def as_dict(pieces: PieceCounts) -> dict[bytes, int]:
-    text, edges = pieces.text.tobytes(), pieces.offsets.tolist()
-    found = [text[start:stop] for start, stop in itertools.pairwise(edges)]
-    assert len(set(found)) == len(found) == len(pieces.counts)
-    return dict(zip(found, pieces.counts.tolist()))
+class Chunk(NamedTuple):
+    """As documents.py has them."""
+    read: Callable
+    args: tuple
 
 
-def as_pieces(counts: dict[bytes, int]) -> PieceCounts:
-    return PieceCounts(*pack(list(counts)), np.array(list(counts.values()), np.int64))
+class Documents(NamedTuple):
+    text: np.ndarray
+    offsets: np.ndarray
+    bad: tuple = ()
 
 
 def slow_twin(counts: dict[bytes, int], n_ranks: int) -> list[bytes]:
@@ -81,10 +83,10 @@ def slow_twin(counts: dict[bytes, int], n_ranks: int) -> list[bytes]:
 
 def check_against_twin(counts: dict[bytes, int], n_ranks: int):
     expected = slow_twin(counts, n_ranks)
-    assert train_ranks(as_pieces(counts), len(expected) + 1) == expected
+    assert train_ranks(counts, len(expected) + 1) == expected
     if len(expected) < n_ranks:
         with pytest.raises(UserError, match=f"--vocab_size={len(expected) + 1}$"):
-            train_ranks(as_pieces(counts), n_ranks + 1)
+            train_ranks(counts, n_ranks + 1)
 
 
 # ---- counting ------------------------------------------------------------------
@@ -106,76 +108,55 @@ def same_class(char: str) -> bool:
     st.text(st.sampled_from("ab "), min_size=30, max_size=90)), max_size=4))
 def test_pieces_are_those_of_the_pattern(documents):
     expected = Counter(piece for text in documents for piece in regex.findall(bpe.PATTERN, text))
-    assert as_dict(count([text.encode() for text in documents])) == {
+    assert count([text.encode() for text in documents]) == {
         piece.encode(): times for piece, times in expected.items()}
 
 
-def test_pieces_that_are_not_utf8_are_those_of_python():
-    documents = [b"good one", b"bad \xff\xfe two\xc3", b"good one", b"\xe6\x9d", b"", b"\x80" * 40]
-    expected = count([text.decode(errors="replace").encode() for text in documents])
-    assert as_dict(count(documents)) == as_dict(expected)
-    counter = PieceCounter(CLASSES)
-    counter.count(*pack(documents))
-    assert counter.bytes == sum(map(len, documents))
+def test_documents_that_are_not_utf8_are_named():
+    with pytest.raises(UnicodeDecodeError, match="in document 1") as raised:
+        count([b"good one", b"bad \xff\xfe two\xc3", b"\xe6\x9d"])
+    assert raised.value.document == 1
 
 
-def test_tables_grow():
-    """Far more pieces than the first tables hold, short ones and long ones, one far longer than its table."""
+def test_a_full_table_is_emptied_and_the_count_goes_on(monkeypatch):
+    """Far more pieces than the table holds, short and long ones, many with the same first 16 bytes."""
     rng = random.Random(0)
+    table = np.zeros(1 << bpe.CACHE_BITS, train_bpe.COUNT)
     pieces = {bytes(rng.choices(b"abcdefgh", k=length))
-              for length in (7, 15, 16, 17, 18, 40) for _ in range(7_000)} | {b"y" * 200_000}
+              for length in (7, 15, 16, 17, 18, 40) for _ in range(len(table) // 4)}
+    pieces |= {b"y" * 200_000} | {b"z" * length for length in range(2000)} - {b""}
     pieces = sorted(pieces)
     again = pieces[::3]
-    counts = as_dict(count([b"\n".join(pieces + again)]))  # the newline is a piece of its own
-    assert counts.pop(b"\n") == len(pieces) + len(again) - 1
+    counts = count([b"\n".join(pieces), b"", b"\n".join(again)])  # the newline is a piece of its own
+    assert counts.pop(b"\n") == len(pieces) + len(again) - 2
     assert counts == {piece: 1 + (i % 3 == 0) for i, piece in enumerate(pieces)}
-    halves = [count([b"\n".join(some)]) for some in (pieces, again)]
-    counter = PieceCounter(CLASSES)
-    for half in halves:
-        counter.add(half)
-    counts.update({b"\n": len(pieces) + len(again) - 2})
-    assert as_dict(counter.pieces()) == counts
-
-
-def test_documents_that_kernels_cannot_take_are_refused():
-    text = np.frombuffer(b"abc", np.uint8)
-    for offsets in ([0, 4], [-1, 3], [2, 1]):
-        with pytest.raises(ValueError, match="offsets"):
-            PieceCounter(CLASSES).count(text, np.array(offsets))
 
 
 def test_threads_and_order_do_not_matter():
     documents = [path.read_bytes() for path in sorted(STDLIB.glob("*.py"))[:60]]
     results = []
-    for workers, seed in ((1, None), (2, None), (2, 1), (3, 2)):
+    for workers, seed in ((1, None), (2, None), (3, 2)):
         if seed is not None:
             random.Random(seed).shuffle(documents)
-        parts = [functools.partial(iter, [pack(documents[i:i + 7])]) for i in range(0, len(documents), 7)]
-        pieces, size = count_pieces(parts, workers)
-        assert size == sum(map(len, documents))
-        results.append((as_dict(pieces), train_ranks(pieces, 2000)))
+        chunks = [Chunk(Documents, pack(documents[i:i + 7])) for i in range(0, len(documents), 7)]
+        counts = count_chunks(chunks, workers)
+        assert sum(len(piece) * times for piece, times in counts.items()) == sum(map(len, documents))
+        results.append((counts, train_ranks(counts, 2000)))
     assert all(result == results[0] for result in results[1:])
 
 
 def test_an_error_in_a_thread_ends_the_count():
-    def part(i):
-        if i == 3:
-            raise UserError("file 3 is damaged")
-        return [pack([b"some text"])]
+    def read(i):
+        return Documents(*pack([b"some text"]), bad=[("file 3", "is corrupt")] if i == 3 else ())
 
-    with pytest.raises(UserError, match="file 3"):
-        count_pieces((functools.partial(part, i) for i in itertools.count()), 2)  # would never end
+    with pytest.raises(UserError, match="file 3: is corrupt; fix"):
+        count_chunks((Chunk(read, (i,)) for i in itertools.count()), 2)  # would never end
 
 
 def test_too_many_different_pieces_are_refused(monkeypatch):
-    monkeypatch.setattr(bpe, "MAX_DISTINCT", 100)
-    pieces = count([b"a b c d e f"])
-    text = " ".join(f"word{chr(97 + i)}" for i in range(26)).encode()
+    monkeypatch.setattr(train_bpe, "MAX_DISTINCT", 5)
     with pytest.raises(UserError, match="give a part of the text"):
-        count([text])
-    monkeypatch.setattr(bpe, "MAX_DISTINCT", 5)
-    with pytest.raises(UserError, match="give a part of the text"):
-        train_ranks(pieces, 257)
+        train_ranks(count([b"a b c d e f"]), 257)
 
 
 # ---- merges --------------------------------------------------------------------
@@ -197,7 +178,7 @@ def test_bytes_are_in_gpt2s_order():
 ], ids=str)
 def test_chosen_counts(counts):
     if sum(counts.values()) > 1 << 32:  # equal to the heap, so the smaller pair comes first
-        assert set(train_ranks(as_pieces(counts), 259)[256:]) == {b"th", b"he"}
+        assert set(train_ranks(counts, 259)[256:]) == {b"th", b"he"}
     else:
         check_against_twin(counts, 300)
 
@@ -223,7 +204,7 @@ def test_random_text(seed):
 
 def test_real_text_equals_the_twin():
     text = (STDLIB / "argparse.py").read_bytes()
-    check_against_twin(as_dict(count([text])), 1000)
+    check_against_twin(count([text]), 1000)
 
 
 def test_one_piece_of_a_million_bytes():
@@ -281,7 +262,7 @@ def test_the_largest_vocabulary_equals_that_of_tokenizers():
     assert len(tokens) == 65_535
     assert tokens == train_tokenizers([text], 65_535)[1]
     assert train_ranks(pieces, 30_000) == tokens[:29_999]
-    assert train_ranks(as_pieces({}), 257) == tokens[:256]
+    assert train_ranks({}, 257) == tokens[:256]
 
 
 def test_the_rank_file_is_tiktokens(corpus, tmp_path):
@@ -303,8 +284,8 @@ def test_the_rank_file_is_tiktokens(corpus, tmp_path):
 
 # ---- the script ----------------------------------------------------------------
 
-def run_script(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(REPO / "bpe.py"), *flags], capture_output=True, text=True,
+def run_script(script: str, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(REPO / script), *flags], capture_output=True, text=True,
                           encoding="utf-8", timeout=300)
 
 
@@ -315,7 +296,7 @@ def test_the_script_trains_and_the_data_build_takes_it(tmp_path):
     for path in texts:
         (tmp_path / "books" / f"{path.stem}.txt").write_bytes(path.read_bytes())
     flags = f"--input={tmp_path / 'books'}", "--vocab_size=1000", f"--out={out}"
-    done = run_script(*flags)
+    done = run_script("train_bpe.py", *flags)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == rank_file(train_ranks(count([path.read_bytes() for path in texts]), 1000))
     size = sum(path.stat().st_size for path in texts)
@@ -330,9 +311,9 @@ def test_the_script_trains_and_the_data_build_takes_it(tmp_path):
                             "--val_fraction=0", f"--data_dir={tmp_path / 'data'}"], capture_output=True,
                            text=True, timeout=300)
     assert built.returncode == 0 and f"{tokens + 3:,} tokens" in built.stdout, built.stderr
-    checked = run_script(f"--tokenizer={out}")
+    checked = run_script("bpe.py", f"--tokenizer={out}")
     assert checked.returncode == 0 and "ids equal tiktoken's" in checked.stdout
-    again = run_script(*flags)
+    again = run_script("train_bpe.py", *flags)
     assert again.returncode == 2 and "exists" in again.stderr and "another" in again.stderr
 
 
@@ -344,19 +325,19 @@ def test_a_vocabulary_of_the_embedded_corpus(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("documents.sysconfig.get_path", lambda key: tmp_path)
     monkeypatch.setattr("pydoc_data.topics.topics", {"for": "The for statement\n"})
     out = tmp_path / "out.tiktoken"
-    bpe.train("python", "", "text", 400, str(out), 1)
+    train_bpe.train("python", "", "text", 400, str(out), 1)
     expected = rank_file(train_ranks(count([b"The for statement\n", *texts.values()]), 400))
     assert out.read_bytes() == expected
     assert "fineweb.py --dataset=python --tokenizer=" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ({"vocab_size": 256}, "wanted 257"), ({"vocab_size": 65_537}, "to 65,536"),
+    ({"vocab_size": 256}, "smallest is 257"), ({"vocab_size": 65_537}, "largest 65,536"),
     ({"vocab_size": 32_768}, "type --vocab_size="), ({"out": ""}, "--out=my.tiktoken"),
     ({"input": ""}, "--input=PATH"),
     ({"out": "nowhere/my.tiktoken"}, "make .*nowhere"), ({"input": "missing.txt"}, "missing.txt"),
-    ({"input": "empty.txt"}, "corpus without text"), ({"dataset": "python"}, "leave out one of them"),
-    ({"dataset": "fineweb", "input": ""}, "wanted python"),
+    ({"input": "empty.txt"}, "no text found"), ({"dataset": "python"}, "needs one text"),
+    ({"dataset": "fineweb", "input": ""}, "only python"),
     ({"dataset": "python", "input": "", "out": ""}, "--dataset=python, and --out="),
 ])
 def test_mistakes_are_named(flags, message, tmp_path, monkeypatch):
@@ -366,5 +347,5 @@ def test_mistakes_are_named(flags, message, tmp_path, monkeypatch):
     settings = {"dataset": "", "input": "some.txt", "text_column": "text", "vocab_size": 257,
                 "out": "my.tiktoken", "num_workers": 1, **flags}
     with pytest.raises(UserError, match=message):
-        bpe.train(**settings)
+        train_bpe.train(**settings)
     assert not Path("my.tiktoken").exists()

@@ -24,7 +24,7 @@ from training import PYTHON, RUN_THE_REST
 
 import convert_hf
 import hub
-from bpe import count_pieces, load_tokenizer, rank_file, tokenizer_from_ranks, train_ranks
+from bpe import load_tokenizer, rank_file, tokenizer_from_ranks
 from checkpoint import (
     FORMAT,
     build_model,
@@ -39,6 +39,7 @@ from checkpoint import (
 from configurator import UserError
 from convert_hf import derive_merges, export_hf, import_hf, load_any
 from model import GPT, GPTConfig
+from train_bpe import count_documents, train_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["", " ", "Hello, world! It's 2024: they'll've naïve café, 東京.\n\n    return x\t\t= 1e-3  \n",
@@ -60,7 +61,7 @@ def transformers():
 def tokenizers(byte_tokenizer, tmp_path_factory):
     """GPT-2's, the bytes in another order than GPT-2's, and one of 600 ids trained on Python's source."""
     text = np.frombuffer((Path(sysconfig.get_path("stdlib")) / "heapq.py").read_bytes(), np.uint8)
-    pieces, _ = count_pieces([lambda: [(text, np.array([0, len(text)]))]], 1)
+    pieces = count_documents(text, np.array([0, len(text)]))
     return {"gpt2": load_tokenizer("gpt2"), "bytes": load_tokenizer(str(byte_tokenizer)),
             "own": tokenizer_from_ranks(rank_file(train_ranks(pieces, 600)), "own")}
 

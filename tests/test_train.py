@@ -487,7 +487,7 @@ def test_deterministic_samples_on_cuda(flags, tmp_path):
 
 
 def test_own_vocabulary_from_text_to_samples(flags, tmp_path):
-    """bpe.py trains it; fineweb.py, train_gpt2.py and generate.py take it, the last from the checkpoint."""
+    """train_bpe.py trains it; fineweb.py, train_gpt2.py and generate.py take it (from the checkpoint)."""
     def run(script, *arguments):
         done = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True,
                               text=True, encoding="utf-8", timeout=240, cwd=tmp_path)
@@ -497,7 +497,7 @@ def test_own_vocabulary_from_text_to_samples(flags, tmp_path):
     (tmp_path / "in").mkdir()
     for path in (ROOT / "tests").glob("*.py"):
         (tmp_path / "in" / f"{path.stem}.txt").write_bytes(path.read_bytes())
-    run("bpe.py", "--input=in", "--vocab_size=400", "--out=my.tiktoken")
+    run("train_bpe.py", "--input=in", "--vocab_size=400", "--out=my.tiktoken")
     run("fineweb.py", "--input=in", "--tokenizer=my.tiktoken", "--data_dir=data", "--val_fraction=0.2")
     flags |= {"tokenizer": "my.tiktoken", "data_dir": "data", "log_dir": "log", "max_steps": 2}
     run("train_gpt2.py", *(f"--{key}={value}" for key, value in flags.items()), "--warmup_steps=1")
