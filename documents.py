@@ -79,7 +79,7 @@ class File(NamedTuple):
     """A file as it was when the build was planned."""
     path: Path
     size: int
-    mtime: int | None  # nanoseconds; None while parts of the file still come in
+    mtime: int | None  # nanoseconds; None for a file of the hub, of which parts may still come in
     name: str          # for messages
 
 
@@ -178,8 +178,9 @@ def reading(file: File, place: str = ""):
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         if "too much memory" in reason:
             reason += "; it was made with zstd --long: decompress it with zstd -d --long=31"
-        raise UserError(f"{file.name}{place}: cannot be read ({reason}); fix the file, or leave it out of "
-                        f"--input") from error
+        advice = ("fix the file, or leave it out of --input" if file.mtime else
+                  "the hub's copy is corrupt: take another --subset or --revision")
+        raise UserError(f"{file.name}{place}: cannot be read ({reason}); {advice}") from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -497,22 +498,19 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
             out.seek(file.size - len(footer))
             out.write(footer)
 
-        def spans(groups: range) -> Iterator[int]:
-            metadata = open_parquet(planned).metadata
-
-            def span(group: int) -> tuple[int, int, bytes]:
-                part = column_of(metadata, group, column)
-                start = min(filter(None, (part.dictionary_page_offset, part.data_page_offset)))
-                return group, start, fetch(start, min(file.size, start + part.total_compressed_size))
-
-            for group, start, data in hub.ahead(span, groups):
+        def when_there(groups: range) -> Iterator[int]:
+            metadata, spans = open_parquet(planned).metadata, []
+            for part in (column_of(metadata, group, column) for group in groups):
+                start = min(part.dictionary_page_offset or part.data_page_offset, part.data_page_offset)
+                spans.append((start, min(file.size, start + part.total_compressed_size)))
+            for group, (start, _), data in zip(groups, spans, hub.ahead(lambda span: fetch(*span), spans)):
                 with open(local, "r+b") as out:
                     out.seek(start)
                     out.write(data)
                 yield group
 
         planned = File(local, file.size, None, file.path)
-        yield from parquet_chunks(planned, column, val_fraction, first, spans)
+        yield from parquet_chunks(planned, column, val_fraction, first, when_there)
 
     def chunks(start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
         todo = mine[start[0]:]
