@@ -459,14 +459,16 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
         folder = f"sample/{subset[7:]}" if subset.startswith("sample-") else f"data/{subset}"
         folder = "data" if subset == "default" else folder
     commit, everything = hub.list_files(repo, revision)
-    below = f"{folder}/" if folder else ""
-    files = [file for file in everything if file.path.startswith(below) and file.path.endswith(".parquet")]
+    everything = [file for file in everything if file.path.endswith(".parquet")]
+    files = [file for file in everything if file.path.startswith(f"{folder}/" if folder else "")]
     files = [file for file in files if "train" in file.path.rpartition("/")[2]] or files
     files = sorted({file.etag: file for file in reversed(files)}.values())  # equal files share a local name
     if not files:
         folders = sorted({file.path.rpartition("/")[0] for file in everything})
-        raise UserError(f"{repo} has no parquet files in {folder or 'any folder'}; name a folder that has some: "
-                        f"--subset=..., of {', '.join(folders[:20])}")
+        raise UserError(f"{repo} has no parquet files in {folder or 'any folder'}; " + (
+            f"name a folder that has some, --subset=..., of {', '.join(folders[:20])}" if everything else
+            f"for .jsonl or .txt: hf download {repo} --repo-type dataset --local-dir DIR, then --input=DIR"))
+    print(f"{repo} at {commit}: {len(files)} parquet files, {sum(file.size for file in files):,} bytes")
     mine = files[rank::ranks]
     shards = min(sum(file.size for file in mine) * 3 // 4, 2 * max_tokens or math.inf)
     shards -= sum(path.stat().st_size for path in downloads.parent.glob("*_[0-9]*.*"))
