@@ -470,12 +470,14 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
             f"for .jsonl or .txt: hf download {repo} --repo-type dataset --local-dir DIR, then --input=DIR"))
     print(f"{repo} at {commit}: {len(files)} parquet files, {sum(file.size for file in files):,} bytes")
     mine = files[rank::ranks]
-    shards = min(sum(file.size for file in mine) * 3 // 4, 2 * max_tokens or math.inf)
-    shards -= sum(path.stat().st_size for path in downloads.parent.glob("*_[0-9]*.*"))
-    missing = sorted(file.size for file in mine if not hub.cached(repo, file))
-    most = 0 if max_tokens else sum(missing[-4:])  # one read, two ahead, one until its last shard is written
-    most -= sum(path.stat().st_size for path in downloads.glob("*"))
-    hub.need_space(downloads.parent, {"shards": max(0, shards), "downloads": max(0, most)})
+    there = sum(path.stat().st_size for path in downloads.parent.glob("*_[0-9]*.*"))  # shards
+    left = max(0, sum(file.size for file in mine) - there * 4 // 3)  # of the files; shards take 3/4 of that
+    needs = {"shards": min(left * 3 // 4, max(0, 2 * max_tokens - there) if max_tokens else left)}
+    if not max_tokens:  # at a time one is read, two are ahead, and one stays until its last shard is written
+        most = sum(sorted(file.size for file in mine if not hub.cached(repo, file))[-4:])
+        there = sum(path.stat().st_size for path in downloads.glob("*"))
+        needs["downloads"] = max(0, min(left, most) - there)
+    hub.need_space(downloads.parent, needs)
     fetching = threading.Lock()  # one file at a time: `ahead` of an earlier call may still be at work
 
     def complete(file) -> Iterator:
