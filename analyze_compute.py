@@ -432,7 +432,7 @@ def check_settings(settings: dict) -> tuple[GPTConfig, int, list[str]]:
         if settings["out_dir"] and path.exists():
             raise UserError(f"{path} is there already; delete it yourself if you no longer need it, or give "
                             f"another --out_dir=...")
-    if settings["tokenizer"] == "gpt2":
+    if settings["tokenizer"] in ("", "gpt2"):
         n_vocab = GPTConfig.n_vocab
     elif settings["vocab_size"]:  # only the padded size counts: the file need not be there
         n_vocab = settings["vocab_size"]

@@ -59,7 +59,7 @@ from bpe import (
     train_ranks,
 )
 from configurator import Between, OneOf, PathName, UserError, configure
-from shards import ShardWriter, TokenStream, WindowLoader, read_manifest
+from shards import TokenStream, WindowLoader, read_manifest, write_shard
 
 only = "encode,shards,bpe_train,loader,open,train,scale,startup,generate,hellaswag"  # which to run
 turns: Between(1, 10_000) = 5  # times each side is measured, after one warm-up turn
@@ -221,13 +221,10 @@ def bench_shards() -> None:
             list(pool.map(encode_row_group, [str(path)] * len(few), few))
 
             def baseline():
-                writer = ShardWriter(work, f"baseline{next(numbers)}", "train", 100_000_000)
-                for arrays in pool.map(encode_row_group, [str(path)] * len(groups), groups):
-                    for ids in arrays:
-                        writer.append(ids)
-                writer.close()
-                for record in writer.records:
-                    Path(work, record["file"]).unlink()
+                encoded = pool.map(encode_row_group, [str(path)] * len(groups), groups)
+                shard = Path(work, "baseline_train_000000.npy")
+                write_shard(shard, *map(np.concatenate, encoded))
+                shard.unlink()
 
             timed = take_turns(ours, baseline, turns)
     report("shards", "MB/s", size / 1e6, *timed, f"{cores} workers of tiktoken")
@@ -286,10 +283,9 @@ def bench_bpe_train() -> None:
 def bench_loader() -> None:
     tok = load_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        writer = ShardWriter(folder, "bench", "train", 10_000_000)
-        for _ in range(5):
-            writer.append(np.random.default_rng(0).integers(0, tok.n_vocab, 10_000_000).astype(np.uint16))
-        writer.close()
+        ids = np.random.default_rng(0).integers(0, tok.n_vocab, 10_000_000).astype(np.uint16)
+        for i in range(5):
+            write_shard(Path(folder, f"bench_train_{i:06d}.npy"), ids)
         loader = WindowLoader(TokenStream(folder, "train"), 1024, 524_288, 1337, tok.n_vocab)
         loader.batch(0, 0, 64)
         n_steps = 5
@@ -501,9 +497,8 @@ def bench_train() -> None:
 def write_random_shards(folder: str, n_tokens: int) -> None:
     tok = load_tokenizer()
     for split in ("train", "val"):
-        writer = ShardWriter(folder, "bench", split, n_tokens)
-        writer.append(np.random.default_rng(0).integers(0, tok.n_vocab, n_tokens).astype(np.uint16))
-        writer.close()
+        ids = np.random.default_rng(0).integers(0, tok.n_vocab, n_tokens).astype(np.uint16)
+        write_shard(Path(folder, f"bench_{split}_000000.npy"), ids)
 
 
 def train_command(folder: str, log_dir: Path, processes: int, max_steps: int, compile: bool) -> list[str]:

@@ -390,7 +390,7 @@ def check_data(peers: Peers) -> tuple[str, list[str]]:
             streams = {split: TokenStream(folder, split) for split in ("train", "val")}
             found = ", ".join(f"{split} {len(stream):,} tokens, fingerprint {stream.fingerprint}"
                               for split, stream in streams.items())
-        except UserError as error:
+        except (UserError, OSError) as error:
             found = f"error: {error}"
     kinds = {}
     for rank, view in enumerate(peers.gather("data", (found, str(folder)))):

@@ -284,7 +284,7 @@ def jsonl_chunks(file: File, column: str, val_fraction: float) -> Iterator[tuple
     try:
         for piece in read_pieces(file):
             if line == 1 and not pieces and piece.lstrip()[:1] == b"[":
-                raise UserError(f"{file.name} is a JSON array, not a document per line; to convert it: python -c "
+                raise UserError(f"{file.name} is a JSON array, not a document a line; convert it: python -c "
                                 f"'import json, sys; [print(json.dumps(x)) for x in json.load(sys.stdin)]' "
                                 f"< OLD.json > NEW.jsonl")
             pieces.append(piece)
@@ -311,8 +311,8 @@ def read_jsonl(name: str, first_line: int, block: bytes, column: str, val_fracti
         except (ValueError, RecursionError) as error:  # also for half of a surrogate pair
             bad.append(f"{name}, line {number}: not JSON, or not text ({error})")
         except (KeyError, TypeError, AttributeError):
-            bad.append(f"{name}, line {number}: {line[:50]!r} has no text in a field {column!r}; name another "
-                       f"one: --text_column=NAME")
+            bad.append(f"{name}, line {number}: {line[:50]!r} has no text in a field {column!r}; name the "
+                       f"right one with --text_column=NAME")
     return from_texts(texts, val_fraction, bad)
 
 
@@ -356,8 +356,7 @@ def split_text(file: File, val_fraction: float) -> Iterator[tuple[bytes, str, bo
                 cut = line_start(rest, limit, val_bytes if limit == to_val else MOST_BYTES // 2)
             elif block:
                 break  # more of this document may come
-            if cut:
-                yield rest[:cut], f"{file.name}, from byte {position:,} on", side
+            yield rest[:cut], f"{file.name}, from byte {position:,} on", side
             position, rest = position + cut, rest[cut:]
             side = True if limit == to_val else side
 
@@ -365,7 +364,7 @@ def split_text(file: File, val_fraction: float) -> Iterator[tuple[bytes, str, bo
 def line_start(text: bytes, near: int, reach: int) -> int:
     """Where the last line up to byte `near` starts, or a character where that is more than `reach` away."""
     start = text.rfind(b"\n", 0, near) + 1
-    if near - start > reach:
+    if not start or near - start > reach:
         start = near
         while 0 < start < len(text) and text[start] & 0xC0 == 0x80:  # a continuation byte of UTF-8
             start -= 1
@@ -375,13 +374,17 @@ def line_start(text: bytes, near: int, reach: int) -> int:
 # ---- sources -------------------------------------------------------------------
 
 
-def input_files(input: str) -> list[File]:
-    """The files named by --input, in the order given, each once; those of a folder or glob sorted by path."""
+def input_files(input: str, but_not: Path) -> list[File]:
+    """The files named by --input, in the order given, each once; those of a folder or glob sorted by path.
+
+    but_not: a folder whose files are passed over, as shards and notes may stand below the text.
+    """
     files, ignored = {}, []
     for name in filter(None, input.split(",")):
         path, top = Path(name), Path(Path(name).anchor)
         if path.is_dir():  # may hold other files too; what is named itself must be of a known kind
-            below = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            below = [file for file in sorted(path.rglob("*"))
+                     if file.is_file() and but_not.resolve() not in file.resolve().parents]
             found = [file for file in below if KINDS.fullmatch(file.name) and not any(
                 part.startswith((".", "__MACOSX")) for part in file.relative_to(path).parts)]
             ignored += set(below) - set(found)
@@ -407,9 +410,10 @@ def kind_of(file: File) -> str:
     return KINDS.fullmatch(file.path.name)[1].lower().partition(".")[0]
 
 
-def input_source(input: str, column: str, val_fraction: float, rank: int = 0, ranks: int = 1) -> Source:
-    """The files named by --input; of several machines (ranks), each takes its share of them."""
-    files = input_files(input)
+def input_source(input: str, column: str, val_fraction: float, but_not: Path = Path("/nowhere"),
+                 rank: int = 0, ranks: int = 1) -> Source:
+    """The files named by --input, as input_files finds them; of several machines, each takes its share."""
+    files = input_files(input, but_not)
 
     def units() -> Iterator[Iterable]:
         for kind, group in itertools.groupby(files[rank::ranks], key=kind_of):
@@ -466,7 +470,7 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
     if not files:
         folders = sorted({file.path.rpartition("/")[0] for file in everything})
         raise UserError(f"{repo} has no parquet files in {folder or 'any folder'}; " + (
-            f"name a folder that has some, --subset=..., of {', '.join(folders[:20])}" if everything else
+            f"name another folder with --subset=...: {', '.join(folders[:20])}" if folders else
             f"for .jsonl or .txt: hf download {repo} --repo-type dataset --local-dir DIR, then --input=DIR"))
     print(f"{repo} at {commit}: {len(files)} parquet files, {sum(file.size for file in files):,} bytes")
     mine = files[rank::ranks]

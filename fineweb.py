@@ -18,9 +18,9 @@ manifest.json (shards.py has the formats). A pair holds whole chunks of the sour
 brings train to shard_tokens. The output is the same, byte for byte, for any number of workers, and whether or
 not the build was killed: run it again, and it builds the pairs that are missing.
 
-Each document becomes <|endoftext|> and the tokens of its text; documents.py says what a document is, and which
-are for validation. Empty ones are skipped and counted. What is null, not UTF-8 or not JSON ends the build;
-with --skip_bad it is left out, counted and listed on stderr.
+Each document becomes <|endoftext|> and the tokens of its text; documents.py says what a document is, and on
+which side. Empty ones are skipped and counted. What is null, not UTF-8 or not JSON ends the build; with
+--skip_bad it is left out, counted and listed on stderr.
 """
 import collections
 import contextlib
@@ -136,14 +136,19 @@ def encode_in_order(chunks: Iterator[tuple[Place, Chunk]], tokenizer: str,
     waiting = collections.deque()
     try:
         for place, chunk in chunks:
-            waiting.append((place, pool.submit(encode_chunk, chunk, tokenizer)))
+            try:
+                waiting.append((place, pool.submit(encode_chunk, chunk, tokenizer)))
+            except (OSError, ValueError) as error:  # a worker died while the pool started another
+                raise BrokenProcessPool from error
             while waiting and (len(waiting) > 2 * num_workers or waiting[0][1].done()):
                 place, future = waiting.popleft()
                 yield place, future.result()
         yield from ((place, future.result()) for place, future in waiting)
     except BrokenProcessPool as error:
-        raise UserError(f"one of {num_workers} worker processes died, most often because memory ran out; if it "
-                        f"did, choose a smaller --num_workers=...") from error
+        for worker in multiprocessing.active_children():  # Python 3.11 would wait for one that just started
+            worker.kill()
+        raise UserError(f"one of {num_workers} worker processes died, most often because memory ran out; in "
+                        f"that case choose a smaller --num_workers=...") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -177,13 +182,16 @@ class Pair:
 class Build:
     """A data_dir that is being built; build.json says which pairs of shards are finished.
 
-    Of several machines (ranks), each has its own build.json and manifest.json, and every ranks-th number.
+    name: of the shards; settings: all that their bytes depend on, besides the source. Of several machines
+    (ranks), each has its own build.json and manifest.json, and every ranks-th number.
     """
 
-    def __init__(self, folder: Path, name: str, settings: dict, command: str, rank: int, ranks: int):
+    def __init__(self, folder: Path, name: str, settings: dict, command: str, tokenizer: str, rank: int,
+                 ranks: int):
         self.folder, self.name, self.settings, self.rank, self.ranks = folder, name, settings, rank, ranks
-        self.tok = tokenizer_of(settings["tokenizer"])
-        self.path, self.manifest = (folder / manifest_name(rank, ranks, stem) for stem in ("build", "manifest"))
+        self.tokenizer, self.tok = tokenizer, tokenizer_of(tokenizer)
+        self.path = folder / manifest_name(rank, ranks, "build")
+        self.manifest = folder / manifest_name(rank, ranks)
         self.state = {"settings": settings, "command": command, "identity": "", "source": {}, "pairs": []}
         if self.path.exists():
             self.state = self.read_state()
@@ -200,8 +208,7 @@ class Build:
             state = read_json(self.path, STATE)
         except UserError as error:
             raise UserError(f"{error}; {WAYS}") from error
-        have, wanted = ({key: value for key, value in settings.items() if key != "tokenizer"}  # by its hash
-                        for settings in (state["settings"], self.settings))
+        have, wanted = state["settings"], self.settings
         different = [f"{key}={have.get(key)}, not {wanted.get(key)}" for key in wanted | have
                      if have.get(key) != wanted.get(key)]
         if different:
@@ -220,9 +227,8 @@ class Build:
         for record in self.pairs[k]["files"]:
             try:
                 if read_header(self.folder / record["file"])[0] != record["tokens"]:
-                    raise UserError("it has another number of tokens than build.json says")
-            except (UserError, OSError) as error:
-                print(f"making {record['file']} again: {error}", file=sys.stderr)
+                    return False
+            except (UserError, OSError):
                 return False
         return True
 
@@ -239,15 +245,17 @@ class Build:
     def run(self, source: Source, num_workers: int, skip_bad: bool) -> None:
         """Build the pairs that are missing, and the manifest."""
         if self.state["identity"] not in ("", source.identity):
-            raise UserError(f"the build in {self.folder} began with other files: names, sizes or times differ; "
-                            f"bring them back, or {WAYS}")
+            raise UserError(f"the build in {self.folder} began with other files: names, sizes or times "
+                            f"differ; bring them back, or {WAYS}")
         self.state |= {"identity": source.identity, "source": source.facts}
         every = 0.5 if sys.stderr.isatty() else 60  # seconds; in a log, a line per minute is enough
         with ThreadPoolExecutor(1) as writer, tqdm(unit="B", unit_scale=True, mininterval=every) as bar:
             while (k := self.missing()) is not None:
+                if k < len(self.pairs):
+                    names = ", ".join(record["file"] for record in self.pairs[k]["files"])
+                    print(f"making {names} again: missing or incomplete", file=sys.stderr)
                 chunks = source.chunks(tuple(self.pairs[k - 1]["next"]) if k else (0, 0, 0))
-                results = encode_in_order(chunks, self.settings["tokenizer"], num_workers)
-                with contextlib.closing(results):
+                with contextlib.closing(encode_in_order(chunks, self.tokenizer, num_workers)) as results:
                     self.run_from(k, results, source, skip_bad, writer, bar)
 
     def run_from(self, k: int, results: Iterator[tuple[Place, Encoded]], source: Source, skip_bad: bool,
@@ -292,8 +300,8 @@ class Build:
         if not train + val and self.ranks == 1:
             raise UserError(f"found no text in {self.state['source']}: check --input and --text_column")
         if not (train and val) and self.settings["val_fraction"] and self.ranks == 1:
-            raise UserError(f"all of the text ({documents + val_documents:,} documents) falls on the "
-                            f"{'train' if train else 'val'} side; give another --val_fraction=..., or 0 for none")
+            raise UserError(f"all {documents + val_documents:,} documents are for "
+                            f"{'training' if train else 'validation'}; give another --val_fraction=...")
 
     def write(self, k: int, pair: Pair, end: Place, release) -> None:
         """Write the shards of pair k, note them in build.json, and release the units that are done."""
@@ -309,8 +317,8 @@ class Build:
         if k < len(self.pairs) and self.pairs[k]["files"] != files:
             for record in files:
                 (self.folder / record["file"]).unlink()
-            raise UserError(f"{files[0]['file']} comes out different from what build.json says: the text or the "
-                            f"programs have changed; build into another --data_dir")
+            raise UserError(f"{files[0]['file']} comes out different from what build.json says: the text or "
+                            f"the programs have changed; build into another --data_dir")
         self.pairs[k:k + 1] = [{"files": files, "counts": pair.counts, "empty": pair.empty, "bad": pair.bad,
                                 "next": end}]
         self.save()
@@ -325,8 +333,8 @@ class Build:
         names, counts = ("documents", "tokens", "text_bytes"), self.counts(self.pairs)
         write_manifest(self.folder, {
             "tokenizer": {"name": self.tok.name, "sha256": self.tok.sha256, "n_vocab": self.tok.n_vocab},
-            "eot": self.tok.eot, "settings": self.settings, "command": self.state["command"],
-            "source": self.state["source"], **dict(zip(names, map(sum, zip(*counts.values())))),
+            "eot": self.tok.eot, "settings": self.settings, "source": self.state["source"],
+            **dict(zip(names, map(sum, zip(*counts.values())))),
             "splits": {split: dict(zip(names, counts[split])) for split in SPLITS},
             "empty_documents": sum(pair["empty"] for pair in self.pairs),
             "bad_documents": sum(pair["bad"] for pair in self.pairs),
@@ -338,10 +346,10 @@ class Build:
 
 def verify_folder(folder: Path) -> None:
     """Read every shard and compare with the manifest; raises UserError for the first thing that is wrong."""
-    manifest = read_manifest(folder)
-    if manifest is None or "splits" not in manifest:
-        raise UserError(f"{folder} has no manifest.json to check against: it holds no build of fineweb.py, or one "
-                        f"that is not finished")
+    manifest, builds = read_manifest(folder, built=True), sorted(folder.glob("build*.json"))
+    if manifest is None:
+        raise UserError(f"{folder} has no manifest.json to check against: it holds no finished build")
+    command = read_json(builds[0], {"command": str})["command"] if builds else "build again"
     known = {record["file"] for record in manifest["files"]}
     for path in (path for split in SPLITS for path in list_shards(folder, split)):
         if path.name not in known:
@@ -359,13 +367,13 @@ def verify_folder(folder: Path) -> None:
             if ids.max() >= n_vocab:
                 raise UserError(f"{path} has the id {ids.max()}, but the vocabulary {n_vocab:,}")
         except (UserError, OSError) as error:
-            raise UserError(f"{error}; to make this file again, and only it: rm -f {shlex.quote(str(path))} && "
-                            f"{manifest['command']}") from error
+            raise UserError(f"{error}; to make it again: rm -f {shlex.quote(str(path))} && {command}"
+                            ) from error
         documents[SHARD_NAME.fullmatch(path.name)["split"]] += int(np.count_nonzero(ids == manifest["eot"]))
     for split in SPLITS:
         if documents[split] != manifest["splits"][split]["documents"]:
-            raise UserError(f"{folder} has {documents[split]:,} {split} documents ({EOT_TEXT}), but its manifest "
-                            f"says {manifest['splits'][split]['documents']:,}; {WAYS}")
+            raise UserError(f"{folder} has {documents[split]:,} {split} documents ({EOT_TEXT}), not the "
+                            f"{manifest['splits'][split]['documents']:,} of its manifest; {WAYS}")
     print(f"{folder} is complete: {len(manifest['files'])} shards, {manifest['tokens']:,} tokens, "
           f"{manifest['documents']:,} documents; sha256, counts and ids are as the manifest says; "
           f"{time.perf_counter() - began:.1f} s")
@@ -384,17 +392,17 @@ def describe(manifest: dict, folder: Path, seconds: float) -> str:
         windows = " and ".join(f"{(val['tokens'] - 1) // T:,} of {T:,}" for T in (256, 1024))
         val = f"validation: {val['documents']:,} documents, {val['tokens']:,} tokens; windows: {windows}"
     else:
-        val = "nothing for validation, which training needs: build again with --val_fraction=0.01, for example"
-    return (f"{manifest['documents']:,} documents ({left_out}), {manifest['tokens']:,} tokens, "
-            f"{manifest['text_bytes'] / max(1, manifest['tokens']):.3f} bytes per token, {seconds:.1f} s\n{val}\n"
-            f"{len(manifest['files'])} shards in {folder}")
+        val = "no validation, which training needs: build again with --val_fraction=0.01, for example"
+    rate = manifest["text_bytes"] / max(1, manifest["tokens"])
+    return (f"{manifest['documents']:,} documents ({left_out}), {manifest['tokens']:,} tokens, {rate:.3f} "
+            f"bytes per token, {seconds:.1f} s\n{val}\n{len(manifest['files'])} shards in {folder}")
 
 
 def open_source(settings: dict, downloads: Path, revision: str, rank: int, ranks: int) -> Source:
     """Where the documents come from; downloads: the folder for what the hub sends."""
     column, val_fraction = settings["text_column"], settings["val_fraction"]
     if settings["input"]:
-        return input_source(settings["input"], column, val_fraction, rank, ranks)
+        return input_source(settings["input"], column, val_fraction, Path(settings["data_dir"]), rank, ranks)
     if settings["dataset"] == "python":
         return python_source(val_fraction)
     return hub_source(settings["dataset"], settings["subset"], revision, column, val_fraction,
@@ -410,8 +418,8 @@ def build(**settings) -> None:
     rank = env_number("RANK", 0) if ranks > 1 else 0
     local = bool(settings["input"]) or name == "python"
     if not local and name not in NAMES and "/" not in name:
-        raise UserError(f"--dataset={name} is none of {', '.join(NAMES)}, nor OWNER/NAME of the hub; for files "
-                        f"of your own: --input=PATH[,PATH...]")
+        raise UserError(f"--dataset={name} is none of {', '.join(NAMES)}, nor OWNER/NAME of the hub; for "
+                        f"files of your own: --input=PATH[,PATH...]")
     if ranks > 1 and (settings["max_tokens"] or (name == "python" and not settings["input"])):
         raise UserError("several machines share files, and all of their tokens: leave out --max_tokens and "
                         "--dataset=python, or run this on one machine")
@@ -422,22 +430,22 @@ def build(**settings) -> None:
                         ) from error
 
     unused = ("dataset", "subset", "revision") if settings["input"] else ("input",)
-    flags = {key: value for key, value in settings.items() if key not in (*unused, "verify") and value != ""}
-    command = shlex.join([*(["torchrun", f"--nnodes={ranks}"] if ranks > 1 else ["python"]), "fineweb.py",
-                          *(f"--{key}={value}" for key, value in flags.items())])
-    decisive = {key: value for key, value in flags.items()  # for the bytes of the shards
-                if key not in ("input", "data_dir", "num_workers", "skip_bad")}
+    flags = {key: value for key, value in settings.items() if key not in (*unused, "verify")}
+    launcher = ["torchrun", f"--nnodes={ranks}"] if ranks > 1 else ["python"]
+    command = shlex.join([*launcher, "fineweb.py", *(f"--{key}={value}" for key, value in flags.items())])
+    decisive = {key: value for key, value in flags.items()
+                if key not in ("input", "data_dir", "tokenizer", "num_workers", "skip_bad")}
     decisive |= {"tokenizer_sha256": tokenizer_of(settings["tokenizer"]).sha256, "machines": ranks}
     shards = "text" if settings["input"] else NAMES.get(name) or re.sub(r"\W+", "_", name.rpartition("/")[2])
     part = manifest_name(rank, ranks, "").removesuffix(".json")  # of this machine
     downloads = folder / f"fineweb_downloads{part}"  # removed at the end, so no name that a user may have
     with locked(folder, "build", name=f".lock{part}"):
-        work = Build(folder, shards, decisive, command, rank, ranks)
+        work = Build(folder, shards, decisive, command, settings["tokenizer"], rank, ranks)
         source = open_source(settings, downloads, "", rank, ranks) if local else None
         if work.missing() is None and (not source or source.identity == work.state["identity"]):
             print(f"{folder} is already built by these settings")
         else:
-            revision = work.state["source"].get("revision", settings["revision"])  # a build keeps to its commit
+            revision = work.state["source"].get("revision", settings["revision"])  # the commit it began with
             source = source or open_source(settings, downloads, revision, rank, ranks)
             cores = available_cores() // env_number("LOCAL_WORLD_SIZE", 1)
             try:

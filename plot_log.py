@@ -46,8 +46,8 @@ from pathlib import Path
 import numpy as np
 
 from configurator import Between, OneOf, PathName, UserError, configure, read_text
-from files import check, read_json, write_atomically
-from shards import MANIFEST
+from files import check, write_atomically
+from shards import read_manifest
 
 log_dir: PathName = "log"  # a run's folder with log.txt, or a log file itself; several separated by commas
 log: PathName = ""  # a log file, or several separated by commas, in place of log_dir
@@ -122,9 +122,8 @@ def why_no_val_baseline(log_paths: list[Path]) -> str:
         folder = last_start(path).get("config", {}).get("data_dir", "")
         if not folder:
             return f"no runs.jsonl beside {path} names its data"
-        manifest = Path(folder, MANIFEST)
-        known = read_json(manifest, {"settings?": {"dataset?": str}}) if manifest.exists() else {}
-        data = known.get("settings", {}).get("dataset") or Path(folder).name
+        settings = (read_manifest(folder) or {}).get("settings", {})
+        data = str(settings.get("dataset") or Path(folder).name)
         if "fineweb" not in data.lower() or "edu" not in data.lower():
             return f"{path} is of a run on {data}"
     return ""

@@ -6,8 +6,8 @@ The token files: how they are written, checked and read, and the order in which 
     x, y = loader.batch(step, first=0, count=16)  # int64, (16, 1024) each
 
 A folder from fineweb.py holds NAME_{train,val}_000000.npy, ... (1-D uint16), or .bin with llm.c's header, the
-rank file of their tokenizer, build.json (progress) and manifest.json. Of several machines each has its own:
-manifest_0_of_2.json. Folders of other projects have no manifest: build-nanogpt (.npy), llm.c and
+rank file of their tokenizer, build.json (progress) and manifest.json; each of several machines writes its
+own, manifest_0_of_2.json. Folders of other projects have no manifest: build-nanogpt (.npy), llm.c and
 modded-nanogpt (.bin), nanoGPT (train.bin and val.bin, uint16 without a header).
 
 The shards of a split are one long array, the stream. Window w is its tokens [w*T, w*T + T]: T inputs, and
@@ -35,7 +35,7 @@ import numpy as np
 from configurator import Between, OneOf, UserError
 from files import check, read_json, write_atomically
 
-RANK_FILE = "tokenizer.tiktoken"  # of the tokenizer of a data_dir, in it
+RANK_FILE = "tokenizer.tiktoken"  # in a data_dir: the vocabulary of its shards
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 1024  # llm.c, dev/data/data_common.py
 TOKEN = np.dtype("<u2")  # on disk, whatever the machine's byte order
 MAX_OPEN_SHARDS = 128    # file descriptors held; the usual limit is 1024
@@ -194,12 +194,12 @@ class TokenStream:
         folder = Path(data_dir)
         self.manifest = read_manifest(folder)
         for match in _find(folder, BUILD_NAME):
-            build = read_json(folder / match[0], {"command": str, })
+            build = read_json(folder / match[0], {"command": str})
             if self.manifest is None:
                 raise UserError(f"{folder} holds an unfinished build; run it again: {build['command']}")
 
-        self.paths = list_shards(folder, split)
-        everything = [path for each in SPLITS for path in list_shards(folder, each)]
+        shards = {each: list_shards(folder, each) for each in SPLITS}
+        self.paths, everything = shards[split], [*shards["train"], *shards["val"]]
         if not self.paths:
             cure = ("training needs both splits: build the data again with fineweb.py --val_fraction=0.01 "
                     "--data_dir=ANOTHER" if everything else
@@ -216,7 +216,7 @@ class TokenStream:
         self.ends = list(itertools.accumulate(counts))  # stream position just after each shard
         described = [[path.name, *facts] for path, *facts in zip(self.paths, counts, self._sha256)]
         self.fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-        self._file = functools.lru_cache(MAX_OPEN_SHARDS)(_open)
+        self._file = functools.lru_cache(MAX_OPEN_SHARDS)(functools.partial(_open, self.paths))
 
     def _check_manifest(self, folder, split, counts):
         """The sha256 of each shard by the manifest, which must name these shards and no others."""
@@ -243,8 +243,8 @@ class TokenStream:
         first = min(max(numbers[0], 0), 1)
         for path, number, expected in zip(self.paths, numbers, itertools.count(first)):
             if number != expected and numbers != [-1]:
-                raise UserError(f"{path} stands where number {expected} should: add what is missing, or rename "
-                                f"the shards, so that their numbers run from 0 or 1 without a gap")
+                raise UserError(f"{path}: expected number {expected} here: add the missing shards, or rename "
+                                f"them so that their numbers run from 0 or 1 without a gap")
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Read shards part, part + parts, ...; UserError unless each has the sha256 of the manifest."""
@@ -262,21 +262,21 @@ class TokenStream:
         i = bisect_right(self.ends, position)
         return self.paths[i], position - (self.ends[i] - self._headers[i][0])
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), uint16 (count,).
+    def read(self, start: int, count: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Tokens [start, start + count), uint16 (count,), in `out` if there is one.
 
         Plain reads, not memory maps: a map of a set larger than memory counts every page it ever touched as
         resident, reads 2 MB for a window of 2 kB, and kills the process when a file shrinks under it.
         """
         if not 0 <= start <= start + count <= len(self):
             raise IndexError(f"tokens {start:,} to {start + count:,} of {len(self):,} do not exist")
-        tokens = np.empty(count, dtype=TOKEN)
+        tokens = np.empty(count, dtype=TOKEN) if out is None else out
         at, rest = start * TOKEN.itemsize, tokens.view(np.uint8)  # in bytes: a read may end within a token
         while len(rest):
             i = bisect_right(self.ends, at // TOKEN.itemsize)
             length, offset = self._headers[i]
             place = at - (self.ends[i] - length) * TOKEN.itemsize  # in shard i
-            file = self._file(self.paths[i], os.getpid())
+            file = self._file(i, os.getpid())
             file.seek(offset + place)
             got = file.readinto(rest[:length * TOKEN.itemsize - place])
             if not got:
@@ -286,9 +286,9 @@ class TokenStream:
         return tokens
 
 
-def _open(path, process):
-    """A file of this process alone: a fork that shared it would move its parent's place in it."""
-    return open(path, "rb", buffering=0)
+def _open(paths, i, process):
+    """Shard i, opened by this process alone: a fork that shared it would move its parent's place in it."""
+    return open(paths[i], "rb", buffering=0)
 
 
 # ---- the order of training -----------------------------------------------------
@@ -356,7 +356,7 @@ class WindowLoader:
         """Inputs and targets of the windows `ids` (B,): x and y, int64 (B, T), y one token ahead of x."""
         tokens = np.empty((len(ids), self.T + 1), dtype=TOKEN)  # (B, T+1)
         for row in np.argsort(ids, kind="stable").tolist():  # in file order: a shard is opened once
-            tokens[row] = self.stream.read(int(ids[row]) * self.T, self.T + 1)
+            self.stream.read(int(ids[row]) * self.T, self.T + 1, tokens[row])
         if len(ids) and tokens.max() >= self.n_vocab:
             row, column = np.argwhere(tokens >= self.n_vocab)[0].tolist()
             path, offset = self.stream.locate(int(ids[row]) * self.T + column)

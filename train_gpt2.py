@@ -29,6 +29,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -46,18 +47,19 @@ from tqdm import tqdm
 
 import checkpoint
 import hellaswag
-from bpe import load_tokenizer
+from bpe import load_tokenizer, tokenizer_from_ranks
 from configurator import Between, OneOf, PathName, UserError, configure, end_launcher, read_text
 from convert_hf import load_any
 from device import check_first_loss, is_out_of_memory, resolve_device, self_test
 from files import locked, read_jsonl, write_atomically
 from model import GPT, GPTConfig, plain_attention
 from ranks import Ranks
-from shards import TokenStream, WindowLoader
+from shards import RANK_FILE, TokenStream, WindowLoader
 
 # ---- data and output
 data_dir: PathName = "edu_fineweb10B"  # folder of token shards, *_train_*.npy|bin and *_val_*.npy|bin
-tokenizer: PathName = "gpt2"  # gpt2 or a rank file: the one the shards were made with
+tokenizer: PathName = ""  # gpt2 or a rank file; empty = the rank file in data_dir, or gpt2 without one
+verify_data = False  # compare the sha256 of all shards with the manifest before the start, not beside it
 log_dir: PathName = "log"  # log.txt, runs.jsonl and checkpoints go here
 resume = False  # continue the run in log_dir from its newest valid checkpoint
 init_from: PathName = ""  # weights to start from, with their shape: a checkpoint, gpt2, a Hugging Face folder
@@ -246,18 +248,33 @@ if init_from or eval_only:
     config.update(shape)  # for the record, and as the settings that they are
     globals().update(shape)
 B, T = batch_size, block_size
-tok = (ranks.on_all(checkpoint.checkpoint_tokenizer, start) if start else
-       ranks.on_all(load_tokenizer, tokenizer))
-if start and tokenizer != "gpt2" and load_tokenizer(tokenizer).sha256 != tok.sha256:
+built_with = val_stream.manifest["tokenizer"] if val_stream.manifest else None
+
+
+def find_tokenizer():
+    """The tokenizer of the weights to begin with, of --tokenizer, or of data_dir; without any GPT-2's."""
+    if start:
+        return checkpoint.checkpoint_tokenizer(start)
+    own = Path(data_dir, RANK_FILE)
+    if tokenizer or not (built_with and own.exists()):
+        return load_tokenizer(tokenizer or "gpt2")
+    rank_file = own.read_bytes()
+    if hashlib.sha256(rank_file).hexdigest() != built_with["sha256"]:
+        raise UserError(f"{own} is not the vocabulary {built_with['name']!r} that the manifest names; run "
+                        f"fineweb.py again, or name the file with --tokenizer=FILE")
+    return tokenizer_from_ranks(rank_file, built_with["name"])
+
+
+tok = ranks.on_all(find_tokenizer)
+if start and tokenizer and load_tokenizer(tokenizer).sha256 != tok.sha256:
     raise UserError(f"tokenizer={tokenizer}: the weights to begin with know {tok.name!r}, which is another "
                     f"vocabulary, and comes with them; leave --tokenizer out")
-config["tokenizer"] = tok.name if start else tokenizer
-if val_stream.manifest and val_stream.manifest["tokenizer"]["sha256"] != tok.sha256:
-    built_with = val_stream.manifest["tokenizer"]["name"]
+config["tokenizer"] = tok.name if start or not tokenizer else tokenizer
+if built_with and built_with["sha256"] != tok.sha256:
     cure = ("rebuild the data with that of the weights" if start else
-            f"give --tokenizer=FILE of {built_with!r}, or rebuild the data with fineweb.py")
-    raise UserError(f"data_dir={data_dir} was tokenized with {built_with!r}, got {tok.name!r}, which is "
-                    f"another vocabulary; {cure}")
+            f"give --tokenizer=FILE of {built_with['name']!r}, or rebuild the data with fineweb.py")
+    raise UserError(f"data_dir={data_dir} was tokenized with {built_with['name']!r}, got {tok.name!r}, which "
+                    f"is another vocabulary; {cure}")
 micro_tokens = B * T * world_size
 if eval_only:  # a run that has its steps behind it
     batch_tokens, max_steps, num_epochs, warmup_steps = micro_tokens, start["step"], 0.0, 0
@@ -409,6 +426,29 @@ if dev.compile and not fsdp:  # around DDP, so that it cuts the graph where grad
 loading = ThreadPoolExecutor(1, initializer=dev.use)  # reads one batch ahead
 next_batch = loading.submit(fetch_batch, start_step, 0)
 ranks.on_all(next_batch.result)
+failures = []  # of this process; the others learn of them at the end of the step
+
+
+def verify_shards():
+    """Compare this process's share of the shards with the manifest's sha256."""
+    for stream in {val_stream, train_stream}:
+        stream.verify(rank, world_size)
+
+
+def verify_in_background():
+    try:
+        verify_shards()
+    except (UserError, OSError) as error:  # ends the run with the step it is in
+        failures.append(error)
+
+
+if verify_data and not built_with:
+    raise UserError(f"verify_data: {data_dir} has no manifest.json to compare with; leave --verify_data out")
+if verify_data:
+    ranks.on_all(verify_shards)
+    say(f"data: the shards in {data_dir} are those of its manifest")
+elif built_with and not dry_run:
+    threading.Thread(target=verify_in_background, daemon=True).start()
 unigram = ranks.on_all(unigram_loss)
 
 
@@ -500,7 +540,6 @@ log_file, board, wandb_run = ranks.on_all(open_record)
 writer = None
 if (master_process or fsdp) and writes:
     writer = checkpoint.CheckpointWriter(log_dir, keep_checkpoints, sharded=fsdp)
-failures = []  # of this process; the others learn of them at the end of the step
 
 
 def log(step, **streams):

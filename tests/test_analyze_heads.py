@@ -41,7 +41,7 @@ from configurator import UserError, annotations_of
 from convert_hf import export_hf, load_any
 from device import Device
 from model import GPT, GPTConfig
-from shards import ShardWriter, TokenStream, WindowLoader, write_manifest
+from shards import TokenStream, WindowLoader, write_manifest, write_shard
 
 V = 61
 DEV = Device(torch.device("cpu"), torch.float32, False, "CPU")
@@ -772,9 +772,8 @@ def write_data(folder, tokenizer, sha256="", **counts):
     tok, files = load_tokenizer(str(tokenizer)), []
     folder.mkdir()
     for split, n in counts.items():
-        writer = ShardWriter(folder, "random", split, 1000)
-        writer.append(random_ids(n, n_vocab=256).numpy().astype(np.uint16))
-        files += writer.close()
+        ids = random_ids(n, n_vocab=256).numpy().astype(np.uint16)
+        files.append(write_shard(folder / f"random_{split}_000000.npy", ids))
     write_manifest(folder, {"tokenizer": {"name": tok.name, "sha256": sha256 or tok.sha256}, "files": files})
     return folder
 
@@ -1047,7 +1046,7 @@ def test_measuring_only(analyzed, run, tmp_path, monkeypatch, capsys):
     *(({"prune_fractions": text}, "prune_fractions=.*from 0 on, below 1, with commas between them, such as 0")
       for text in ("1", "-0.1", "nan", "half", "0,0.5,1.5", "0.1;0.2", "inf")),
     ({"merge": "mean,sum"}, "merge=sum: wanted mean, partner, layer"),
-    ({"data_dir": "nowhere"}, "got no train shards in nowhere, .* --data_dir=... names another folder"),
+    ({"data_dir": "nowhere"}, "nowhere has no train shards .* --data_dir=... names another folder"),
     ({"checkpoint": "nowhere"}, "nowhere: not there"), ({"device": "abacus"}, "wanted auto, cpu"),
     ({"data_dir": "others"}, "data_dir=others was tokenized with .*another vocabulary; give --data_dir"),
     ({"data_dir": "little"}, "got 3 windows of 16 tokens to calibrate on, wanted at least 4"),

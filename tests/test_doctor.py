@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from training import ENVIRONMENT, PYTHON
 
@@ -110,7 +111,7 @@ def finish(*processes):
 def make_data(folder, tokens=1000):
     folder.mkdir(parents=True)
     for split in ("train", "val"):
-        write_shard(folder / f"x_{split}_000000.npy", range(tokens))
+        write_shard(folder / f"x_{split}_000000.npy", np.arange(tokens, dtype=np.uint16))
 
 
 def test_healthy_machines_pass(tmp_path):
@@ -177,7 +178,7 @@ def test_data_that_only_one_rank_has_or_that_is_damaged(tmp_path):
     done = finish(*(start(tmp_path / node, rank, port, log_dir=tmp_path / "log", data_dir="data")
                     for rank, node in enumerate("ab")))
     assert done[0][1] == 1 and "rank 1: nothing in" in done[0][0] and "1 thing(s) wrong" in done[0][0], done
-    (tmp_path / "a" / "data" / "build.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "a" / "data" / "build.json").write_text('{"command": "x"}', encoding="utf-8")
     (out, code), = finish(start(tmp_path / "a", 0, port, size=1))
     assert code == 0 and "not checked" in out
     (out, code), = finish(start(tmp_path / "a", 0, port, size=1, data_dir="data"))

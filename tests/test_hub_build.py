@@ -1,4 +1,4 @@
-"""fineweb.py against a hub on this machine that misbehaves: the real client, real parquet, complete builds."""
+"""fineweb.py against a hub on this machine that misbehaves: the real client, complete builds."""
 import json
 import os
 import random
@@ -30,7 +30,7 @@ def make_parquet(seed, rows, path):
     """A file with some of FineWeb-Edu's columns; returns its texts."""
     rng = random.Random(seed)
     words = [f"{a}{b}" for a in ("mol", "re", "über") for b in ("ecule", "action", "angle", "all", "42")]
-    texts = [f"{seed}.{row}: " + " ".join(rng.choices(words, k=rng.randrange(50, 150))) for row in range(rows)]
+    texts = [f"{seed}.{i}: {' '.join(rng.choices(words, k=rng.randrange(50, 150)))}" for i in range(rows)]
     pq.write_table(pa.table({
         "id": [f"<urn:uuid:{rng.getrandbits(128):032x}>" for _ in texts], "text": texts,
         "url": [f"http://example.org/{rng.random()}" for _ in texts], "score": [rng.random() for _ in texts],
@@ -46,7 +46,7 @@ def corpus(tmp_path_factory):
         texts += make_parquet(i, 600, path)
         files[f"sample/10BT/{i:03d}_00000.parquet"] = path.read_bytes()
     make_parquet(9, 10, path)
-    return {**files, "sample/100BT/000_00000.parquet": path.read_bytes(), "README.md": b"# a dataset\n"}, texts
+    return files | {"sample/100BT/000_00000.parquet": path.read_bytes(), "README.md": b"# words\n"}, texts
 
 
 @pytest.fixture
@@ -91,8 +91,8 @@ def test_complete_files_through_a_bad_network(server, corpus, tmp_path, encoding
     assert splits_of(folder) == slow_build(corpus[1], encoding)
     manifest = read_manifest(folder)
     assert manifest["source"] == {"repo": REPO, "revision": COMMIT, "files": 4}
-    assert {path.name for path in folder.iterdir()} == {
-        "downloads", "build.json", "manifest.json", "tokenizer.tiktoken", *(f["file"] for f in manifest["files"])}
+    assert {path.name for path in folder.iterdir()} - {record["file"] for record in manifest["files"]} == {
+        "downloads", "build.json", "manifest.json", "tokenizer.tiktoken"}
     assert list_shards(folder, "train")[0].name == "edufineweb_train_000000.npy"
     assert not (tmp_path / "hf" / "hub").exists()
 
@@ -145,7 +145,7 @@ def test_a_build_that_was_cut_off_goes_on(server, tmp_path, max_tokens):
     flags = {"max_tokens": max_tokens, **SHARDS}
     expected = contents(build(tmp_path / "undisturbed", **flags))
     server.faults.append(Fault("status", status=404, match="/003_"))
-    with pytest.raises(UserError, match="check the name and the revision. What is done is kept"):
+    with pytest.raises(UserError, match=r"check the name and the revision\. What is done is kept"):
         build(tmp_path / "out", **flags)
     moved = "sample/10BT/004_00000.parquet"
     server.older, server.commit, server.files[moved] = [COMMIT], "d" * 40, server.files.pop(LAST)
@@ -205,8 +205,8 @@ def test_machines_share_the_files(server, corpus, tmp_path, monkeypatch):
     (["data/test-0.parquet", "data/train-0.parquet", "data/train-1.parquet", "data/x.csv"], "", [1, 2]),
     (["a/1.parquet", "b/2.parquet", "ab/3.parquet"], "a", [0]),
     (["a/1.parquet", "2.parquet"], "", [1, 0]),
-    (["a/1.parquet", "b/2.jsonl"], "b", "no parquet files in b; name a folder that has some, --subset=..., of a"),
-    (["b/2.jsonl"], "", "no parquet files in any folder; for .jsonl or .txt: hf download a/my-texts --repo"),
+    (["a/1.parquet", "b/2.jsonl"], "b", r"no parquet files in b; name .* --subset=\.\.\.: a$"),
+    (["b/2.jsonl"], "", r"no parquet files in any folder; .* hf download a/my-texts --repo-type"),
 ])
 def test_any_parquet_dataset(server, tmp_path, encoding, names, subset, taken):
     server.repo, server.files, texts = "a/my-texts", {}, {}
@@ -232,7 +232,7 @@ def test_a_hostile_listing_writes_nothing(server, tmp_path, monkeypatch, max_tok
     listing = json.loads(server.listing("main"))
     listing["siblings"][0] |= change
     monkeypatch.setattr(server, "listing", lambda _: json.dumps(listing).encode())
-    with pytest.raises(UserError, match="cannot list|free some space|HTTP 416"):
+    with pytest.raises(UserError, match=r"cannot list|free some space|HTTP 416"):
         build(tmp_path / "out", max_tokens=max_tokens)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -248,7 +248,7 @@ def test_a_corrupt_file_is_named_and_ends_the_build(server, tmp_path, max_tokens
         build(tmp_path / "out", num_workers=num_workers, **flags)
     for number, data in enumerate([b"", b"PAR1", b"\xff" * 99 + b"PAR1", b"\0" * 99 + b"PAR1"]):
         server.files[FIRST] = data
-        with pytest.raises(UserError, match=r"/000_00000\.parquet: cannot be read .*the hub's copy is corrupt"):
+        with pytest.raises(UserError, match=r"/000_00000\.parquet: cannot be read .* hub's copy is corrupt"):
             build(tmp_path / f"out{number}", **flags)
 
 
@@ -276,7 +276,8 @@ def test_too_little_space_is_reported_first(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("sent, code, kind, max_tokens", [
-    (signal.SIGINT, 130, "stall", 0), (signal.SIGINT, 130, "status", 10**6), (signal.SIGKILL, -9, "stall", 10**6)])
+    (signal.SIGINT, 130, "stall", 0), (signal.SIGINT, 130, "status", 10**6),
+    (signal.SIGKILL, -9, "stall", 10**6)])
 def test_interrupted_while_bytes_are_waited_for(server, tmp_path, sent, code, kind, max_tokens):
     server.faults += [Fault(kind, after=10_000, match="/003_")] * 20
     command = fineweb_command(tmp_path / "out", max_tokens=max_tokens, num_workers=2, **SHARDS)

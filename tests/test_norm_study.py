@@ -94,14 +94,16 @@ def data_dir(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for i in range(2):
-        write_shard(folder / f"words_train_{i:06d}.npy", 3 * np.arange(250 * i, 250 * i + 250))
-    write_shard(folder / "words_val_000000.npy", np.zeros(100, dtype=int))
+        ids = 3 * np.arange(250 * i, 250 * i + 250, dtype=np.uint16)
+        write_shard(folder / f"words_train_{i:06d}.npy", ids)
+    write_shard(folder / "words_val_000000.npy", np.zeros(100, dtype=np.uint16))
     return folder
 
 
 def test_a_unigram_models_loss_on_train_text(tmp_path, data_dir):
     assert study.unigram_loss(data_dir) == pytest.approx(math.log(500))
-    write_shard(tmp_path / "halves_train_000000.npy", np.array([0, 0, 7, 9]))  # 1/2 log 2 + 2 * 1/4 log 4
+    ids = np.array([0, 0, 7, 9], dtype=np.uint16)  # 1/2 log 2 + 2 * 1/4 log 4
+    write_shard(tmp_path / "halves_train_000000.npy", ids)
     assert study.unigram_loss(tmp_path) == pytest.approx(1.5 * math.log(2))
 
 

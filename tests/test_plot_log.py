@@ -13,6 +13,7 @@ import pytest
 import plot_log
 from configurator import UserError, configure
 from plot_log import parse_log, smooth
+from shards import write_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -145,8 +146,8 @@ def test_the_val_loss_of_gpt2_is_drawn_beside_fineweb_edu_alone(tmp_path, monkey
              "made": {"data_dir": "data"}, "misnamed": {"data_dir": "edu_fineweb_python"}, "unknown": None}
     for folder, dataset in (("data", "fineweb-edu"), ("edu_fineweb_python", "python")):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "manifest.json").write_text(
-            json.dumps({"settings": {"dataset": dataset}}), encoding="utf-8")
+        write_manifest(tmp_path / folder, {"tokenizer": {"name": "gpt2", "sha256": 64 * "0"}, "files": [],
+                                           "settings": {"dataset": dataset}})
     for name, config in cases.items():
         write_lines(tmp_path / name, *lines, config=config)
     line = "OpenAI GPT-2 124M on FineWeb-Edu val (3.29)"

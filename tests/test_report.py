@@ -22,7 +22,7 @@ from configurator import UserError
 from convert_hf import export_hf
 from loss_report import Sums, along_training, draw_windows, position_bins, rank_bands
 from model import GPT, GPTConfig
-from shards import ShardWriter, TokenStream, WindowLoader, write_manifest
+from shards import TokenStream, WindowLoader, write_manifest, write_shard
 
 T, STEP, BATCH = 16, 60, 128  # context, steps done, tokens per step: 480 windows, a quarter of tiny_data's
 
@@ -411,14 +411,11 @@ def test_mistakes_are_named(tmp_path, state, monkeypatch, tiny_data, byte_tokeni
     for flag in (("model_size", "124M"), ("log", "log.txt"), ("val_baseline", True)):
         refused("log, model_size and val_baseline are for figures of logs", flag)
     refused("out=a.csv: wanted a figure; type --out=FIGURE.png", ("out", "a.csv"))
-    refused("got no val shards in .*nosuch", ("data_dir", "nosuch"))
+    refused("nosuch has no val shards", ("data_dir", "nosuch"))
 
     def write_data(folder, sha256, n_val):
-        files = []
-        for split, n in (("train", 200), ("val", n_val)):
-            writer = ShardWriter(folder, "other", split, 10_000)
-            writer.append(np.arange(n, dtype=np.uint16))
-            files += writer.close()
+        files = [write_shard(folder / f"other_{split}_000000.npy", np.arange(n, dtype=np.uint16))
+                 for split, n in (("train", 200), ("val", n_val))]
         write_manifest(folder, {"tokenizer": {"name": "other.tiktoken", "sha256": sha256}, "files": files})
 
     for name, sha256, n_val in (("other", "0" * 64, 200), ("short", state["tokenizer"]["sha256"], T)):

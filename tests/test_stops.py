@@ -178,10 +178,10 @@ def test_what_may_be_gone_next_time_is_tried_again(flags, tmp_path):
     """An error of the disk in the first start; and no parent but torchrun is ever ended."""
     eio = """
         import shards
-        def failing(self, start, out):
+        def failing(self, *arguments):
             raise OSError(5, "Input/output error", "shard")
         if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
-            shards.TokenStream.read_into = failing
+            shards.TokenStream.read = failing
     """
     done = attempt(flags, 1, with_fault(tmp_path, eio), ["--max-restarts=1"], python=sys.executable,
                    log_dir=tmp_path / "log", max_steps=4)
@@ -211,7 +211,7 @@ def test_a_stop_with_less_to_judge_than_processes(flags, tmp_path, tiny_data):
     (tmp_path / "data").mkdir()
     for path in tiny_data.glob("*_train_*"):
         (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
-    write_shard(tmp_path / "data" / "tiny_val_000000.npy", np.arange(80))
+    write_shard(tmp_path / "data" / "tiny_val_000000.npy", np.arange(80, dtype=np.uint16))
     flags |= {"data_dir": tmp_path / "data", "log_dir": tmp_path / "log"}
     train(flags, 2, max_hours=1e-9)
     assert load_checkpoint(tmp_path / "log")["step"] == 1

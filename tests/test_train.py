@@ -2,9 +2,11 @@
 
 import ast
 import functools
+import hashlib
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from training import (
 
 from checkpoint import list_checkpoints, load_checkpoint
 from model import GPT, GPTConfig
-from shards import TokenStream, WindowLoader, write_shard
+from shards import RANK_FILE, TokenStream, WindowLoader, write_manifest, write_shard
 
 STEP_LINE = re.compile(r"step (\d+) \| loss: \d+\.\d{6} \| lr: \d\.\d\de-\d\d \| norm: \d+\.\d{4} \| "
                        r"dt: \d+\.\d\dms \| tok/sec: \d+\.\d\d \| mfu: (n/a|\d+\.\d%) \| "
@@ -330,7 +332,7 @@ def test_ids_beyond_the_vocabulary(flags, tmp_path):
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     for split in ("train", "val"):
-        ids = np.arange(5000) % 257
+        ids = np.arange(5000, dtype=np.uint16) % 257
         ids[4000] = 300
         write_shard(data_dir / f"x_{split}_000000.npy", ids)
     done = attempt(flags, data_dir=data_dir, log_dir=tmp_path / "log")
@@ -388,6 +390,59 @@ def test_an_existing_run_is_not_touched(flags, tmp_path):
         done = attempt(flags, log_dir=tmp_path, **overrides)
         assert done.returncode == 2 and all(word in done.stderr for word in words), done.stderr
     assert before == snapshot(tmp_path)
+
+
+def test_data_brings_its_tokenizer(flags, tmp_path, tiny_data):
+    """A run without --tokenizer is the same run, to the byte of its log; so it is if shards are verified."""
+    flags |= {"deterministic": "true", "max_steps": 4, "warmup_steps": 1}
+    train(flags, log_dir=tmp_path / "named")
+    named = flags.pop("tokenizer")
+    train(flags, log_dir=tmp_path / "log", verify_data="true")
+    assert (tmp_path / "log" / "log.txt").read_bytes() == (tmp_path / "named" / "log.txt").read_bytes()
+    one, other = (load_checkpoint(tmp_path / folder)["tokenizer"] for folder in ("named", "log"))
+    assert one["sha256"] == other["sha256"] and torch.equal(one["rank_file"], other["rank_file"])
+    train(flags, log_dir=tmp_path / "log", resume="true", max_steps=5)
+    assert "evaluated, not trained" in train(flags, log_dir=tmp_path / "log", eval_only="true")
+
+    data_dir = tmp_path / "data"
+    shutil.copytree(tiny_data, data_dir)
+    with open(data_dir / RANK_FILE, "ab") as file:
+        file.write(b"YWI= 256\n")
+    done = attempt(flags, log_dir=tmp_path / "other", data_dir=data_dir)
+    assert done.returncode == 2 and f"{RANK_FILE} is not the vocabulary" in done.stderr, done.stderr
+    (data_dir / RANK_FILE).unlink()
+    train(flags, log_dir=tmp_path / "other", data_dir=data_dir, tokenizer=named)
+    done = attempt(flags, log_dir=tmp_path / "third", data_dir=data_dir)
+    assert done.returncode == 2 and "another vocabulary; give --tokenizer=FILE" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("change", "processes", "verify_data"), [
+    ("zeroed", 1, "false"), ("zeroed", 2, "false"), ("swapped", 1, "false"), ("swapped", 1, "true")])
+def test_shards_that_changed_since_the_build(flags, tmp_path, byte_tokenizer, change, processes, verify_data):
+    """Their sizes are right, so that only the sha256 can tell; rank 1 of 2 reads the second shard."""
+    names = "x_train_000000.npy", "x_train_000001.npy", "x_val_000000.npy"
+    files, paths = [], [tmp_path / name for name in names]
+    for i, path in enumerate(paths):
+        files.append(write_shard(path, np.random.default_rng(i).integers(0, 256, 5000).astype(np.uint16)))
+    sha256 = hashlib.sha256(byte_tokenizer.read_bytes()).hexdigest()
+    write_manifest(tmp_path, {"tokenizer": {"name": "bytes", "sha256": sha256}, "files": files})
+    if change == "zeroed":
+        write_shard(paths[1], np.zeros(5000, dtype=np.uint16))
+    else:
+        contents = [path.read_bytes() for path in paths[1::-1]]
+        for path, content in zip(paths, contents):
+            path.write_bytes(content)
+    done = attempt(flags, processes, data_dir=tmp_path, log_dir=tmp_path / "log", verify_data=verify_data)
+    wrong = "x_train_000001.npy" if change == "zeroed" else "x_train_000000.npy"
+    assert done.returncode != 0 and done.stderr.count(f"{wrong}: its sha256 is not that of") == 1, done.stderr
+    assert not list_checkpoints(tmp_path / "log")
+    assert verify_data == "false" or not (tmp_path / "log").exists()
+
+
+def test_data_without_a_manifest_cannot_be_verified(flags, tmp_path, tiny_data):
+    shutil.copytree(tiny_data, tmp_path / "data", ignore=shutil.ignore_patterns("manifest.json"))
+    done = attempt(flags, data_dir=tmp_path / "data", log_dir=tmp_path / "log", verify_data="true")
+    assert done.returncode == 2 and "has no manifest.json to compare with" in done.stderr, done.stderr
 
 
 def test_resume_on_other_data_is_refused(flags, tmp_path, tiny_data):
