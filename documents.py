@@ -178,7 +178,7 @@ def reading(file: File, place: str = ""):
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         if "too much memory" in reason:
             reason += "; it was made with zstd --long: decompress it with zstd -d --long=31"
-        advice = ("fix the file, or leave it out of --input" if file.mtime else
+        advice = ("fix the file, or leave it out of --input" if file.mtime is not None else
                   "the hub's copy is corrupt: take another --subset or --revision")
         raise UserError(f"{file.name}{place}: cannot be read ({reason}); {advice}") from error
 
@@ -450,11 +450,10 @@ def python_source(val_fraction: float) -> Source:
     return Source({"documents": len(documents), "python": platform.python_version()}, identity, chunks)
 
 
-def hub_source(dataset: str, subset: str, revision: str, column: str, val_fraction: float, max_tokens: int,
-               downloads: Path, rank: int = 0, ranks: int = 1) -> Source:
-    """The parquet files of a dataset on the hub: complete ones, or with max_tokens the parts that are needed.
+def hub_files(dataset: str, subset: str, revision: str) -> tuple[str, str, list]:
+    """(repository, commit, parquet files) of a dataset on the hub: those for training, where names say so.
 
-    downloads: where they are kept until `release`; what the hub's own cache has is read from there.
+    subset: a folder; of fineweb and fineweb-edu, the name that their authors gave a part.
     """
     import hub
     repo, folder = dataset, subset
@@ -473,6 +472,17 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
             f"name another folder with --subset=...: {', '.join(folders[:20])}" if folders else
             f"for .jsonl or .txt: hf download {repo} --repo-type dataset --local-dir DIR, then --input=DIR"))
     print(f"{repo} at {commit}: {len(files)} parquet files, {sum(file.size for file in files):,} bytes")
+    return repo, commit, files
+
+
+def hub_source(dataset: str, subset: str, revision: str, column: str, val_fraction: float, max_tokens: int,
+               downloads: Path, rank: int = 0, ranks: int = 1) -> Source:
+    """The parquet files of a dataset on the hub: complete ones, or with max_tokens the parts that are needed.
+
+    downloads: where they are kept until `release`; what the hub's own cache has is read from there.
+    """
+    import hub
+    repo, commit, files = hub_files(dataset, subset, revision)
     mine = files[rank::ranks]
     there = sum(path.stat().st_size for path in downloads.parent.glob("*_[0-9]*.*"))  # shards
     left = max(0, sum(file.size for file in mine) - there * 4 // 3)  # of the files; shards take 3/4 of that
