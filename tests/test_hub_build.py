@@ -109,6 +109,9 @@ def test_the_clients_cache_is_read_and_never_written(server, tmp_path):
         if "10BT" in name:
             hf_hub_download(REPO, name, repo_type="dataset")
     server.requests.clear()
+    build(tmp_path / "part", max_tokens=200_000)
+    assert [request.path[:5] for request in server.requests] == ["/api/"]
+    server.requests.clear()
     env = environment(server, tmp_path, HF_HUB_OFFLINE="1")
     for out in ("all", "some"):
         done = run(tmp_path / out, env=env, **SHARDS)
@@ -147,6 +150,8 @@ def test_a_build_that_was_cut_off_goes_on(server, tmp_path, max_tokens):
     server.faults.append(Fault("status", status=404, match="/003_"))
     with pytest.raises(UserError, match=r"check the name and the revision\. What is done is kept"):
         build(tmp_path / "out", **flags)
+    kept = {path.stem for path in (tmp_path / "out" / "fineweb_downloads").iterdir()}
+    assert server.etag("sample/10BT/002_00000.parquet") in kept and server.etag(FIRST) not in kept
     moved = "sample/10BT/004_00000.parquet"
     server.older, server.commit, server.files[moved] = [COMMIT], "d" * 40, server.files.pop(LAST)
     with pytest.raises(UserError, match="began with other files"):  # the publisher has changed history
