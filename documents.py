@@ -79,7 +79,7 @@ class File(NamedTuple):
     """A file as it was when the build was planned."""
     path: Path
     size: int
-    mtime: int | None  # nanoseconds; None while parts of the file still come in
+    mtime: int | None  # nanoseconds; None for a file of the hub, of which parts may still come in
     name: str          # for messages
 
 
@@ -178,8 +178,9 @@ def reading(file: File, place: str = ""):
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         if "too much memory" in reason:
             reason += "; it was made with zstd --long: decompress it with zstd -d --long=31"
-        raise UserError(f"{file.name}{place}: cannot be read ({reason}); fix the file, or leave it out of "
-                        f"--input") from error
+        advice = ("fix the file, or leave it out of --input" if file.mtime is not None else
+                  "the hub's copy is corrupt: take another --subset or --revision")
+        raise UserError(f"{file.name}{place}: cannot be read ({reason}); {advice}") from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -449,11 +450,10 @@ def python_source(val_fraction: float) -> Source:
     return Source({"documents": len(documents), "python": platform.python_version()}, identity, chunks)
 
 
-def hub_source(dataset: str, subset: str, revision: str, column: str, val_fraction: float, max_tokens: int,
-               downloads: Path, rank: int = 0, ranks: int = 1) -> Source:
-    """The parquet files of a dataset on the hub: complete ones, or with max_tokens the parts that are needed.
+def hub_files(dataset: str, subset: str, revision: str) -> tuple[str, str, list]:
+    """(repository, commit, parquet files) of a dataset on the hub: those for training, where names say so.
 
-    downloads: where they are kept until `release`; what the hub's own cache has is read from there.
+    subset: a folder; of fineweb and fineweb-edu, the name that their authors gave a part.
     """
     import hub
     repo, folder = dataset, subset
@@ -462,21 +462,36 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
         folder = f"sample/{subset[7:]}" if subset.startswith("sample-") else f"data/{subset}"
         folder = "data" if subset == "default" else folder
     commit, everything = hub.list_files(repo, revision)
-    below = f"{folder}/" if folder else ""
-    files = [file for file in everything if file.path.startswith(below) and file.path.endswith(".parquet")]
+    everything = [file for file in everything if file.path.endswith(".parquet")]
+    files = [file for file in everything if file.path.startswith(f"{folder}/" if folder else "")]
     files = [file for file in files if "train" in file.path.rpartition("/")[2]] or files
     files = sorted({file.etag: file for file in reversed(files)}.values())  # equal files share a local name
     if not files:
         folders = sorted({file.path.rpartition("/")[0] for file in everything})
-        raise UserError(f"{repo} has no parquet files in {folder or 'any folder'}; name another folder with "
-                        f"--subset=...: {', '.join(folders[:20])}")
+        raise UserError(f"{repo} has no parquet files in {folder or 'any folder'}; " + (
+            f"name another folder with --subset=...: {', '.join(folders[:20])}" if folders else
+            f"for .jsonl or .txt: hf download {repo} --repo-type dataset --local-dir DIR, then --input=DIR"))
+    print(f"{repo} at {commit}: {len(files)} parquet files, {sum(file.size for file in files):,} bytes")
+    return repo, commit, files
+
+
+def hub_source(dataset: str, subset: str, revision: str, column: str, val_fraction: float, max_tokens: int,
+               downloads: Path, rank: int = 0, ranks: int = 1) -> Source:
+    """The parquet files of a dataset on the hub: complete ones, or with max_tokens the parts that are needed.
+
+    downloads: where they are kept until `release`; what the hub's own cache has is read from there.
+    """
+    import hub
+    repo, commit, files = hub_files(dataset, subset, revision)
     mine = files[rank::ranks]
-    shards = min(sum(file.size for file in mine) * 3 // 4, 2 * max_tokens or math.inf)
-    shards -= sum(path.stat().st_size for path in downloads.parent.glob("*_[0-9]*.*"))
-    missing = sorted(file.size for file in mine if not hub.cached(repo, file))
-    most = 0 if max_tokens else sum(missing[-4:])  # one read, two ahead, one until its last shard is written
-    most -= sum(path.stat().st_size for path in downloads.glob("*"))
-    hub.need_space(downloads.parent, {"shards": max(0, shards), "downloads": max(0, most)})
+    there = sum(path.stat().st_size for path in downloads.parent.glob("*_[0-9]*.*"))  # shards
+    left = max(0, sum(file.size for file in mine) - there * 4 // 3)  # of the files; shards take 3/4 of that
+    needs = {"shards": min(left * 3 // 4, max(0, 2 * max_tokens - there) if max_tokens else left)}
+    if not max_tokens:  # at a time one is read, two are ahead, and one stays until its last shard is written
+        most = sum(sorted(file.size for file in mine if not hub.cached(repo, file))[-4:])
+        there = sum(path.stat().st_size for path in downloads.glob("*"))
+        needs["downloads"] = max(0, min(left, most) - there)
+    hub.need_space(downloads.parent, needs)
     fetching = threading.Lock()  # one file at a time: `ahead` of an earlier call may still be at work
 
     def complete(file) -> Iterator:
@@ -501,22 +516,19 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
             out.seek(file.size - len(footer))
             out.write(footer)
 
-        def spans(groups: range) -> Iterator[int]:
-            metadata = open_parquet(planned).metadata
-
-            def span(group: int) -> tuple[int, int, bytes]:
-                part = column_of(metadata, group, column)
-                start = min(filter(None, (part.dictionary_page_offset, part.data_page_offset)))
-                return group, start, fetch(start, min(file.size, start + part.total_compressed_size))
-
-            for group, start, data in hub.ahead(span, groups):
+        def when_there(groups: range) -> Iterator[int]:
+            metadata, spans = open_parquet(planned).metadata, []
+            for part in (column_of(metadata, group, column) for group in groups):
+                start = min(part.dictionary_page_offset or part.data_page_offset, part.data_page_offset)
+                spans.append((start, min(file.size, start + part.total_compressed_size)))
+            for group, (start, _), data in zip(groups, spans, hub.ahead(lambda span: fetch(*span), spans)):
                 with open(local, "r+b") as out:
                     out.seek(start)
                     out.write(data)
                 yield group
 
         planned = File(local, file.size, None, file.path)
-        yield from parquet_chunks(planned, column, val_fraction, first, spans)
+        yield from parquet_chunks(planned, column, val_fraction, first, when_there)
 
     def chunks(start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
         todo = mine[start[0]:]

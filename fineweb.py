@@ -326,7 +326,7 @@ class Build:
             release(unit)
 
     def save(self) -> None:
-        write_atomically(self.path, f"{json.dumps(self.state, indent=1)}\n".encode())
+        write_atomically(self.path, f"{json.dumps(self.state, indent=1, sort_keys=True)}\n".encode())
 
     def finish(self) -> None:
         """Write the manifest, which makes the folder a finished one."""

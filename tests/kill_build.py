@@ -123,7 +123,8 @@ def main() -> None:
     began, rng = time.monotonic(), random.Random(seed)
     with tempfile.TemporaryDirectory() as work:
         corpus = make_corpus(Path(work, "corpus"), 25)
-        with HubServer({f"sample/10BT/{path.name}": path.read_bytes() for path in corpus.iterdir()}) as server:
+        files = {f"sample/10BT/{path.name}": path.read_bytes() for path in corpus.iterdir()}
+        with HubServer(files) as server:
             server.pause = 0.02
             env = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": f"{work}/hf", "NO_PROXY": "*"}
             flags = [] if hub else [f"--input={corpus}"]
