@@ -15,7 +15,7 @@ import analyze_tokenizer as study
 from analyze_tokenizer import COLUMNS, GROUPS, groups_of, is_joined, make_items, measure
 from bpe import rank_file, tokenizer_from_ranks
 from configurator import UserError
-from documents import hash_documents, pack
+from documents import from_texts
 from model import GPT, GPTConfig
 from train_bpe import train_ranks
 
@@ -131,7 +131,7 @@ def test_technical_words():
 
 def test_the_sides_are_those_of_the_hash_and_nothing_is_lost(texts, corpus):
     documents = [text.encode() for text in texts[0] if text]
-    is_val = hash_documents(*pack(documents)) < np.uint64(0.3 * 2**64)
+    is_val = from_texts([(document, "", None) for document in documents], 0.3, []).is_val
     assert corpus.documents == [(~is_val).sum(), is_val.sum()]
     for counts, size, side in zip((corpus.train, corpus.val), corpus.sizes, (~is_val, is_val)):
         here = [document for document, chosen in zip(documents, side) if chosen]
@@ -143,7 +143,7 @@ def test_the_sides_are_those_of_the_hash_and_nothing_is_lost(texts, corpus):
 def test_tokens_of_pieces_add_up_to_those_of_the_text(texts, corpus):
     tok, = study.train_tokenizers(corpus.train, [700])
     documents = [text for text in texts[0] if text]
-    is_val = hash_documents(*pack([text.encode() for text in documents])) < np.uint64(0.3 * 2**64)
+    is_val = from_texts([(text.encode(), "", None) for text in documents], 0.3, []).is_val
     held_out = [text for text, chosen in zip(documents, is_val) if chosen]
     row, _ = measure(tok, "trained", make_items(corpus), SHAPE)
     encoding = tok.to_tiktoken()
@@ -154,10 +154,14 @@ def test_tokens_of_pieces_add_up_to_those_of_the_text(texts, corpus):
 def test_hyphenated_words_are_found(tmp_path):
     text = "a well-known,state-of-the-art 3-x x\u00b2-y a--b -c d- \u00fcber-ich well-known\n\nwell-known"
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    low, *others = (int(h) / 2**64 for h in hash_documents(*pack([text.encode(), *BYTES[65:91]])))
-    other = int(np.argmax(others))
-    (tmp_path / "b.txt").write_bytes(BYTES[65 + other])
-    found = study.read_corpus(str(tmp_path), "text", (low + others[other]) / 2)
+    (tmp_path / "b.txt").write_bytes(b"some words\n" * 5)
+
+    def side(text, val_fraction):
+        return from_texts([(text, "", None)], val_fraction, []).is_val[0]
+
+    fraction = next(f for f in np.arange(0.01, 1, 0.01) if side(text.encode(), f))
+    assert not side(b"some words\n" * 5, fraction)
+    found = study.read_corpus(str(tmp_path), "text", fraction)
     assert found.hyphenated == {b" well-known": 2, b"well-known": 1, b"state-of-the-art": 1,
                                 " \u00fcber-ich".encode(): 1}
 

@@ -147,7 +147,7 @@ def test_threads_and_order_do_not_matter():
 
 def test_an_error_in_a_thread_ends_the_count():
     def read(i):
-        return Documents(*pack([b"some text"]), bad=[("file 3", "is corrupt")] if i == 3 else ())
+        return Documents(*pack([b"some text"]), bad=["file 3: is corrupt"] if i == 3 else ())
 
     with pytest.raises(UserError, match="file 3: is corrupt; fix"):
         count_chunks((Chunk(read, (i,)) for i in itertools.count()), 2)  # would never end

@@ -322,7 +322,7 @@ def test_what_is_outside_of_a_range_is_refused(path):
 @pytest.mark.parametrize(("script", "flags"), [
     ("train_gpt2.py", ["--min_lr=0", "--grad_clip=-1"]), ("train_gpt2.py", ["--n_layer=2147483648"]),
     ("train_gpt2.py", ["--batch_tokens=1e12"]), ("train_gpt2.py", ["--max_lr=1e310"]),
-    ("fineweb.py", ["--num_workers=1e6"]), ("bpe.py", ["--num_workers=1e6"])])
+    ("fineweb.py", ["--num_workers=1e6"]), ("train_bpe.py", ["--num_workers=1e6"])])
 def test_nonsense_that_hung_or_exploded(script, flags):
     with pytest.raises(UserError, match=f"flag {flags[-1]}: wanted"):
         configure(settings_of(ROOT / script), flags)
