@@ -27,7 +27,7 @@ vocabulary: $(RUN_STAMP)  # where only the package index can be reached: openai-
 	rm -r "$$file.pip"; $(PYTHON) bpe.py; }
 
 demo: install  ## train a small GPT-2 on this Python installation's source, in minutes; again = continue
-	$(PYTHON) fineweb.py --dataset=python --data_dir=python_corpus --max_tokens=12e6
+	$(PYTHON) fineweb.py --dataset=python --val_fraction=0.02 --data_dir=python_corpus
 	$(PYTHON) train_gpt2.py config/demo_cpu.py --resume
 	$(PYTHON) generate.py --checkpoint=log_demo --prompt="def" --temperature=0.7
 	$(PYTHON) plot_log.py --log_dir=log_demo
@@ -55,21 +55,19 @@ SHARED ?= $(GPT2_SHARED_DATA)
 gpu:  ## what needs a CUDA GPU, in MINUTES=6, with the inputs in GPU_DATA; again = the missing steps; installs nothing
 	$(PYTHON) gpu.py --minutes=$(MINUTES) --data=$(GPU_DATA)
 
-gpu-data: install  ## build what `make gpu` reads, 57 MiB: SHARED has openstax/, shakespeare/, hellaswag/, tokenizer/
+gpu-data: install  ## build what `make gpu` reads, 46 MiB: SHARED has openstax/, shakespeare/, hellaswag/, tokenizer/
 	$(PYTHON) fineweb.py --input=$(SHARED)/shakespeare/input.txt --data_dir=$(GPU_DATA)/shakespeare
 	$(PYTHON) fineweb.py --input=$(SHARED)/openstax/openstax.parquet --data_dir=$(GPU_DATA)/openstax4m \
 		--max_tokens=43e5 --val_fraction=.07
-	$(PYTHON) fineweb.py --input=$(SHARED)/openstax/openstax.parquet --data_dir=openstax
-	$(PYTHON) fineweb.py --dataset=python --max_tokens=5e6 --data_dir=python5m
-	mkdir -p $(GPU_DATA)/mixed $(GPU_DATA)/tokenizer
-	cp openstax/*.npy python5m/*.npy $(GPU_DATA)/mixed
+	$(PYTHON) fineweb.py --input=$(SHARED)/openstax/openstax.parquet --data_dir=$(GPU_DATA)/openstax
+	mkdir -p $(GPU_DATA)/tokenizer
 	cp $(SHARED)/hellaswag/hellaswag_val.jsonl $(GPU_DATA)
 	cp $(SHARED)/tokenizer/gpt2.tiktoken $(GPU_DATA)/tokenizer/0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4
 
 experiment-norm: $(RUN_STAMP)  ## Pre-LN against Post-LN: 36 short runs and 18 of one step; again = continue
 	test -e python4k.tiktoken || $(PYTHON) train_bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken
 	test -e python4k/manifest.json || $(PYTHON) fineweb.py --dataset=python --tokenizer=python4k.tiktoken \
-		--data_dir=python4k --max_tokens=12e6
+		--data_dir=python4k --val_fraction=0.03
 	$(PYTHON) results/norm_study/theory.py
 	$(PYTHON) results/norm_study/run.py
 

@@ -12,7 +12,7 @@ openstax4m         60 s   run A, all 2,848 steps
 tests              90 s   the tests marked gpu
 inference          80 s   generate.py with and without --compile; hellaswag.py on all examples
 gpu_NNgb     20 s each   config/gpu_*gb.py in eager mode: peak memory, measured and computed
-mixed         the rest    124M on textbooks and Python code: stopped, resumed, plotted
+openstax      the rest    124M on textbooks: stopped, resumed, plotted
 
 The times are estimates; a step starts only if half its limit is left. The next call repeats what failed or
 timed out. Writes out_dir/summary.jsonl, a line per step, beside logs, figures and outputs: a few MB.
@@ -62,7 +62,7 @@ def programme(left):
     cuda = device == "cuda"
     shape = "--batch_size=32 --block_size=1024 --n_embd=768" if cuda else "--batch_size=1 --turns=1"
     yield "machine", 80, [[PYTHON, "bench.py", "--only=matmul,loss", f"--device={device}", *shape.split()]]
-    short = [f"--data_dir={data}/mixed", "--warmup_steps=10", "--val_interval=0", "--val_tokens=65536",
+    short = [f"--data_dir={data}/openstax", "--warmup_steps=10", "--val_interval=0", "--val_tokens=65536",
              "--hellaswag_interval=0", "--batch_tokens=65536"]  # a GPU's part of llm.c's 524,288 on 8
     for size, attention in ((64, "cudnn"), (64, "flash"), (32, "cudnn"), (32, "flash")):
         yield (name := f"speed_{size}_{attention}"), 120, [train(
@@ -81,13 +81,13 @@ def programme(left):
     for path in sorted(ROOT.glob("config/gpu_*gb.py"))[:None if cuda else 1]:
         yield path.stem, 60, [[PYTHON, "analyze_compute.py", str(path)],
                               train(path.stem, str(path), *short, "--compile=false", "--dry_run")]
-    mixed = train("mixed", *short, "--batch_size=64", "--max_steps=4000", "--val_tokens=262144",
+    openstax = train("openstax", *short, "--batch_size=64", "--max_steps=4000", "--val_tokens=262144",
                   "--val_interval=400", "--hellaswag_interval=400",
                   f"--hellaswag_data={data}/hellaswag_val.jsonl")
     hours = (0.4 * left() / 3600, 0.45 * left() / 3600) if cuda else (1e-6, 1)
-    yield "mixed", max(240, left()), [
-        *([*mixed, f"--max_hours={limit:.6f}"] for limit in hours),
-        [PYTHON, "plot_log.py", f"--log_dir={log_dir}/mixed", f"--out={out_dir}/mixed.png"]]
+    yield "openstax", max(240, left()), [
+        *([*openstax, f"--max_hours={limit:.6f}"] for limit in hours),
+        [PYTHON, "plot_log.py", f"--log_dir={log_dir}/openstax", f"--out={out_dir}/openstax.png"]]
 
 
 def run(name, seconds, commands):

@@ -1,10 +1,9 @@
 # What results/optimizer_study/run.sh trains: a GPT-2 with 1.3M parameters, on textbooks, in minutes on one
 # core. With 4,096 ids the blocks, not the output layer, are most of the work.
-#     python bpe.py --input=openstax.parquet --vocab_size=4096 --out=openstax4k.tiktoken
+#     python train_bpe.py --input=openstax.parquet --vocab_size=4096 --out=openstax4k.tiktoken
 #     python fineweb.py --input=openstax.parquet --tokenizer=openstax4k.tiktoken --data_dir=openstax4k
 #     python train_gpt2.py config/openstax_cpu.py --optimizer=muon
 data_dir = "openstax4k"
-tokenizer = "openstax4k.tiktoken"
 log_dir = "log_openstax_cpu"
 n_layer = 4
 n_head = 2  # of 64, as GPT-2's

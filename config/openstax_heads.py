@@ -1,9 +1,8 @@
 # The model whose heads RESULTS.md studies: 48 heads, on textbooks, in about 45 minutes on 2 cores.
-#     python bpe.py --input=openstax.parquet --vocab_size=8192 --out=openstax8k.tiktoken
+#     python train_bpe.py --input=openstax.parquet --vocab_size=8192 --out=openstax8k.tiktoken
 #     python fineweb.py --input=openstax.parquet --tokenizer=openstax8k.tiktoken --data_dir=openstax8k
 #     python train_gpt2.py config/openstax_heads.py
 data_dir = "openstax8k"
-tokenizer = "openstax8k.tiktoken"
 log_dir = "log_openstax_heads"
 n_layer = 6
 n_head = 8  # of 32; more and smaller ones than GPT-2's, so that 5% of them is a number of heads

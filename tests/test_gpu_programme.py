@@ -13,7 +13,7 @@ import gpu
 from bpe import cache_file, load_tokenizer
 
 STEPS = ["machine", "speed_64_cudnn", "speed_64_flash", "speed_32_cudnn", "speed_32_flash", "shakespeare",
-         "openstax4m", "tests", "inference", "gpu_12gb", "mixed"]
+         "openstax4m", "tests", "inference", "gpu_12gb", "openstax"]
 
 
 def rehearse(folder, minutes):
@@ -28,7 +28,7 @@ def rehearse(folder, minutes):
 def test_rehearsal(tmp_path, tiny_data, questions):
     load_tokenizer("gpt2")
     data, out = tmp_path / "data", tmp_path / "out_cpu"
-    for name in ("openstax4m", "mixed"):  # without a manifest, bytes pass for GPT-2's ids
+    for name in ("openstax4m", "openstax"):  # without a manifest, bytes pass for GPT-2's ids
         shutil.copytree(tiny_data, data / name, ignore=shutil.ignore_patterns("manifest.json"))
     (data / "tokenizer").mkdir()
     shutil.copy(cache_file(), data / "tokenizer")
@@ -38,7 +38,7 @@ def test_rehearsal(tmp_path, tiny_data, questions):
     assert returncode == 1 and [record["step"] for record in first] == STEPS
     assert [record["step"] for record in first if record["returncode"]] == ["shakespeare"]  # it has no data
 
-    shutil.copytree(data / "mixed", data / "shakespeare")
+    shutil.copytree(data / "openstax", data / "shakespeare")
     returncode, records = rehearse(tmp_path, minutes=60)
     assert returncode == 0 and records[:-1] == first and records[-1]["step"] == "shakespeare"
     step = {record["step"]: record for record in records}
@@ -54,8 +54,8 @@ def test_rehearsal(tmp_path, tiny_data, questions):
     assert step["tests"]["skipped"] > 0 or step["tests"]["passed"] > 0
     assert min(step["inference"]["sample_tok_s"]) > 0 and len(step["inference"]["hellaswag_seconds"]) == 2
     assert step["gpu_12gb"]["computed_peak_mib"] == 8826 and step["gpu_12gb"]["dry_run_gb"] > 0
-    assert step["mixed"]["first_step"] == [0, 1] and 0 <= step["mixed"]["hella"] <= 1
-    assert (out / "mixed.png").exists() and sum(path.stat().st_size for path in out.iterdir()) < 16e6
+    assert step["openstax"]["first_step"] == [0, 1] and 0 <= step["openstax"]["hella"] <= 1
+    assert (out / "openstax.png").exists() and sum(path.stat().st_size for path in out.iterdir()) < 16e6
 
     assert rehearse(tmp_path, minutes=0) == (0, records)
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # AdamW against Muon, and cosine against wsd: about an hour on one core that does nothing else. From the root:
-#     python bpe.py --input=openstax.parquet --vocab_size=4096 --out=openstax4k.tiktoken
+#     python train_bpe.py --input=openstax.parquet --vocab_size=4096 --out=openstax4k.tiktoken
 #     python fineweb.py --input=openstax.parquet --tokenizer=openstax4k.tiktoken --data_dir=openstax4k
 #     sh results/optimizer_study/run.sh
 # Run again, it goes on: what is finished is only judged once more. Keeps streams.txt, "run step stream value",
