@@ -102,7 +102,7 @@ def available_cores() -> int:
     """Cores that this process may use: its affinity, and the quota of its container, rounded up."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no control groups, or no quota: "max"
-        quota, period = map(int, CPU_QUOTA.read_text("ascii").split())
+        quota, period = map(int, CPU_QUOTA.read_text(encoding="ascii").split())
         cores = min(cores, -(-quota // period))
     return max(1, cores)
 

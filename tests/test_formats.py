@@ -208,7 +208,8 @@ def of_checkpoint(folder, byte_tokenizer):
 
 def of_shards(folder, byte_tokenizer):
     """The manifest of a build, checked by --verify, and headers."""
-    (folder / "text.txt").write_text("one\n<|endoftext|>two\n" * 300, encoding="utf-8")
+    texts = (f"document {i}\n" for i in range(300))
+    (folder / "text.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8")
     data_dir = test_fineweb.build(folder / "data", input=folder / "text.txt", tokenizer=byte_tokenizer,
                                   shard_tokens=1500, num_workers=1)
     path = data_dir / "manifest.json"

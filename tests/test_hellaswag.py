@@ -285,7 +285,7 @@ def without(*keys):
 BAD = {
     "not JSON": ("{", "not JSON"),
     "not UTF-8": (b'{"ctx": "\xff"}', "not JSON"),
-    "no object": ("[1]", "line 3: [1], wanted an object with activity_label"),
+    "no object": ("[1]", "line 3: [1], wanted an object"),
     "no ctx": (without("ctx"), "line 3: ctx is missing"),
     "no endings, no label": (without("endings", "label"), "endings is missing"),
     "no activity_label": (without("activity_label"), "activity_label is missing"),

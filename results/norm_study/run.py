@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import study
 
-from bpe import available_cores
+from documents import available_cores
 from configurator import Between, PathName, UserError, configure
 from files import locked, write_atomically
 from plot_log import parse_log
