@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import study
 
-from documents import available_cores
 from configurator import Between, PathName, UserError, configure
+from documents import available_cores
 from files import locked, write_atomically
 from plot_log import parse_log
 
