@@ -198,8 +198,10 @@ class Build:
         elif others := [path.name for path in folder.iterdir() if self.is_taken(path.name)]:
             raise UserError(f"{folder} already holds {min(others)}, which is not of this build; {WAYS}")
         self.pairs = self.state["pairs"]
-        for path in folder.glob(f"{name}_*.tmp"):  # of a process that was killed while it wrote
-            if self.is_taken(path.name.rsplit(".", 2)[0]):
+        notes = self.path.name, self.manifest.name, RANK_FILE if ranks == 1 else ""  # not of other machines
+        for path in folder.glob("*.*.tmp"):  # of a process that was killed while it wrote
+            file = path.name.rsplit(".", 2)[0]
+            if file in notes or (file.startswith(f"{name}_") and self.is_taken(file)):
                 path.unlink()
 
     def read_state(self) -> dict:

@@ -10,6 +10,7 @@ by a byte, or a killed one that training would read, is an error. Works in a tem
 """
 import collections
 import contextlib
+import math
 import os
 import random
 import signal
@@ -65,9 +66,13 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def files_of(folder: Path) -> list[str]:
+    return [name for _, _, names in os.walk(folder) for name in names]
+
+
 def phase(folder: Path) -> str:
     """How far an interrupted build had come, by what it left in its folder."""
-    names = [path.name for path in folder.rglob("*")]
+    names = files_of(folder)
     parts = {"after the manifest": "manifest.json" in names,
              "in the middle of a write": any(name.endswith(".tmp") for name in names),
              "in the middle of a download": any(name.endswith(".incomplete") for name in names)}
@@ -75,12 +80,17 @@ def phase(folder: Path) -> str:
     return ", ".join(part for part in parts if parts[part]) or between
 
 
-def run(command: list[str], folder: Path, rng: random.Random, seconds: float,
+def run(command: list[str], folder: Path, rng: random.Random, target: float,
         env: dict | None = None) -> str | None:
-    """Run a build, and kill it within `seconds`; returns victim and phase, None if it had finished before."""
+    """Run a build, and kill it soon after the folder has `target` files.
+
+    Returns victim and phase, or None if it had finished before.
+    """
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
+    while process.poll() is None and len(files_of(folder)) < target:
+        time.sleep(0.002)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(rng.uniform(0, seconds))
+        process.wait(rng.uniform(0, 0.1))
     where = None
     if process.poll() is None:
         victim, name, workers = process.pid, "parent", children(process.pid)
@@ -98,23 +108,26 @@ def run(command: list[str], folder: Path, rng: random.Random, seconds: float,
 def rounds(command: list[str], work: Path, kills: int, rng: random.Random,
            env: dict | None = None) -> collections.Counter:
     """Kill builds until `kills` have been; command: without data_dir and num_workers."""
-    began = time.monotonic()
     subprocess.run([*command, f"--data_dir={work / 'undisturbed'}", "--num_workers=2"], check=True, env=env,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    seconds, expected = time.monotonic() - began, contents(work / "undisturbed")
-    struck, number = collections.Counter(), 0
+    expected, struck, number = contents(work / "undisturbed"), collections.Counter(), 0
     while struck.total() < kills:
         folder, number = work / f"killed_{number}", number + 1
-        full = [*command, f"--data_dir={folder}", f"--num_workers={rng.randint(1, 3)}"]
-        while where := run(full, folder, rng, seconds if struck.total() < kills else 1000, env):
+        while True:
+            present = len(files_of(folder))
+            target = rng.randint(present, max(present, len(expected))) if struck.total() < kills else math.inf
+            flags = [f"--data_dir={folder}", f"--num_workers={rng.randint(1, 3)}"]
+            where = run([*command, *flags], folder, rng, target, env)
+            if where is None:
+                break
             struck[where] += 1
-            full[-1] = f"--num_workers={rng.randint(1, 3)}"
             if folder.exists() and not (folder / "manifest.json").exists():
                 with contextlib.suppress(UserError):
                     TokenStream(folder, "train")
                     raise AssertionError(f"{folder} was killed, and training would read it")
-        if contents(folder) != expected:
-            raise AssertionError(f"{folder} differs from {work / 'undisturbed'}")
+        if (got := contents(folder)) != expected:
+            names = [name for name in got | expected if got.get(name) != expected.get(name)]
+            raise AssertionError(f"{folder} differs from {work / 'undisturbed'}: {names}")
     return struck
 
 
