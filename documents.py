@@ -48,6 +48,7 @@ KINDS_TEXT = ".parquet; .jsonl, .ndjson, .json (a document per line) and .txt, a
 FOOTER_BYTES = 1 << 16  # fetched of a parquet file's end; more if its footer is longer
 # of the standard library's folder: tests, packages, and what differs from machine to machine
 LEFT_OUT = re.compile(r"/(tests?|idle_test|(site|dist)-packages|config-[^/]*|_sysconfigdata[^/]*)(/|$)")
+FETCHING = threading.Lock()  # one complete file at a time: a thread of an earlier call may still be at work
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 Place = tuple[int, int, int]  # of a chunk: unit; row group, line or number; piece of a large row group
 
@@ -475,6 +476,82 @@ def hub_files(dataset: str, subset: str, revision: str) -> tuple[str, str, list]
     return repo, commit, files
 
 
+class HubFiles(NamedTuple):
+    """Parquet files of the hub, fetched for a build: complete ones, or the parts of them that are needed."""
+    repo: str
+    commit: str
+    files: list
+    column: str
+    val_fraction: float
+    downloads: Path
+
+    def need_space(self, max_tokens: int) -> None:
+        """UserError where the disk has no room for what is left of the build."""
+        import hub
+        shards = sum(path.stat().st_size for path in self.downloads.parent.glob("*_[0-9]*.*"))
+        left = max(0, sum(file.size for file in self.files) - shards * 4 // 3)  # shards take 3/4 of the files
+        if max_tokens:
+            needs = {"shards": min(left * 3 // 4, max(0, 2 * max_tokens - shards))}
+        else:  # at a time one is read, two are ahead, and one stays until its last shard is written
+            most = sum(sorted(file.size for file in self.files if not hub.cached(self.repo, file))[-4:])
+            there = sum(path.stat().st_size for path in self.downloads.glob("*"))
+            needs = {"shards": left * 3 // 4, "downloads": max(0, min(left, most) - there)}
+        hub.need_space(self.downloads.parent, needs)
+
+    def chunks_of(self, file, path: Path, *args) -> Iterator:
+        return parquet_chunks(File(path, file.size, None, file.path), self.column, self.val_fraction, *args)
+
+    def complete(self, file) -> Iterator:
+        """The chunks of a file, which is fetched first."""
+        import hub
+        with FETCHING:
+            path = hub.fetch(self.repo, self.commit, file, self.downloads)
+        return self.chunks_of(file, path)
+
+    def partial(self, file, first: int) -> Iterator:
+        """The chunks of a file from row group `first` on; only its footer and one column are fetched.
+
+        They go to their places in a local file with holes, which Arrow reads like the complete one.
+        """
+        import hub
+        if path := hub.cached(self.repo, file):
+            yield from self.chunks_of(file, path, first)
+            return
+        path, fetch = self.downloads / f"{file.etag}.part", functools.partial(
+            hub.fetch_range, self.repo, self.commit, file)
+        footer = fetch(max(0, file.size - FOOTER_BYTES), file.size)
+        length = 8 + int.from_bytes(footer[-8:-4], "little")
+        if FOOTER_BYTES < length <= file.size:
+            footer = fetch(file.size - length, file.size)
+        self.downloads.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        write_at(path, file.size - len(footer), footer)
+
+        def row_groups(groups: range) -> Iterator[int]:
+            metadata = open_parquet(File(path, file.size, None, file.path)).metadata
+
+            def fetch_group(group: int) -> tuple[int, int, bytes]:
+                part = column_of(metadata, group, self.column)
+                start = min(part.dictionary_page_offset or part.data_page_offset, part.data_page_offset)
+                return group, start, fetch(start, min(file.size, start + part.total_compressed_size))
+
+            for group, start, data in hub.ahead(fetch_group, groups):
+                write_at(path, start, data)
+                yield group
+
+        yield from self.chunks_of(file, path, first, row_groups)
+
+    def release(self, unit: int) -> None:
+        for suffix in (".parquet", ".part"):
+            (self.downloads / f"{self.files[unit].etag}{suffix}").unlink(missing_ok=True)
+
+
+def write_at(path: Path, start: int, data: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(data)
+
+
 def hub_source(dataset: str, subset: str, revision: str, column: str, val_fraction: float, max_tokens: int,
                downloads: Path, rank: int = 0, ranks: int = 1) -> Source:
     """The parquet files of a dataset on the hub: complete ones, or with max_tokens the parts that are needed.
@@ -483,64 +560,16 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
     """
     import hub
     repo, commit, files = hub_files(dataset, subset, revision)
-    mine = files[rank::ranks]
-    there = sum(path.stat().st_size for path in downloads.parent.glob("*_[0-9]*.*"))  # shards
-    left = max(0, sum(file.size for file in mine) - there * 4 // 3)  # of the files; shards take 3/4 of that
-    needs = {"shards": min(left * 3 // 4, max(0, 2 * max_tokens - there) if max_tokens else left)}
-    if not max_tokens:  # at a time one is read, two are ahead, and one stays until its last shard is written
-        most = sum(sorted(file.size for file in mine if not hub.cached(repo, file))[-4:])
-        there = sum(path.stat().st_size for path in downloads.glob("*"))
-        needs["downloads"] = max(0, min(left, most) - there)
-    hub.need_space(downloads.parent, needs)
-    fetching = threading.Lock()  # one file at a time: `ahead` of an earlier call may still be at work
-
-    def complete(file) -> Iterator:
-        with fetching:
-            path = hub.fetch(repo, commit, file, downloads)
-        return parquet_chunks(File(path, file.size, None, file.path), column, val_fraction)
-
-    def partial(file, first: int) -> Iterator:
-        """The chunks of a file of which only the footer and one column are fetched, a row group ahead."""
-        local = hub.cached(repo, file)
-        if local:
-            yield from parquet_chunks(File(local, file.size, None, file.path), column, val_fraction, first)
-            return
-        local = downloads / f"{file.etag}.part"  # with holes; Arrow reads it like the file
-        downloads.mkdir(parents=True, exist_ok=True)
-        fetch = functools.partial(hub.fetch_range, repo, commit, file)
-        footer = fetch(max(0, file.size - FOOTER_BYTES), file.size)
-        length = 8 + int.from_bytes(footer[-8:-4], "little")
-        if FOOTER_BYTES < length <= file.size:
-            footer = fetch(file.size - length, file.size)
-        with open(local, "wb") as out:
-            out.seek(file.size - len(footer))
-            out.write(footer)
-
-        def when_there(groups: range) -> Iterator[int]:
-            metadata, spans = open_parquet(planned).metadata, []
-            for part in (column_of(metadata, group, column) for group in groups):
-                start = min(part.dictionary_page_offset or part.data_page_offset, part.data_page_offset)
-                spans.append((start, min(file.size, start + part.total_compressed_size)))
-            for group, (start, _), data in zip(groups, spans, hub.ahead(lambda span: fetch(*span), spans)):
-                with open(local, "r+b") as out:
-                    out.seek(start)
-                    out.write(data)
-                yield group
-
-        planned = File(local, file.size, None, file.path)
-        yield from parquet_chunks(planned, column, val_fraction, first, when_there)
+    mine = HubFiles(repo, commit, files[rank::ranks], column, val_fraction, downloads)
+    mine.need_space(max_tokens)
 
     def chunks(start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
-        todo = mine[start[0]:]
+        todo = mine.files[start[0]:]
         if max_tokens:
-            units = (partial(file, start[1] if file is todo[0] else 0) for file in todo)
+            units = (mine.partial(file, start[1] if i == 0 else 0) for i, file in enumerate(todo))
         else:
-            units = hub.ahead(complete, todo)
+            units = hub.ahead(mine.complete, todo)
         return numbered(units, start)
 
-    def release(unit: int) -> None:
-        for suffix in (".parquet", ".part"):
-            (downloads / f"{mine[unit].etag}{suffix}").unlink(missing_ok=True)
-
     identity = identity_of([file[:2] for file in files])
-    return Source({"repo": repo, "revision": commit, "files": len(files)}, identity, chunks, release)
+    return Source({"repo": repo, "revision": commit, "files": len(files)}, identity, chunks, mine.release)
