@@ -82,7 +82,7 @@ def phase(folder: Path) -> str:
 
 def run(command: list[str], folder: Path, rng: random.Random, target: float,
         env: dict | None = None) -> str | None:
-    """Run a build, and kill it soon after the folder has `target` files.
+    """Run a build, and kill it at once, or up to two seconds, after the folder has `target` files.
 
     Returns victim and phase, or None if it had finished before.
     """
@@ -90,7 +90,7 @@ def run(command: list[str], folder: Path, rng: random.Random, target: float,
     while process.poll() is None and len(files_of(folder)) < target:
         time.sleep(0.002)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(rng.uniform(0, 0.1))
+        process.wait(2 * rng.random() ** 4)
     where = None
     if process.poll() is None:
         victim, name, workers = process.pid, "parent", children(process.pid)
@@ -114,8 +114,9 @@ def rounds(command: list[str], work: Path, kills: int, rng: random.Random,
     while struck.total() < kills:
         folder, number = work / f"killed_{number}", number + 1
         while True:
-            present = len(files_of(folder))
-            target = rng.randint(present, max(present, len(expected))) if struck.total() < kills else math.inf
+            present, target = len(files_of(folder)), math.inf
+            if struck.total() < kills:  # .lock counts too; one file more than that there never is
+                target = rng.randint(present, max(present, len(expected)) + 2)
             flags = [f"--data_dir={folder}", f"--num_workers={rng.randint(1, 3)}"]
             where = run([*command, *flags], folder, rng, target, env)
             if where is None:
