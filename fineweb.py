@@ -145,11 +145,11 @@ def encode_in_order(chunks: Iterator[tuple[Place, Chunk]], tokenizer: str,
                 yield place, future.result()
         yield from ((place, future.result()) for place, future in waiting)
     except BrokenProcessPool as error:
-        for worker in multiprocessing.active_children():  # Python 3.11 would wait for one that just started
-            worker.kill()
         raise UserError(f"one of {num_workers} worker processes died, most often because memory ran out; in "
                         f"that case choose a smaller --num_workers=...") from error
     finally:
+        for worker in multiprocessing.active_children():  # not asked to end: where one was killed, the others
+            worker.kill()                                 # may wait for ever for a lock that it held
         pool.shutdown(cancel_futures=True)
 
 

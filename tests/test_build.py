@@ -1,6 +1,8 @@
 """fineweb.py as a whole: builds that are killed, damaged, shared by machines, repeated and checked."""
 import contextlib
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -8,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -178,6 +181,23 @@ def test_a_killed_worker_is_an_error_and_the_rerun_is_identical(tmp_path, large_
         assert process.returncode == 2 and "worker processes died" in stderr, stderr
     expected = contents(build(tmp_path / "undisturbed", **{**flags, "num_workers": 1}))
     assert contents(build(tmp_path / "out", **flags)) == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP")
+def test_the_end_does_not_wait_for_workers():
+    """They may wait themselves, for a lock that a killed one held."""
+    chunk = documents.Chunk(documents.from_texts, ([(b"text", "", None)], 0, []))
+    results = fineweb.encode_in_order((((0, i, 0), chunk) for i in range(9)), "gpt2", 2)
+    assert len(list(itertools.islice(results, 9))) == 9
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGSTOP)
+    end = threading.Thread(target=results.close)
+    end.start()
+    end.join(20)
+    for worker in workers:
+        worker.kill()
+    assert len(workers) == 2 and not end.is_alive()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
