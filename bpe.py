@@ -4,23 +4,22 @@ GPT-2's byte-level BPE tokenizer: numba kernels over raw UTF-8 bytes, ids bit-id
     python bpe.py                                  # fetch and check GPT-2's vocabulary
     python bpe.py --tokenizer=my_vocab.tiktoken    # check another rank file; train_bpe.py makes one
 
-Reads a rank file (tiktoken's format: one `base64 rank` per line); GPT-2's is taken from tiktoken's cache
-folder, and downloaded to it if missing. Prints where it is, its sha256 and one encoded line. Takes a second,
-about ten more the first time, when numba compiles the kernels and keeps them on disk.
+Reads a rank file (tiktoken's format: one `base64 rank` per line); GPT-2's by tiktoken's cache and download.
+Prints where it is, its sha256 and one encoded line. Takes a second, about ten more the first time, when numba
+compiles the kernels and keeps them on disk.
 
 GPT-2's pattern cuts text into pieces (" word", "'ll", "...", "   "), and the tokens of a piece depend on its
-bytes alone. A document goes through the kernels in blocks of 16 kB, each in four steps:
+bytes alone. A document goes through the kernels in blocks of about 16 kB, each in three steps:
 
-    classify      letter, number, space or other for each byte
-    mark_starts   a mark on each byte where a piece starts, packed into bits by mark_block. Both steps do the
+    mark_block    the class of each byte, then a bit for each byte where a piece starts. Most loops do the
                   same to every byte, so the compiler makes SIMD code of them.
-    read_pieces   from mark to mark: one shift and one count of zeros per piece. Each piece becomes two words
-                  of eight bytes; its slot in the cache is prefetched.
+    read_pieces   from bit to bit: one shift and one count of zeros per piece. Each piece becomes two words of
+                  eight bytes; its slot in the cache is prefetched.
     encode_kernel looks each piece up in the cache. encode_piece handles a miss: one look-up in the
                   vocabulary, then merging pairs of tokens, lowest rank first.
 
-In encode_kernel's inner loop no array is passed on except to functions that LLVM inlines (forceinline, or
-small enough), because numba counts references with atomic additions at every other call.
+In the inner loop of encode_kernel no array is passed on except to functions that LLVM inlines (forceinline,
+or small enough), because numba counts references with atomic additions at every other call.
 """
 
 import base64
@@ -28,16 +27,15 @@ import functools
 import hashlib
 import os
 import tempfile
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.cpython.unsafe.numbers import trailing_zeros  # one instruction
 from numba.extending import intrinsic
 
 from configurator import PathName, UserError, configure, read_text
-from files import write_atomically
 
 EOT_TEXT = "<|endoftext|>"
 # tiktoken's pattern of gpt2 and r50k_base; only to build the equivalent tiktoken.Encoding: the kernels
@@ -46,8 +44,6 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"  # as in tiktoken
-GPT2_CACHE_NAME = hashlib.sha1(GPT2_URL.encode()).hexdigest()  # tiktoken's name for it in its cache
-DOWNLOAD_SECONDS = 30  # without a byte received
 
 U = np.uint64  # numba makes float64 of int64 + uint64, so words and their constants are typed
 U8 = np.uint8  # and int64 of every operation on bytes, eight times as wide in SIMD code
@@ -63,7 +59,7 @@ INSIDE = 16  # the rest of them
 START = 128  # in `starts`: a piece starts at this byte
 
 ABSENT = 1 << 16    # above every id and rank
-BLOCK = 1 << 14     # bytes marked at a time
+BLOCK = 1 << 14     # bytes marked at a time, and a few more; their marks stay in the processor's cache
 BATCH = 128         # pieces read at a time: their slots are prefetched while the others are read
 
 # A slot of the cache is one 64-byte line of memory: a piece of up to 16 bytes and all its ids, at most 16.
@@ -91,15 +87,6 @@ def load_word(buffer, i):
 
 
 @njit(cache=True, error_model="numpy")
-def trailing_zeros(word):
-    """Zero bits of the uint64 below its lowest one, 64 if there is none. LLVM makes one instruction of it."""
-    below = ~word & word - U(1)  # ones where those zeros are; the rest counts ones
-    below -= below >> U(1) & U(0x5555555555555555)
-    below = (below & U(0x3333333333333333)) + (below >> U(2) & U(0x3333333333333333))
-    return np.int64((below + (below >> U(4)) & U(0x0F0F0F0F0F0F0F0F)) * ONES >> U(56))
-
-
-@njit(cache=True, error_model="numpy")
 def load_ids(ids, i):
     """ids[i:i+4], four uint16, as a uint64."""
     i = U(i)
@@ -116,11 +103,12 @@ def store_ids(ids, i, word):
 # ---- where pieces start --------------------------------------------------------
 
 @njit(cache=True, error_model="numpy")
-def classify(text, kinds):
-    """kinds[i] of each ASCII byte of text -> the bytes ORed together."""
+def classify(text, block, kinds):
+    """Copy text to `block`, and kinds[i] of each ASCII byte -> the bytes ORed together."""
     seen = U8(0)
     for i in range(len(text)):
         byte = text[i]
+        block[i] = byte
         seen = U8(seen | byte)
         lower = U8(byte | 0x20)
         kind = U8(OTHER)
@@ -133,20 +121,16 @@ def classify(text, kinds):
 
 
 @njit(cache=True, error_model="numpy")
-def classify_wide(text, classes, kinds):
-    """kinds of the characters of several bytes -> how many are spaces; -1 if text is no UTF-8."""
+def classify_wide(block, n, classes, kinds):
+    """kinds of the characters of several bytes in block[:n] -> how many are spaces; -1 if it is no UTF-8."""
     spaces = i = 0
-    while i < len(text):
-        if i + 8 <= len(text):
-            wide = load_word(text, i) & HIGHS
-            if wide == U(0):
-                i += 8
-                continue
-            i += trailing_zeros(wide) >> 3
-        lead = np.int64(text[i])
-        if lead < 0x80:
-            i += 1
+    while i < n:
+        wide = load_word(block, i) & HIGHS
+        if wide == U(0):
+            i += 8
             continue
+        i += np.int64(trailing_zeros(wide)) >> 3
+        lead, second = np.int64(block[i]), block[i + 1]
         low, high = 0x80, 0xBF  # of the second byte: Unicode 16, table 3-7
         if 0xC2 <= lead <= 0xDF:
             size, code = 2, lead & 0x1F
@@ -158,12 +142,12 @@ def classify_wide(text, classes, kinds):
             low, high = 0x90 if lead == 0xF0 else low, 0x8F if lead == 0xF4 else high
         else:
             return -1
-        if i + size > len(text) or text[i + 1] < low or text[i + 1] > high:
+        if second < low or second > high:
             return -1
         for j in range(i + 1, i + size):
-            if text[j] & 0xC0 != 0x80:
+            if block[j] & 0xC0 != 0x80:
                 return -1
-            code = code << 6 | text[j] & 0x3F
+            code = code << 6 | block[j] & 0x3F
         for j in range(i, i + size):
             kinds[j] = classes[code] | (WIDE if j == i else INSIDE)
         spaces += classes[code] == SPACE
@@ -176,7 +160,7 @@ def mark_starts(kinds, n, starts):
     """starts[i] = START where a piece starts at byte i, else 0, for 0 < i < n; starts[n] = START.
 
     A piece is a run of one class, with the blank before it if there is one. A run of spaces leaves its last
-    one to be a piece of its own, or the blank of the next (`\\s+(?!\\S)`), except at the end of the text.
+    one to be a piece of its own, or the blank of the next (`\\s+(?!\\S)`), except at the end of the block.
     """
     kinds[n] = SPACE
     for i in range(1, n):
@@ -203,63 +187,45 @@ def mark_wide_spaces(kinds, n, starts):
 
 
 @njit(cache=True, error_model="numpy")
-def mark_block(text, start, stop, classes, kinds, starts):
-    """Mark the pieces of the first block of text[start:stop], as bits -> its bytes, -1 if it is not UTF-8.
+def mark_block(text, start, end, classes, block, kinds, starts):
+    """Copy the first block of text[start:end], with 16 zeros after it, and mark its pieces -> its bytes.
 
-    Bit i of `starts` is 1 where a piece starts at text[start + i], for i > 0 up to the block's end, which is
-    such a place. Blocks are small, for their marks to stay in the processor's cache, unless a piece is long.
-    kinds, starts: uint8, 32 bytes longer than the document.
+    Bit i of `starts` becomes 1 where a piece starts at block[i], for i > 0, and at the block's end. A block
+    ends before an ASCII space that follows another character: a piece starts there, and no piece depends on
+    what is on the other side. Returns -1 if the block is not UTF-8. block, kinds, starts: uint8, 32 bytes
+    longer than the document.
     """
-    size = BLOCK
-    while True:
-        n = min(size, stop - start)
-        for _ in range(3):  # whole characters; four bytes of this kind in a row are no UTF-8
-            if start + n < stop and text[start + n] & 0xC0 == 0x80:
-                n -= 1
-        block = text[start:start + n]
-        wide_spaces = classify_wide(block, classes, kinds) if classify(block, kinds) >= 0x80 else 0
-        if wide_spaces < 0:
-            return -1
-        mark_starts(kinds, n, starts)
-        if wide_spaces > 0:
-            mark_wide_spaces(kinds, n, starts)
-        done = n
-        if start + n < stop:  # mark_starts takes what follows for space, which hides a mark but makes none
-            done -= 1
-            while done > 0 and starts[done] == 0:
-                done -= 1
-        if done > 0:
-            break
-        size *= 2
+    stop = min(start + BLOCK, end)
+    while stop < end:
+        last, byte = text[stop - 1], text[stop]
+        if (byte == ord(" ") or ord("\t") <= byte <= ord("\r")) and (ord(" ") < last < 0x80 or last >= 0xB0):
+            break  # from 0xB0 on: no space of several bytes ends so
+        stop += 1
+    n = stop - start
+    seen = classify(text[start:stop], block, kinds)
+    block[n:n + 16] = 0
+    wide_spaces = classify_wide(block, n, classes, kinds) if seen >= 0x80 else 0
+    if wide_spaces < 0:
+        return -1
+    mark_starts(kinds, n, starts)
+    if wide_spaces > 0:
+        mark_wide_spaces(kinds, n, starts)
     for i in range(n // 8 + 1):  # the product's top byte has the lowest bit of each byte
         starts[i] = (load_word(starts, 8 * i) >> U(7) & ONES) * U(0x0102040810204080) >> U(56)
-    return done
+    return n
 
 
 @njit(cache=True, error_model="numpy")
-def contraction(text, start, end):
-    """Length of the 's 't 'm 'd 'll 've 're at text[start], 0 if there is none."""
-    if start + 2 > end or text[start] != ord("'"):
-        return 0
-    first, second = text[start + 1], text[start + 2] if start + 2 < end else np.uint8(0)
-    if first == ord("s") or first == ord("t") or first == ord("m") or first == ord("d"):
+def contraction(block, pos):
+    """Length of the 's 't 'm 'd 'll 've 're whose apostrophe is at block[pos], 0 if there is none."""
+    second, third = block[pos + 1], block[pos + 2]
+    if second == ord("s") or second == ord("t") or second == ord("m") or second == ord("d"):
         return 2
-    if first == ord("l") and second == ord("l"):
+    if second == ord("l") and third == ord("l"):
         return 3
-    if (first == ord("v") or first == ord("r")) and second == ord("e"):
+    if (second == ord("v") or second == ord("r")) and third == ord("e"):
         return 3
     return 0
-
-
-@njit(cache=True, error_model="numpy")
-def last_words(text, pos, length):
-    """The 1 to 16 bytes at text[pos] as two words, byte by byte: no word fits before the text's end."""
-    head = tail = U(0)
-    for i in range(min(length, 8)):
-        head |= U(text[pos + i]) << U(8 * i)
-    for i in range(8, length):
-        tail |= U(text[pos + i]) << U(8 * i - 64)
-    return head, tail
 
 
 @intrinsic
@@ -277,30 +243,25 @@ def prefetch(typing_context, array, i):
 
 
 @njit(cache=True, error_model="numpy")
-def read_pieces(text, pos, begin, stop, end, starts, table, pieces):
-    """Fill `pieces` with those of text[pos:stop], as many as there is room for -> their number.
+def read_pieces(block, pos, stop, starts, table, pieces):
+    """Fill `pieces` with those of block[pos:stop], marked by `starts`, as there is room -> their number.
 
-    starts: the marks of mark_block for text[begin:stop], of a document that ends at `end`. head and tail are
-    the first 16 bytes of a piece as two words, zeros after its end. slot: where `table`, 2**CACHE_BITS long,
-    has it; it is prefetched.
+    head and tail are the first 16 bytes of a piece as two words, zeros after its end. slot: where `table`,
+    2**CACHE_BITS long, has it; it is prefetched.
     """
     n = 0
     while pos < stop and n < len(pieces):
-        after = U(pos - begin + 1)
+        after = U(pos + 1)
         marks = load_word(starts, after >> U(3)) >> (after & U(7))
         while marks == U(0):  # 57 or more bytes without one
             after += U(56)
             marks = load_word(starts, after >> U(3)) >> (after & U(7))
-        length = np.int64(after) + trailing_zeros(marks) - (pos - begin)
-        if text[pos] == ord("'"):
-            length = contraction(text, pos, end) or length
+        length = np.int64(after + trailing_zeros(marks)) - pos
+        if block[pos] == ord("'"):
+            length = contraction(block, pos) or length
         known = min(length, 16)
-        if pos + 16 <= len(text):
-            head, tail = load_word(text, pos), load_word(text, pos + 8)
-        else:
-            head, tail = last_words(text, pos, known)
-        head &= ~U(0) >> U(64 - 8 * min(known, 8))  # no branches: lengths are hard to predict
-        tail = tail & ~U(0) >> U(128 - 8 * known) if known > 8 else U(0)
+        head = load_word(block, pos) & ~U(0) >> U(64 - 8 * min(known, 8))  # lengths are hard to predict, so
+        tail = load_word(block, pos + 8) & ~U(0) >> U(128 - 8 * known) if known > 8 else U(0)  # no branches
         slot = np.int64((head ^ tail * HASH_2) * HASH_1 >> U(64 - CACHE_BITS))
         prefetch(table, slot)
         piece = pieces[n]
@@ -313,18 +274,18 @@ def read_pieces(text, pos, begin, stop, end, starts, table, pieces):
 # ---- tokens of one piece -------------------------------------------------------
 
 @njit(cache=True, error_model="numpy", forceinline=True)
-def hash_bytes(text, start, stop):
+def hash_bytes(text, start, length):
     """uint64 hash, good in its high bits."""
-    h = U(stop - start)
-    for i in range(start, stop):
+    h = U(length)
+    for i in range(start, start + length):
         h = (h ^ U(text[i])) * HASH_1
     return h
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)
-def token_key(text, start, stop):
+def token_key(text, start, length):
     """The key of a token in the table of the vocabulary: 48 bits, never 0."""
-    return hash_bytes(text, start, stop) >> U(16) | U(1)
+    return hash_bytes(text, start, length) >> U(16) | U(1)
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)
@@ -344,7 +305,7 @@ def first_slot(key, table):
 
 @njit(cache=True, error_model="numpy", forceinline=True)
 def find(key, table):
-    """The value of a 48-bit key in a table of fill_table, ABSENT if it has none."""
+    """The value of a key in a table of make_table, ABSENT if it has none."""
     slot = first_slot(key, table)
     while table[slot] != U(0):
         if table[slot] >> U(16) == U(key):
@@ -354,22 +315,27 @@ def find(key, table):
 
 
 @njit(cache=True, error_model="numpy")
-def fill_table(keys, values, table):
-    """Enter keys << 16 | values, uint64 and not 0, into an empty table, a power of two long."""
+def make_table(keys, values):
+    """Table of 48-bit keys, not 0, and 16-bit values: key << 16 | value at first_slot or after; 0 is free."""
+    size = 4
+    while size < 2 * len(keys):
+        size *= 2
+    table = np.zeros(size, np.uint64)
     for key, value in zip(keys, values):
         slot = first_slot(key, table)
         while table[slot] != U(0):
-            slot = slot + 1 & len(table) - 1
-        table[slot] = key << U(16) | value
+            slot = slot + 1 & size - 1
+        table[slot] = U(key) << U(16) | U(value)
+    return table
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)
-def find_token(text, start, stop, vocab):
-    """Id of the token text[start:stop], ABSENT if it is none; vocab: (table by token_key, blob, edges)."""
+def find_token(text, start, length, vocab):
+    """Id of the token text[start:start+length], ABSENT if it is none; vocab: (table, blob, edges)."""
     table, blob, edges = vocab
-    token = find(token_key(text, start, stop), table)
-    if token != ABSENT and (edges[token + 1] - edges[token] != stop - start
-                            or not same_bytes(text, start, blob, edges[token], stop - start)):
+    token = find(token_key(text, start, length), table)
+    if token != ABSENT and (edges[token + 1] - edges[token] != length
+                            or not same_bytes(text, start, blob, edges[token], length)):
         return ABSENT
     return token
 
@@ -423,59 +389,58 @@ def merge(ids, n, count, pairs, scratch):
 
 
 @njit(cache=True, error_model="numpy")
-def encode_piece(text, start, stop, vocab, byte_ids, pairs, scratch, ids, n):
-    """Write the tokens of the piece text[start:stop] to ids[n:], where one per byte fits -> their number."""
-    token = find_token(text, start, stop, vocab)
+def encode_piece(text, start, length, vocab, byte_ids, pairs, scratch, ids, n):
+    """Write the tokens of the piece at text[start] to ids[n:], where one per byte fits -> their number."""
+    token = find_token(text, start, length, vocab)
     if token != ABSENT:
         ids[n] = token
         return 1
-    for i in range(stop - start):
+    for i in range(length):
         ids[n + i] = byte_ids[text[start + i]]
-    return merge(ids, n, stop - start, pairs, scratch)
+    return merge(ids, n, length, pairs, scratch)
 
 
 @njit(cache=True, error_model="numpy")
-def encode_long(text, start, stop, vocab, byte_ids, pairs, scratch, longs, ids, n):
+def encode_long(text, start, length, vocab, byte_ids, pairs, scratch, longs, ids, n):
     """encode_piece, copying from `ids` where a piece of the same bytes (deep indentation) came before."""
-    last = longs[np.int64(hash_bytes(text, start, stop) >> U(32)) & len(longs) - 1]
-    if last.length == stop - start and same_bytes(text, last.start, text, start, last.length):
+    last = longs[np.int64(hash_bytes(text, start, length) >> U(32)) & len(longs) - 1]
+    if last.length == length and same_bytes(text, last.start, text, start, length):
         for i in range(last.count):
             ids[n + i] = ids[last.ids + i]
         return last.count
-    count = encode_piece(text, start, stop, vocab, byte_ids, pairs, scratch, ids, n)
-    last.start, last.length, last.ids, last.count = start, stop - start, n, count
+    count = encode_piece(text, start, length, vocab, byte_ids, pairs, scratch, ids, n)
+    last.start, last.length, last.ids, last.count = start, length, n, count
     return count
 
 
 # ---- documents -----------------------------------------------------------------
 
 @njit(cache=True, error_model="numpy")
-def encode_kernel(text, offsets, eot, classes, vocab, byte_ids, pairs, cache, pieces, scratch, longs, kinds,
-                  starts, ids, id_offsets):
+def encode_kernel(text, offsets, eot, classes, vocab, byte_ids, pairs, cache, pieces, scratch, longs, block,
+                  kinds, starts, ids, id_offsets):
     """Tokens of all documents -> -1, or the first document that is not UTF-8 (the rest is then undefined).
 
-    text uint8; offsets int64 (n_docs + 1,), checked before; pieces PIECE; longs LONG, free; kinds, starts
-    uint8, longest document + 32; ids uint16, len(text) + n_docs + 16; id_offsets int64 (n_docs + 1,), to be
-    filled; tables as in Tokenizer.
+    text uint8; offsets int64 (n_docs + 1,), checked before; pieces PIECE; longs LONG, free; block, kinds,
+    starts uint8, longest document + 32; ids uint16, len(text) + n_docs + 16; id_offsets int64 (n_docs + 1,),
+    to be filled; tables as in Tokenizer.
     """
     n = 0
     for doc in range(len(offsets) - 1):
-        pos, end = offsets[doc], offsets[doc + 1]
+        place, end = offsets[doc], offsets[doc + 1]
         id_offsets[doc] = n
         ids[n] = eot
         n += 1
-        while pos < end:
-            begin = pos
-            done = mark_block(text, begin, end, classes, kinds, starts)
-            if done < 0:
+        while place < end:
+            size, pos = mark_block(text, place, end, classes, block, kinds, starts), 0
+            if size < 0:
                 return doc
-            while pos < begin + done:
-                for k in range(read_pieces(text, pos, begin, begin + done, end, starts, cache, pieces)):
+            while pos < size:
+                for k in range(read_pieces(block, pos, size, starts, cache, pieces)):
                     piece = pieces[k]
                     slot, length = cache[piece.slot], piece.length
-                    stop = pos + length
                     if length > 16:
-                        count = encode_long(text, pos, stop, vocab, byte_ids, pairs, scratch, longs, ids, n)
+                        count = encode_long(text, place, length, vocab, byte_ids, pairs, scratch, longs, ids,
+                                            n)
                     elif slot.head == piece.head and slot.tail == piece.tail and slot.length == length:
                         # all 16: the next piece overwrites what is too many
                         store_ids(ids, n, slot.ids0)
@@ -484,12 +449,13 @@ def encode_kernel(text, offsets, eot, classes, vocab, byte_ids, pairs, cache, pi
                         store_ids(ids, n + 12, slot.ids12)
                         count = slot.count
                     else:
-                        count = encode_piece(text, pos, stop, vocab, byte_ids, pairs, scratch, ids, n)
+                        count = encode_piece(text, place, length, vocab, byte_ids, pairs, scratch, ids, n)
                         slot.head, slot.tail, slot.length, slot.count = piece.head, piece.tail, length, count
                         slot.ids0, slot.ids4 = load_ids(ids, n), load_ids(ids, n + 4)
                         slot.ids8, slot.ids12 = load_ids(ids, n + 8), load_ids(ids, n + 12)
                     n += count
-                    pos = stop
+                    pos += length
+                    place += length
     id_offsets[len(offsets) - 1] = n
     return -1
 
@@ -498,7 +464,7 @@ def encode_kernel(text, offsets, eot, classes, vocab, byte_ids, pairs, cache, pi
 def hash_tokens(blob, edges, keys):
     """keys[i] = token_key of blob[edges[i]:edges[i+1]]"""
     for i in range(len(keys)):
-        keys[i] = token_key(blob, edges[i], edges[i + 1])
+        keys[i] = token_key(blob, edges[i], edges[i + 1] - edges[i])
 
 
 # ---- tables --------------------------------------------------------------------
@@ -524,26 +490,18 @@ def unicode_classes() -> np.ndarray:
     return classes
 
 
-def make_table(entries: np.ndarray) -> np.ndarray:
-    """fill_table's table of (key, value) rows, uint64 (n, 2); at most half full."""
-    table = np.zeros(1 << max(2 * len(entries) - 1, 1).bit_length(), np.uint64)
-    fill_table(entries[:, 0], entries[:, 1], table)
-    return table
-
-
-def not_utf8(text: np.ndarray, offsets: np.ndarray, document: int) -> UnicodeDecodeError:
-    """Python's error for a document that is not UTF-8, with its index."""
+def raise_not_utf8(text: np.ndarray, offsets: np.ndarray, document: int) -> None:
+    """Raise Python's error for a document that is not UTF-8, with its index as attribute `document`."""
     try:
         text[offsets[document]:offsets[document + 1]].tobytes().decode()
     except UnicodeDecodeError as error:
         error.document = document
         error.reason += f", in document {document}"
-        return error
-    raise AssertionError("Python takes for UTF-8 what classify_wide refuses")
+        raise
 
 
 def check_documents(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(text, read-only; offsets, a copy in int64) for the kernels. Raises ValueError."""
+    """(text, read-only; offsets, a copy in int64) for kernels that check no bounds. Raises ValueError."""
     text, offsets = np.ascontiguousarray(text).view(), np.asarray(offsets)
     if text.dtype != np.uint8 or text.ndim != 1:
         raise ValueError(f"text is {text.dtype} {text.shape}; it must be uint8 (n,): try np.frombuffer")
@@ -583,13 +541,13 @@ class Tokenizer:
         merges = [(left << 16 | right, rank) for token, rank in ranks.items() for i in range(1, len(token))
                   if (left := ranks.get(token[:i])) is not None
                   and (right := ranks.get(token[i:])) is not None]
-        pairs = make_table(np.array(merges, np.uint64).reshape(-1, 2))
+        pairs = make_table(*np.array(merges, np.uint64).reshape(-1, 2).T)
 
         blob, edges = np.frombuffer(b"".join(tokens), np.uint8), np.cumsum([0, *map(len, tokens)])
         keys = np.empty(len(tokens), np.uint64)
         hash_tokens(blob, edges, keys)
         assert len(np.unique(keys)) == len(keys), "two tokens have the same hash of 48 bits; change HASH_1"
-        table = make_table(np.stack([keys, np.arange(len(keys), dtype=np.uint64)], axis=1))
+        table = make_table(keys, np.arange(len(keys), dtype=np.uint64))
 
         lines = np.zeros(64 * ((1 << CACHE_BITS) + 1), np.uint8)
         cache = lines[-lines.ctypes.data % 64:][:64 << CACHE_BITS].view(SLOT)  # each slot on one line
@@ -610,13 +568,14 @@ class Tokenizer:
         """
         text, offsets = check_documents(text, offsets)
         longest = int(np.diff(offsets).max(initial=0))
-        kinds, starts = np.empty(longest + 32, np.uint8), np.empty(longest + 32, np.uint8)
+        block, kinds, starts = np.empty((3, longest + 32), np.uint8)
         ids = np.empty(len(text) + len(offsets) + 16, np.uint16)  # memory never written is never allocated
         id_offsets = np.empty(len(offsets), np.int64)
         longs = np.zeros(LONG_SLOTS, LONG)
-        invalid = encode_kernel(text, offsets, self.eot, *self._tables, longs, kinds, starts, ids, id_offsets)
+        invalid = encode_kernel(text, offsets, self.eot, *self._tables, longs, block, kinds, starts, ids,
+                                id_offsets)
         if invalid >= 0:
-            raise not_utf8(text, offsets, invalid)
+            raise_not_utf8(text, offsets, invalid)
         ids.resize(id_offsets[-1], refcheck=False)
         return ids, id_offsets
 
@@ -659,34 +618,29 @@ class Tokenizer:
 # ---- vocabulary files ----------------------------------------------------------
 
 def tokenizer_from_ranks(rank_file: bytes, name: str) -> Tokenizer:
-    """Tokenizer of a rank file's bytes. Raises UserError that names the line, byte or rank at fault."""
-    tokens = {}
+    """Tokenizer of a rank file's bytes, whose ranks count from 0. Raises UserError that names the line."""
+    ranks = {}
     for number, line in enumerate(rank_file.splitlines(), start=1):
         if not line.strip():
             continue
         try:
             encoded, rank = line.split()
-            token, rank = base64.b64decode(encoded, validate=True), int(rank)
+            token = base64.b64decode(encoded, validate=True)
+            if int(rank) != len(ranks):
+                raise ValueError(f"the next rank is {len(ranks)}")
+            if token in ranks:
+                raise ValueError(f"the token {token!r} has rank {ranks[token]} already")
         except ValueError as error:  # binascii.Error is one
-            raise UserError(f"vocabulary {name}, line {number}: got {line[:80]!r} ({error}), "
-                            f"wanted a token in base64, a space and its rank") from None
-        if rank in tokens:
-            raise UserError(f"vocabulary {name}, line {number}: rank {rank} occurs twice, wanted each once")
-        tokens[rank] = token
-    if len(tokens) > 0xFFFF:
-        raise UserError(f"vocabulary {name} has {len(tokens)} ranks, wanted at most 65535: token files "
-                        f"are uint16 and {EOT_TEXT} takes one more id; keep its first 65535 lines")
-    if missing := set(range(len(tokens))) - set(tokens):
-        raise UserError(f"vocabulary {name} has no rank {min(missing)}, wanted 0 to {len(tokens) - 1}")
-    ranks = {token: rank for rank, token in tokens.items()}
-    if len(ranks) < len(tokens):
-        rank, token = next((rank, token) for rank, token in tokens.items() if ranks[token] != rank)
-        raise UserError(f"vocabulary {name}: the token {token!r} has the ranks {rank} and {ranks[token]}; "
-                        f"remove one of the two lines and renumber")
+            raise UserError(f"vocabulary {name}, line {number}: {line[:80]!r} is not a new token in base64, "
+                            f"a space and the next rank: {error}") from None
+        ranks[token] = len(ranks)
+    if len(ranks) > 0xFFFF:
+        raise UserError(f"vocabulary {name} has {len(ranks)} ranks, more than 65535: token files are uint16 "
+                        f"and {EOT_TEXT} takes one more id; keep its first 65535 lines")
     if missing := {bytes([byte]) for byte in range(256)} - set(ranks):
         raise UserError(f"vocabulary {name} lacks {len(missing)} of the 256 single bytes, first "
-                        f"{min(missing)!r}; wanted all, to encode any text: add a line for each")
-    return Tokenizer([tokens[rank] for rank in range(len(tokens))], rank_file, name)
+                        f"{min(missing)!r}; add a line for each, so that it encodes any text")
+    return Tokenizer([*ranks], rank_file, name)
 
 
 def rank_file(tokens: list[bytes]) -> bytes:
@@ -696,7 +650,7 @@ def rank_file(tokens: list[bytes]) -> bytes:
 
 def byte_order() -> list[int]:
     """The 256 bytes as GPT-2 numbers them: those that Latin-1 prints first, the others after them."""
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    printed = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     return printed + sorted(set(range(256)) - set(printed))
 
 
@@ -706,39 +660,27 @@ def load_tokenizer(source: str = "gpt2") -> Tokenizer:
         return tokenizer_from_ranks(gpt2_rank_file(), "gpt2")
     path = Path(source)
     if not path.is_file():
-        raise UserError(f"tokenizer={source}: no such file; wanted gpt2 or the path of a rank file")
+        raise UserError(f"tokenizer={source}: no such file; type gpt2 or the path of a rank file")
     return tokenizer_from_ranks(read_text(path).encode(), path.stem)
 
 
 def cache_file() -> Path:
     """Where tiktoken caches GPT-2's rank file, by its rule."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    return Path(folder or Path(tempfile.gettempdir()) / "data-gym-cache") / GPT2_CACHE_NAME
+    name = hashlib.sha1(GPT2_URL.encode()).hexdigest()
+    return Path(folder or Path(tempfile.gettempdir()) / "data-gym-cache") / name
 
 
 def gpt2_rank_file() -> bytes:
-    """GPT-2's rank file, sha256 checked: from tiktoken's cache, or downloaded from where tiktoken has it.
+    """GPT-2's rank file, sha256 checked, from tiktoken's cache or else downloaded to it. Raises UserError."""
+    from tiktoken.load import read_file_cached  # here, as it takes a while
 
-    A download goes into the cache by rename, so several processes may do it at once. Raises UserError.
-    """
-    path, problem = cache_file(), "missing"
-    if path.is_file():
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() == GPT2_SHA256:
-            return data
-        problem = "corrupt"
     try:
-        with urllib.request.urlopen(GPT2_URL, timeout=DOWNLOAD_SECONDS) as response:
-            data = response.read()
-        if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
-            raise OSError("that is another file")
-    except OSError as error:
-        raise UserError(f"GPT-2's vocabulary is {problem} ({path}) and cannot be downloaded from {GPT2_URL} "
+        return read_file_cached(GPT2_URL, GPT2_SHA256)
+    except (OSError, ValueError) as error:  # ValueError: another sha256
+        raise UserError(f"GPT-2's vocabulary is not in the cache and cannot be downloaded from {GPT2_URL} "
                         f"({error}); put r50k_base.tiktoken (or Whisper's gpt2.tiktoken), sha256 "
-                        f"{GPT2_SHA256}, at that path, or type --tokenizer=FILE") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data)
-    return data
+                        f"{GPT2_SHA256}, at {cache_file()}, or type --tokenizer=FILE") from error
 
 
 # ---- settings: override with a config file and/or --key=value -----------------
@@ -747,16 +689,16 @@ tokenizer: PathName = "gpt2"  # to check: gpt2, or the path of a rank file
 
 def check(tokenizer: str) -> None:
     """Print where a vocabulary is and one encoded line, and compare its ids with tiktoken's."""
-    encoder = load_tokenizer(tokenizer)
+    tok = load_tokenizer(tokenizer)
     probe = "Hello, world! It's 2024: na\u00efve caf\u00e9, \u6771\u4eac.\n\n    return <|endoftext|>"
-    probe_ids = encoder.encode(probe)
+    ids = tok.encode(probe).tolist()
     path = cache_file() if tokenizer == "gpt2" else Path(tokenizer).resolve()
-    print(f"rank file   {path}, {len(encoder.rank_file):,} bytes")
-    print(f"sha256      {encoder.sha256} ({'ok, GPT-2' if encoder.sha256 == GPT2_SHA256 else 'not GPT-2'})")
-    print(f"vocabulary  {encoder.name}, {encoder.n_vocab:,} ids, {EOT_TEXT} = {encoder.eot}")
-    print(f"probe       {probe!r} -> {probe_ids.tolist()}")
-    assert probe_ids.tolist() == encoder.to_tiktoken().encode_ordinary(probe), "these are not tiktoken's ids"
-    assert encoder.decode(probe_ids) == probe, "the ids decode to another text"
+    print(f"rank file   {path}, {len(tok.rank_file):,} bytes")
+    print(f"sha256      {tok.sha256} ({'ok, GPT-2' if tok.sha256 == GPT2_SHA256 else 'not GPT-2'})")
+    print(f"vocabulary  {tok.name}, {tok.n_vocab:,} ids, {EOT_TEXT} = {tok.eot}")
+    print(f"probe       {probe!r} -> {ids}")
+    assert ids == tok.to_tiktoken().encode_ordinary(probe), "these are not tiktoken's ids"
+    assert tok.decode(ids) == probe, "the ids decode to another text"
     print("check       ids equal tiktoken's, and decode to the same text")
 
 

@@ -21,8 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from numba import njit, types
-from numba.typed import Dict
+from numba import njit
 
 from bpe import (
     BATCH,
@@ -35,7 +34,7 @@ from bpe import (
     hash_bytes,
     load_tokenizer,
     mark_block,
-    not_utf8,
+    raise_not_utf8,
     rank_file,
     read_pieces,
     same_bytes,
@@ -47,64 +46,67 @@ from files import write_atomically
 
 # A slot of count_kernel's table: the first 16 bytes of a piece, its length, where it stands, how often.
 COUNT = np.dtype([("head", "u8"), ("tail", "u8"), ("length", "i8"), ("place", "i8"), ("count", "i8")])
-GAP = -1  # no id: between pieces, and where a token has become part of another
+GAP = -1  # no id: between pieces
+PAIR = np.dtype([("key", "i8"), ("count", "i8"), ("first", "i4"), ("last", "i4")])  # first and last link
+LINK = np.dtype([("place", "i4"), ("after", "i4")])  # where a pair begins, the link after this one or -1
 MAX_DISTINCT = 1 << 29  # bytes of distinct pieces: their places are int32, up to three for each byte
 
 
 # ---- how often each piece occurs -----------------------------------------------
 
 @njit(cache=True, error_model="numpy", nogil=True)
-def count_kernel(text, offsets, doc, classes, kinds, starts, pieces, table):
+def count_kernel(text, offsets, doc, classes, block, kinds, starts, pieces, table):
     """Count pieces from document `doc` on until the table is half full -> (document, byte) to go on from.
 
-    The document is len(offsets) - 1 at the end; the byte is -1 if the document is not UTF-8. text uint8;
-    offsets int64 (n_docs + 1,); kinds, starts uint8, longest document + 32; pieces PIECE; table COUNT, empty.
+    At the end (n_docs, offsets[n_docs]); the byte is -1 if the document is not UTF-8. text uint8;
+    offsets int64 (n_docs + 1,); block, kinds, starts uint8, longest document + 32; pieces PIECE; table COUNT,
+    empty.
     """
     used = 0
     while doc < len(offsets) - 1:
-        pos, end = offsets[doc], offsets[doc + 1]
-        while pos < end:
-            begin = pos
-            done = mark_block(text, begin, end, classes, kinds, starts)
-            if done < 0:
+        place, end = offsets[doc], offsets[doc + 1]
+        while place < end:
+            size, pos = mark_block(text, place, end, classes, block, kinds, starts), 0
+            if size < 0:
                 return doc, -1
-            while pos < begin + done:
-                for k in range(read_pieces(text, pos, begin, begin + done, end, starts, table, pieces)):
+            while pos < size:
+                for k in range(read_pieces(block, pos, size, starts, table, pieces)):
                     piece = pieces[k]
                     head, tail, length, slot = piece.head, piece.tail, piece.length, piece.slot
                     if length > 16:
-                        slot = np.int64(hash_bytes(text, pos, pos + length) >> U(64 - CACHE_BITS))
+                        slot = np.int64(hash_bytes(text, place, length) >> U(64 - CACHE_BITS))
                     while table[slot].count > 0:
                         seen = table[slot]
                         if seen.head == head and seen.tail == tail and seen.length == length and (
-                                length <= 16 or same_bytes(text, seen.place, text, pos, length)):
+                                length <= 16 or same_bytes(text, seen.place, text, place, length)):
                             break
                         slot = slot + 1 & len(table) - 1
                     entry = table[slot]
                     if entry.count == 0:
                         if 2 * used == len(table):
-                            return doc, pos
+                            return doc, place
                         used += 1
-                        entry.head, entry.tail, entry.length, entry.place = head, tail, length, pos
+                        entry.head, entry.tail, entry.length, entry.place = head, tail, length, place
                     entry.count += 1
                     pos += length
+                    place += length
         doc += 1
-    return doc, 0
+    return doc, offsets[doc]
 
 
 def count_documents(text: np.ndarray, offsets: np.ndarray) -> Counter:
     """{piece: occurrences} of documents; takes and raises what Tokenizer.encode_documents does."""
     text, offsets = check_documents(text, offsets)
     longest = int(np.diff(offsets).max(initial=0))
-    kinds, starts = np.empty(longest + 32, np.uint8), np.empty(longest + 32, np.uint8)
+    block, kinds, starts = np.empty((3, longest + 32), np.uint8)
     pieces, classes = np.empty(BATCH, PIECE), unicode_classes()
     data, counts, doc = text.tobytes(), Counter(), 0
     while doc < len(offsets) - 1:
         table = np.zeros(1 << CACHE_BITS, COUNT)
-        doc, pos = count_kernel(text, offsets, doc, classes, kinds, starts, pieces, table)
+        doc, pos = count_kernel(text, offsets, doc, classes, block, kinds, starts, pieces, table)
         if pos < 0:
-            raise not_utf8(text, offsets, doc)
-        offsets[doc] = max(pos, offsets[doc])
+            raise_not_utf8(text, offsets, doc)
+        offsets[doc] = pos
         used = table[table["count"] > 0]
         columns = (used[key].tolist() for key in ("place", "length", "count"))
         counts.update({data[place:place + length]: count for place, length, count in zip(*columns)})
@@ -138,100 +140,85 @@ def count_chunk(chunk) -> Counter:
 
 # ---- merges --------------------------------------------------------------------
 
-@njit(cache=True, error_model="numpy")
-def add_pair(key, times, place, entry, numbers, keys, counts, first, last, links):
-    """Count the pair `key` `times` times more, at `place`; `entry`: the next free one of `links`."""
-    k = numbers.get(key, -1)
-    if k < 0:
-        k = numbers[key] = len(keys)
-        keys.append(key)
-        counts.append(0)
-        first.append(entry)
-        last.append(entry)
-    where, after = links
-    where[entry], after[last[k]] = place, entry
-    last[k], after[entry] = entry, -1
-    counts[k] += times
+@njit(cache=True, error_model="numpy", forceinline=True)
+def add_pair(key, times, place, entry, index, n_old, n_pairs, numbers, pairs, links, pair_at):
+    """Count the pair `key` `times` times more, at `place`, with links[entry] -> how many pairs there are now.
+
+    numbers[index] is its number, unless that is below n_old: then the pair is new.
+    """
+    k = numbers[index]
+    if k < n_old:
+        k = numbers[index] = n_pairs
+        n_pairs += 1
+        pairs[k].key, pairs[k].count, pairs[k].first, pairs[k].last = key, 0, entry, entry
+    links[pairs[k].last].after = entry
+    links[entry].place, links[entry].after = place, -1
+    pairs[k].last = entry
+    pairs[k].count += times
+    pair_at[place] = k
+    return n_pairs
 
 
 @njit(cache=True, error_model="numpy")
-def heap_key(count, pair):
-    """int64, smallest for the highest count and then the smallest pair; counts from 2**31 on are equal."""
-    return -min(count, (1 << 31) - 1) << 32 | pair
-
-
-@njit(cache=True, error_model="numpy")
-def train_kernel(ids, times, n_ranks, lengths, merges, links):
+def train_kernel(ids, times, n_ranks, lengths, merges, pairs, links):
     """Make tokens 256 to n_ranks - 1 -> the ranks there are: fewer where no pair is left.
 
     ids, int32: the id at the first and at the last byte of each token of each piece, GAP before, between and
     after pieces; what is inside tokens is not used. times, int64: how often the piece occurs. lengths, int64
     (n_ranks,), of tokens in bytes: 1 for the first 256. merges, int64 (n_ranks,), is filled with the pairs,
-    left << 16 | right. links: (where, after), int32, room for three times as many places as bytes.
+    left << 16 | right. pairs PAIR, links LINK: room for three times as many as there are bytes.
 
-    Pair k has keys[k], counts[k] and the places where it begins: where[first[k]], from there on linked by
-    `after`, in order. A merge leaves the places of the pairs it destroys in these lists, where the ids show
-    that they are out of date, and their old counts in the heap, to be corrected when they come up. A count
-    only grows while the newest token of the pair is made, because a merge makes no other pairs.
+    The places of a pair are a list in order, from links[first] on. pair_at has the number of the pair that
+    begins at a place now; other places of its list are out of date. So are counts in the heap, which are
+    corrected when they come up: a count only grows while the newest token of its pair is made.
     """
-    numbers = Dict.empty(types.int64, types.int64)  # {key: k}
-    keys, counts, first, last = [0][:0], [0][:0], [0][:0], [0][:0]  # typed empty lists
-    where, after = links
-    entries = 0
+    numbers, pair_at = np.full(1 << 17, -1, np.int32), np.full(len(ids), -1, np.int32)
+    entry = n_pairs = n_old = 0
     for i in range(1, len(ids) - 1):
         if ids[i] != GAP and ids[i + 1] != GAP:
-            key = np.int64(ids[i]) << 16 | ids[i + 1]
-            add_pair(key, times[i], i, entries, numbers, keys, counts, first, last, links)
-            entries += 1
-    heap = [heap_key(counts[k], keys[k]) for k in range(len(keys))]
-    heapq.heapify(heap)
+            left, right = np.int64(ids[i]), np.int64(ids[i + 1])
+            n_pairs = add_pair(left << 16 | right, times[i], i, entry, left << 8 | right, 0, n_pairs, numbers,
+                               pairs, links, pair_at)
+            entry += 1
+    heap = [(0, 0, 0)][:0]  # empty, of (-count, key, number), so the first is the pair to merge
     for n in range(256, n_ranks):
-        key = k = -1
-        while k < 0:
+        for k in range(n_old, n_pairs):
+            if pairs[k].count > 0:  # aaaa makes (aa, a) and destroys it
+                heapq.heappush(heap, (-pairs[k].count, pairs[k].key, k))
+        n_old = n_pairs
+        while True:
             if len(heap) == 0:
                 return n
-            best = heapq.heappop(heap)
-            key = best & 0xFFFFFFFF
-            k = numbers[key]
-            now = heap_key(counts[k], key)
-            if now != best:
-                if counts[k] > 0:
-                    heapq.heappush(heap, now)
-                k = -1
+            count, key, k = heapq.heappop(heap)
+            if pairs[k].count == -count:
+                break
+            if pairs[k].count > 0:
+                heapq.heappush(heap, (-pairs[k].count, key, k))
         left, right = key >> 16, key & 0xFFFF
         size, both = lengths[left], lengths[left] + lengths[right]
         merges[n], lengths[n] = key, both
-        n_pairs = len(keys)
-        entry = first[k]
-        while entry >= 0:
-            i = np.int64(where[entry])
-            entry = after[entry]
-            if ids[i] != left or ids[i + size] != right:
-                continue  # one of them has become part of a longer token
+        link = pairs[k].first
+        while link >= 0:
+            i, link = np.int64(links[link].place), links[link].after
+            if pair_at[i] != k:
+                continue
             before, beyond = np.int64(ids[i - 1]), np.int64(ids[i + both])
+            pair_at[i] = -1
             if before != GAP:
-                counts[numbers[before << 16 | left]] -= times[i]
-                key, start = before << 16 | n, i - lengths[before]
-                add_pair(key, times[i], start, entries, numbers, keys, counts, first, last, links)
-                entries += 1
+                start = i - lengths[before]
+                pairs[pair_at[start]].count -= times[i]
+                n_pairs = add_pair(before << 16 | n, times[i], start, entry, before, n_old, n_pairs, numbers,
+                                   pairs, links, pair_at)
+                entry += 1
             if beyond != GAP:
-                counts[numbers[right << 16 | beyond]] -= times[i]
-                key = n << 16 | beyond
-                add_pair(key, times[i], i, entries, numbers, keys, counts, first, last, links)
-                entries += 1
-            ids[i + size] = GAP
+                pairs[pair_at[i + size]].count -= times[i]
+                n_pairs = add_pair(n << 16 | beyond, times[i], i, entry, 1 << 16 | beyond, n_old, n_pairs,
+                                   numbers, pairs, links, pair_at)
+                entry += 1
+            pair_at[i + size] = -1
             ids[i] = ids[i + both - 1] = n
-        counts[k] = 0
-        for k in range(n_pairs, len(keys)):
-            if counts[k] > 0:  # aaaa makes (aa, a) and destroys it
-                heapq.heappush(heap, heap_key(counts[k], keys[k]))
+        pairs[k].count = 0
     return n_ranks
-
-
-def check_vocab_size(vocab_size: int) -> None:
-    if not 257 <= vocab_size <= 1 << 16:
-        raise UserError(f"vocab_size={vocab_size}: the smallest is 257 (the bytes and {EOT_TEXT}), the "
-                        f"largest 65,536 (ids are uint16); type --vocab_size=32768, for example")
 
 
 def train_ranks(counts: dict[bytes, int], vocab_size: int) -> list[bytes]:
@@ -241,10 +228,10 @@ def train_ranks(counts: dict[bytes, int], vocab_size: int) -> list[bytes]:
     pair of neighbours that occurs most often is merged, of several the one with the smallest (left id, right
     id), again and again, as Hugging Face's BpeTrainer does. No two merges give the same bytes: until a merge
     crosses their ends, equal bytes are cut alike wherever they stand, so that the first merge makes a token
-    of them all. Raises UserError for a vocab_size outside 257 to 65,536, for a text too large, and if every
-    piece is one token before vocab_size is reached.
+    of them all. Raises UserError for a text too large, and if every piece is one token before vocab_size, 257
+    to 65,536, is reached.
     """
-    check_vocab_size(vocab_size)
+    assert 257 <= vocab_size <= 1 << 16, "the 256 bytes and end-of-text, and ids are uint16"
     text, n_ranks = np.frombuffer(b"".join(counts), np.uint8), vocab_size - 1
     if len(text) > MAX_DISTINCT:
         raise UserError(f"the distinct pieces of this text have {len(text):,} bytes; training takes at most "
@@ -261,8 +248,8 @@ def train_ranks(counts: dict[bytes, int], vocab_size: int) -> list[bytes]:
     times[place] = np.repeat(np.fromiter(counts.values(), np.int64, len(counts)), sizes)
     lengths, merges = np.ones(n_ranks, np.int64), np.zeros(n_ranks, np.int64)
     # Each merge ends two pairs and begins two, and there are fewer merges than bytes.
-    links = np.empty(3 * len(text) + 1, np.int32), np.empty(3 * len(text) + 1, np.int32)
-    n = train_kernel(ids, times, n_ranks, lengths, merges, links)
+    pairs, links = np.empty(3 * len(text) + 1, PAIR), np.empty(3 * len(text) + 1, LINK)
+    n = train_kernel(ids, times, n_ranks, lengths, merges, pairs, links)
     if n < n_ranks:
         raise UserError(f"every piece of this text is one token after {n - 256:,} merges, too few for "
                         f"vocab_size={vocab_size}; give more text to --input, or type --vocab_size={n + 1}")
@@ -286,7 +273,6 @@ def train(dataset: str, input: str, text_column: str, vocab_size: int, out: str,
     from tqdm import tqdm
 
     began, path = time.perf_counter(), Path(out)
-    check_vocab_size(vocab_size)
     if dataset not in ("", "python"):
         raise UserError(f"--dataset={dataset}: only python, the embedded corpus, can be trained on by name; "
                         f"for other text type --input=PATH[,PATH...]")
