@@ -36,8 +36,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from configurator import PathName, UserError, configure, read_text
-from files import write_atomically
+from configurator import PathName, UserError, configure
+from files import read_text, write_atomically
 
 EOT_TEXT = "<|endoftext|>"
 # tiktoken's pattern of gpt2 and r50k_base; only to build the equivalent tiktoken.Encoding: the kernels

@@ -45,8 +45,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import Between, OneOf, PathName, UserError, configure, read_text
-from files import check, write_atomically
+from configurator import Between, OneOf, PathName, UserError, configure
+from files import check, read_text, write_atomically
 from shards import read_manifest
 
 log_dir: PathName = "log"  # a run's folder with log.txt, or a log file itself; several separated by commas
