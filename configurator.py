@@ -2,7 +2,6 @@
 Settings of scripts: module globals, overridden by config files and --key=value flags, checked before use.
 
     batch_size: Between(1, 65_536) = 16                # sequences per process per micro-step
-    val_tokens: Between(1, 2**40) | None = None        # a number, or none
     optimizer: OneOf("adamw", "muon") = "adamw"        # one of these words
     data_dir: PathName = "edu_fineweb10B"              # a leading ~ is your home folder
     config = configure(globals())
@@ -10,9 +9,9 @@ Settings of scripts: module globals, overridden by config files and --key=value 
     python train_gpt2.py config/demo_cpu.py --batch_size=8 --max-lr=1e-3   # later wins
     python train_gpt2.py --help                                            # every key, default, type, range
 
-A setting is a lower-case global without a leading underscore whose value is a bool, int, float or str, or
-None where its annotation allows that. An unknown key is an error, and so is a value of another type or out of
-its range. 1e3 is a whole number. A config file is Python and runs with your rights: read it first.
+A setting is a lower-case global without a leading underscore whose value is a bool, int, float or str. An
+unknown key is an error, and so is a value of another type or out of its range; 1e3 is a whole number. A
+config file is Python and runs with your rights: read it first.
 """
 
 import contextlib
@@ -69,20 +68,12 @@ class Between(typing.NamedTuple):
     """Annotation of a number: from `low` to `high`, both included."""
     low: float
     high: float
-    optional: bool = False  # Between(1, 9) | None: or None
-
-    @property
-    def kind(self) -> type:
-        return float if float in (type(self.low), type(self.high)) else int
 
     def __contains__(self, value) -> bool:
         return self.low <= value <= self.high  # False for nan
 
-    def __or__(self, none: None) -> "Between":
-        return self._replace(optional=True)
-
     def __str__(self) -> str:
-        return f"{self.low:,} to {self.high:,}{' or none' * self.optional}"
+        return f"{self.low:,} to {self.high:,}"
 
 
 class OneOf(tuple):
@@ -129,13 +120,9 @@ def configure(namespace: dict, argv: list[str] | None = None) -> dict:
 
 def _settings(namespace):
     """{key: (type, annotation or None)} of the settings among a script's globals, in the order written."""
-    annotations, settings = annotations_of(namespace), {}
-    for key, value in namespace.items():
-        legal = annotations.get(key)
-        kind = legal.kind if value is None and isinstance(legal, Between) else type(value)
-        if key.islower() and not key.startswith("_") and kind in TYPES:
-            settings[key] = kind, legal
-    return settings
+    annotations = annotations_of(namespace)
+    return {key: (type(value), annotations.get(key)) for key, value in namespace.items()
+            if key.islower() and not key.startswith("_") and type(value) in TYPES}
 
 
 def annotations_of(namespace: dict) -> dict:
@@ -165,22 +152,18 @@ def _read_flag(arg, following, settings):
         value = "VALUE" if following.startswith("--") else following or "VALUE"
         raise UserError(f"{where}: needs a value after an equals sign; type --{key}={value}")
 
-    value, word = text, text.strip().lower()  # where the text stands for no such value, _check refuses it
-    if word == "none" and getattr(legal, "optional", False):
-        value = None
-    elif kind is bool:
-        value = BOOLS.get(word, text) if equals else True
+    value = text  # where it stands for no value of this type, _check refuses it
+    if kind is bool:
+        value = BOOLS.get(text.lower(), text) if equals else True
     elif kind is not str:
         for convert in (float, int):  # int where it is one: a float rounds above 2**53
             with contextlib.suppress(ValueError):
-                value = convert(word)
+                value = convert(text)
     return {key: _check(value, kind, legal, where)}
 
 
 def _check(value, kind, legal, where):
     """`value` as the setting's type, where that loses nothing: True is no int, and 1 is no bool."""
-    if value is None and getattr(legal, "optional", False):
-        return None
     with contextlib.suppress(OverflowError, ValueError):  # an int too large for a float, inf, nan
         if {type(value), kind} == {int, float} and kind(value) == value:
             value = kind(value)
@@ -194,7 +177,7 @@ def _describe(kind, legal):
     """What a setting may be, in words."""
     if isinstance(legal, Between):
         return f"{legal} ({TYPES[kind]})"
-    return "a path" if legal is PathName else str(legal) if isinstance(legal, OneOf) else TYPES[kind]
+    return str(legal) if isinstance(legal, OneOf) else TYPES[kind]
 
 
 def _read_config_file(arg, folder, settings):
@@ -263,7 +246,7 @@ def _exit_with_message(kind, error, trace):
         return sys.__excepthook__(kind, error, trace)
     # not sys.stderr: torch.distributed calls this hook with a buffer there, which a SystemExit would lose
     print(f"error: {error}", file=sys.__stderr__, flush=True)
-    lasting = isinstance(error, UserError) and not isinstance(error, TemporaryError)
+    lasting = issubclass(kind, UserError) and not issubclass(kind, TemporaryError)
     if lasting and not isinstance(error.__cause__, OSError):  # the disk may work at the next try
         end_launcher()
     sys.exit(2)

@@ -203,7 +203,8 @@ def _compare(value, schema):
     if isinstance(schema, list):
         return False, "a list" if len(schema) == 1 else f"a list of {len(schema)}"
     if isinstance(schema, Between):
-        return type(value) in (int, schema.kind) and value in schema, f"{TYPES[schema.kind]}, {schema}"
+        kind = float if float in map(type, schema) else int
+        return type(value) in (int, kind) and value in schema, f"{TYPES[kind]}, {schema}"
     if isinstance(schema, OneOf):
         return (type(value), value) in [(type(word), word) for word in schema], str(schema)
     if isinstance(schema, tuple):

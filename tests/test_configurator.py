@@ -28,8 +28,7 @@ compile = True
 wandb_run_name = "gpt2"  # name # with a hash
 out_dir: PathName = "out"
 start = "\\n"
-top_p: Between(0, 1.0) | None = None  # nucleus
-stop_at: Between(1, 10**12) | None = 5
+top_p: Between(0, 1.0) = 1.0  # nucleus
 CONSTANT = 3
 _private = 1
 config = configure(globals())
@@ -68,10 +67,9 @@ def hook(monkeypatch):
 def namespace(tmp_path):
     """A script's globals as configure sees them: settings, and what is none."""
     names = {"__file__": str(tmp_path / "script.py"), "__name__": "__main__", "CONSTANT": 3, "_private": 1,
-             "sys": sys, "configure": configure,
-             "__annotations__": {"top_p": Between(0, 1.0) | None, "stop_at": Between(1, 9) | None}}
+             "sys": sys, "configure": configure, "nothing": None}
     names.update(batch_size=16, learning_rate=6e-4, grad_clip=1.0, compile=True, wandb_run_name="gpt2",
-                 out_dir="out", start="\n", top_p=None, stop_at=5)
+                 out_dir="out", start="\n")
     return names
 
 
@@ -92,10 +90,6 @@ def namespace(tmp_path):
     ("--start=FILE:a=b.txt", "start", "FILE:a=b.txt"),
     ("--start==", "start", "="),
     ("--learning-rate=1e-3", "learning_rate", 1e-3),
-    ("--top_p=0.9", "top_p", 0.9),
-    ("--top-p=1", "top_p", 1.0),
-    ("--stop_at=None", "stop_at", None),
-    ("--stop_at=none", "stop_at", None),
 ])
 def test_good_flags(namespace, flag, key, value):
     before = dict(namespace)
@@ -103,7 +97,7 @@ def test_good_flags(namespace, flag, key, value):
     assert resolved[key] == value and type(resolved[key]) is type(value)
     assert namespace == {**before, key: value}  # and nothing else has leaked into the script
     assert list(resolved) == ["batch_size", "learning_rate", "grad_clip", "compile", "wandb_run_name",
-                              "out_dir", "start", "top_p", "stop_at"]
+                              "out_dir", "start"]
 
 
 @pytest.mark.parametrize(("flag", "words"), [
@@ -124,6 +118,7 @@ def test_good_flags(namespace, flag, key, value):
     ("--CONSTANT=4", "unknown setting"),
     ("--configure=4", "unknown setting"),
     ("--sys=4", "unknown setting"),
+    ("--nothing=4", "unknown setting"),
     ("-batch_size=8", "or --key=value for a setting"),
     ("batch_size=8", "not found"),
     ("config/nosuch.py", "not found"),
@@ -186,16 +181,13 @@ def test_text_of_config_files(namespace, tmp_path):
 @pytest.mark.parametrize("how", ["__annotations__", "__annotate__"])  # the latter: Python 3.14
 def test_annotations_are_checked_in_flags_and_files(namespace, tmp_path, how):
     limits = {"batch_size": Between(1, 99), "grad_clip": Between(0, 1 - 1e-9),
-              "top_p": Between(0, 1.0) | None, "stop_at": Between(2, 9) | None,
               "wandb_run_name": OneOf("gpt2", "gpt3", "")}
     with pytest.raises(UserError, match=r"grad_clip=1\.0: wanted 0 to"):  # a default
         configure({**namespace, "__annotations__": limits}, [])
     namespace["grad_clip"] = 0.5
-    del namespace["__annotations__"]
     namespace[how] = limits if how == "__annotations__" else {1: limits}.__getitem__  # 1: values, no strings
     path = tmp_path / "a.py"
-    for key, text, value in [("batch_size", "99.0", 99), ("grad_clip", "0", 0.0), ("top_p", "1", 1.0),
-                             ("top_p", "None", None), ("stop_at", "9", 9), ("stop_at", "None", None)]:
+    for key, text, value in [("batch_size", "99.0", 99), ("grad_clip", "0", 0.0)]:
         path.write_text(f"{key} = {text}", encoding="utf-8")
         for arg in (f"--{key}={text}", str(path)):
             found = configure(dict(namespace), [arg])[key]
@@ -205,9 +197,7 @@ def test_annotations_are_checked_in_flags_and_files(namespace, tmp_path, how):
         ("batch_size", "0", "1 to 99"), ("batch_size", "1" * 4000, "1 to 99"),
         ("batch_size", "1.5", r"1 to 99 \(a whole number\)"), ("batch_size", "None", "1 to 99"),
         ("grad_clip", "-1e-300", "0 to 0.999999999"), ("grad_clip", "1", "0 to 0.999999999"),
-        ("grad_clip", "1e310", "0 to 0.999999999"), ("top_p", "1.5", "0 to 1.0 or none"),
-        ("stop_at", "1", "2 to 9 or none"), ("stop_at", "2.5", "2 to 9 or none"),
-        ("wandb_run_name", "gpt4", "gpt2, gpt3 or nothing"),
+        ("grad_clip", "1e310", "0 to 0.999999999"), ("wandb_run_name", "gpt4", "gpt2, gpt3 or nothing"),
     ]:
         path.write_text(f"{key} = {text!r}" if text == "gpt4" else f"{key} = {text}", encoding="utf-8")
         for arg, where in ((f"--{key}={text}", f"flag --{key}={text}"), (str(path), rf"a\.py: {key} = .*")):
@@ -283,7 +273,7 @@ def test_every_number_has_a_range_that_its_default_keeps(path):
         assert isinstance(limit, Between) or type(value) in (bool, str), f"{key}: no Between stands beside it"
         assert limit is PathName or key not in PATHS, f"{key}: no PathName stands beside it"
         assert isinstance(limit, OneOf) or key != "dtype"
-        if isinstance(limit, (Between, OneOf)) and value is not None:
+        if isinstance(limit, (Between, OneOf)):
             assert value in limit, key
 
 
@@ -331,7 +321,7 @@ def test_a_setting_without_a_range_is_found(tmp_path):
 
 def test_config_file_beside_the_script_from_any_folder(namespace, tmp_path, monkeypatch):
     (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "small.py").write_text("batch_size = 7\ntop_p = None\n", encoding="utf-8")
+    (tmp_path / "config" / "small.py").write_text("batch_size = 7\n", encoding="utf-8")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert configure(dict(namespace), ["config/small.py"])["batch_size"] == 7
@@ -381,11 +371,11 @@ def test_help_lists_key_type_default_and_comment(tmp_path):
     done = run(tmp_path, "--help")
     assert done.returncode == 0
     lines = {line.split("=")[0].strip(): line for line in done.stdout.splitlines() if line.startswith("  --")}
-    assert len(lines) == 10
+    assert len(lines) == 9
     assert re.fullmatch(r" +--batch_size=16 +1 to 65,536 \(a whole .* +sequences", lines["--batch_size"])
-    assert lines["--optimizer"].endswith("  adamw or muon") and lines["--out_dir"].endswith("  a path")
+    assert lines["--optimizer"].endswith("  adamw or muon") and lines["--out_dir"].endswith("  text")
     assert lines["--wandb_run_name"].endswith("name # with a hash")
-    assert re.search(r"  0 to 1.0 or none \(a number\) +nucleus", lines["--top_p"])
+    assert re.search(r"  0 to 1.0 \(a number\) +nucleus", lines["--top_p"])
     assert lines["--grad_clip"].split() == ["--grad_clip=1.0", "a", "number"]
 
 
