@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from training import PYTHON
 
 import analyze_compute
 from configurator import OTHER_NAMES, Between, OneOf, PathName, UserError, annotations_of, configure
@@ -302,23 +301,6 @@ def test_what_is_outside_of_a_range_is_refused(path):
                 value_of(key, "sgd,")
 
 
-@pytest.mark.parametrize(("script", "flags"), [
-    ("train_gpt2.py", ["--min_lr=0", "--grad_clip=-1"]), ("train_gpt2.py", ["--n_layer=2147483648"]),
-    ("train_gpt2.py", ["--batch_tokens=1e12"]), ("train_gpt2.py", ["--max_lr=1e310"]),
-    ("fineweb.py", ["--num_workers=1e6"]), ("train_bpe.py", ["--num_workers=1e6"])])
-def test_nonsense_that_hung_or_exploded(script, flags):
-    with pytest.raises(UserError, match=f"flag {flags[-1]}: wanted"):
-        configure(settings_of(ROOT / script), flags)
-    configure(settings_of(ROOT / "train_gpt2.py"), ["--n_embd=10000000"])  # --dry_run tells what that takes
-
-
-def test_a_setting_without_a_range_is_found(tmp_path):
-    path = tmp_path / "script.py"
-    path.write_text("seed = 2**10\n", encoding="utf-8")
-    with pytest.raises(AssertionError, match="seed: no Between"):
-        test_every_number_has_a_range_that_its_default_keeps(path)
-
-
 def test_config_file_beside_the_script_from_any_folder(namespace, tmp_path, monkeypatch):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "small.py").write_text("batch_size = 7\n", encoding="utf-8")
@@ -380,10 +362,5 @@ def test_help_lists_key_type_default_and_comment(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
-def test_every_config_file_fits_train_gpt2(path, tmp_path):
-    flags = [f"--data_dir={tmp_path}/none", f"--log_dir={tmp_path}/log", "--device=cpu", "--compile=false"]
-    done = subprocess.run([PYTHON, str(ROOT / "train_gpt2.py"), str(path), *flags],
-                          capture_output=True, text=True)
-    # settings are all accepted: the first thing missed is the data
-    assert done.returncode == 2 and "make prepare" in done.stderr, done.stderr
-    assert not (tmp_path / "log").exists()
+def test_every_config_file_fits_train_gpt2(path):
+    assert configure(settings_of(ROOT / "train_gpt2.py"), [str(path)])
