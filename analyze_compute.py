@@ -29,10 +29,10 @@ from typing import NamedTuple
 
 import torch
 
-from configurator import Between, OneOf, PathName, UserError, annotations_of, configure, read_text
+from configurator import Between, OneOf, PathName, UserError, annotations_of, configure
 from device import GEFORCE, PEAK_TFLOPS
 from device import peak_tflops as known_peak  # peak_tflops is a setting
-from files import write_atomically
+from files import read_text, write_atomically
 from model import GPT, GPTConfig
 
 gpus = ("NVIDIA GeForce RTX 4050 Laptop GPU,NVIDIA GeForce RTX 3060,NVIDIA GeForce RTX 4090,"

@@ -35,7 +35,8 @@ from numba import njit, types
 from numba.cpython.unsafe.numbers import trailing_zeros  # one instruction
 from numba.extending import intrinsic
 
-from configurator import PathName, UserError, configure, read_text
+from configurator import PathName, UserError, configure
+from files import read_text
 
 EOT_TEXT = "<|endoftext|>"
 # tiktoken's pattern of gpt2 and r50k_base; only to build the equivalent tiktoken.Encoding: the kernels

@@ -1,8 +1,7 @@
 """
-Settings of scripts: module globals, overridden by config files and --key=value flags, all checked first.
+Settings of scripts: module globals, overridden by config files and --key=value flags, checked before use.
 
     batch_size: Between(1, 65_536) = 16                # sequences per process per micro-step
-    val_tokens: Between(1, 2**40) | None = None        # a number, or none
     optimizer: OneOf("adamw", "muon") = "adamw"        # one of these words
     data_dir: PathName = "edu_fineweb10B"              # a leading ~ is your home folder
     config = configure(globals())
@@ -10,10 +9,9 @@ Settings of scripts: module globals, overridden by config files and --key=value 
     python train_gpt2.py config/demo_cpu.py --batch_size=8 --max-lr=1e-3   # later wins
     python train_gpt2.py --help                                            # every key, default, type, range
 
-A setting is a lower-case global without a leading underscore whose value is a bool, int, float or str, or
-None where its annotation allows that. Nothing is guessed: an unknown key is an error, and so is a value of
-another type or out of its range. 1e3 is a whole number, and text is taken as it stands. A config file is
-Python and runs with your rights: read it first.
+A setting is a lower-case global without a leading underscore whose value is a bool, int, float or str. An
+unknown key is an error, and so is a value of another type or out of its range; 1e3 is a whole number. A
+config file is Python and runs with your rights: read it first.
 """
 
 import contextlib
@@ -24,6 +22,7 @@ import math
 import os
 import re
 import reprlib
+import runpy
 import signal
 import sys
 import traceback
@@ -69,20 +68,12 @@ class Between(typing.NamedTuple):
     """Annotation of a number: from `low` to `high`, both included."""
     low: float
     high: float
-    optional: bool = False  # Between(1, 9) | None: or None
-
-    @property
-    def kind(self) -> type:
-        return float if float in (type(self.low), type(self.high)) else int
 
     def __contains__(self, value) -> bool:
         return self.low <= value <= self.high  # False for nan
 
-    def __or__(self, none: None) -> "Between":
-        return self._replace(optional=True)
-
     def __str__(self) -> str:
-        return f"{self.low:,} to {self.high:,}{' or none' * self.optional}"
+        return f"{self.low:,} to {self.high:,}"
 
 
 class OneOf(tuple):
@@ -120,22 +111,18 @@ def configure(namespace: dict, argv: list[str] | None = None) -> dict:
         if re.search("[\ud800-\udfff]", arg):  # how Python spells bytes that are not UTF-8
             raise UserError(f"{arg!r} is not UTF-8; rename the file, or correct the text")
         if arg.startswith("--"):
-            resolved |= _read_flag(arg, following, namespace, settings)
+            resolved |= _read_flag(arg, following, settings)
         else:
-            resolved |= _read_config_file(arg, namespace, settings)
+            resolved |= _read_config_file(arg, Path(namespace["__file__"]).resolve().parent, settings)
     namespace.update(resolved)
     return resolved
 
 
 def _settings(namespace):
     """{key: (type, annotation or None)} of the settings among a script's globals, in the order written."""
-    annotations, settings = annotations_of(namespace), {}
-    for key, value in namespace.items():
-        legal = annotations.get(key)
-        kind = legal.kind if value is None and isinstance(legal, Between) else type(value)
-        if key.islower() and not key.startswith("_") and kind in TYPES:
-            settings[key] = kind, legal
-    return settings
+    annotations = annotations_of(namespace)
+    return {key: (type(value), annotations.get(key)) for key, value in namespace.items()
+            if key.islower() and not key.startswith("_") and type(value) in TYPES}
 
 
 def annotations_of(namespace: dict) -> dict:
@@ -145,6 +132,7 @@ def annotations_of(namespace: dict) -> dict:
 
 
 def _find(key, settings, where):
+    """The (type, annotation) of a setting; UserError, with the most likely name, for an unknown key."""
     if key in settings:
         return settings[key]
     near = difflib.get_close_matches(key, settings, n=1)
@@ -155,101 +143,74 @@ def _find(key, settings, where):
     raise UserError(f"{where}: unknown setting {key!r}; {hint} (--help lists all)")
 
 
-def _read_flag(arg, following, namespace, settings):
-    """{key: value} of --key=value; `following` is the next argument, for advice."""
+def _read_flag(arg, following, settings):
+    """{key: value} of --key=value; `following`, the next argument, may be a value after a space."""
     key, equals, text = arg[2:].partition("=")  # the first = only: a value may hold others
     key, where = key.replace("-", "_"), f"flag {arg}"
     kind, legal = _find(key, settings, where)
-    if not equals:
-        if kind is not bool or following.lower() in BOOLS:
-            value = following if following and not following.startswith("--") else namespace[key]
-            raise UserError(f"{where}: needs a value after an equals sign; type --{key}={value}")
-        text = "true"
-    return {key: _check(_parse(text, kind, legal), kind, legal, where)}
+    if not equals and (kind is not bool or following.lower() in BOOLS):
+        value = "VALUE" if following.startswith("--") else following or "VALUE"
+        raise UserError(f"{where}: needs a value after an equals sign; type --{key}={value}")
 
-
-def _parse(text, kind, legal):
-    """The value that a flag's text stands for; where it stands for none, _check refuses the text."""
-    word = text.strip().lower()
-    if word == "none" and getattr(legal, "optional", False):
-        return None
+    value = text  # where it stands for no value of this type, _check refuses it
     if kind is bool:
-        return BOOLS.get(word, text)
-    if kind is not str:
-        for convert in (int, float):  # int first: a float would round above 2**53
+        value = BOOLS.get(text.lower(), text) if equals else True
+    elif kind is not str:
+        for convert in (float, int):  # int where it is one: a float rounds above 2**53
             with contextlib.suppress(ValueError):
-                return convert(word)
-    return text
+                value = convert(text)
+    return {key: _check(value, kind, legal, where)}
 
 
 def _check(value, kind, legal, where):
     """`value` as the setting's type, where that loses nothing: True is no int, and 1 is no bool."""
-    if value is None and getattr(legal, "optional", False):
-        return None
     with contextlib.suppress(OverflowError, ValueError):  # an int too large for a float, inf, nan
         if {type(value), kind} == {int, float} and kind(value) == value:
             value = kind(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UserError(f"{where}: wanted {TYPES[kind]}{f', {legal}' if isinstance(legal, Between) else ''}")
-    if isinstance(legal, (Between, OneOf)) and value not in legal:
-        raise UserError(f"{where}: wanted {legal}")
-    if legal is PathName:
-        return ",".join(map(os.path.expanduser, value.split(",")))
-    return value
+    valid = type(value) is kind and (kind is not float or math.isfinite(value))
+    if not valid or (isinstance(legal, (Between, OneOf)) and value not in legal):
+        raise UserError(f"{where}: wanted {_describe(kind, legal)}")
+    return ",".join(map(os.path.expanduser, value.split(","))) if legal is PathName else value
 
 
-def _read_config_file(arg, namespace, settings):
+def _describe(kind, legal):
+    """What a setting may be, in words."""
+    if isinstance(legal, Between):
+        return f"{legal} ({TYPES[kind]})"
+    return str(legal) if isinstance(legal, OneOf) else TYPES[kind]
+
+
+def _read_config_file(arg, folder, settings):
     """{key: value} that a config file assigns; it runs by itself and sees nothing of the script."""
-    folder, where = Path(namespace.get("__file__", ".")).resolve().parent, f"config file {arg}"
-    path = next((p for p in (Path(arg), folder / arg) if p.exists()), None)
+    where = f"config file {arg}"
+    path = next((path for path in (Path(arg), folder / arg) if path.exists()), None)
     if path is None:
-        known = sorted(f"config/{p.name}" for p in (folder / "config").glob("*.py"))
+        known = sorted(f"config/{path.name}" for path in folder.glob("config/*.py"))
         near = difflib.get_close_matches(arg, known, n=1) or known
-        raise UserError(f"{where}: not found; try {', '.join(near) or 'another path'}, or --key=value for a "
-                        f"setting")
+        raise UserError(f"{where}: not found; try {', '.join(near)}, or --key=value for a setting")
     if path.suffix != ".py" or not path.is_file():
         flags = [f"--{key}={arg}" for key, (_, legal) in settings.items() if legal is PathName]
-        what = "a folder, not a config file" if path.is_dir() else "not a config file (.py)"
-        raise UserError(f"{arg} is {what}; flags that take a path: {', '.join(flags) or 'none'}")
-
-    text, scope = read_text(path), {}
+        raise UserError(f"{arg} is not a config file (.py); flags that take a path: {', '.join(flags)}")
     try:
-        exec(compile(text, str(path), "exec"), scope)
+        assigned = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # exit() in it must not end the script as if all were well
-        lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
-                 if frame.f_code.co_filename == str(path)] or [getattr(error, "lineno", None)]
-        raise UserError(f"{where}, line {lines[-1]}: {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == str(path)]
+        raise UserError(f"{where}, line {lines[-1] if lines else getattr(error, 'lineno', None)}: "
+                        f"{type(error).__name__}: {error}") from error
     return {key: _check(value, *_find(key, settings, where), f"{where}: {key} = {reprlib.repr(value)}")
-            for key, value in scope.items() if not key.startswith("_")}
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, without its byte order mark. Raises UserError if it is no such file."""
-    path = Path(path)
-    if path.exists() and not path.is_file():  # reading a pipe would wait for whoever writes into it
-        raise UserError(f"{path}: not a regular file; name a text file")
-    data = path.read_bytes()
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:2]:
-        raise UserError(f"{path}: this text is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path}")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start:,} is not UTF-8 ({error.reason}); convert the file, for "
-                        f"example with iconv") from error
+            for key, value in assigned.items() if not key.startswith("_")}
 
 
 def _help(namespace, settings):
-    """The script's docstring and a line per setting: --key=default, type and range, the comment beside it."""
+    """The script's docstring and a line per setting: --key=default, what it may be, the comment beside it."""
     source = Path(namespace["__file__"]).read_text(encoding="utf-8")
     lines = [(namespace.get("__doc__") or "").strip(), "", "settings:"]
     for key, (kind, legal) in settings.items():
-        what = "path" if legal is PathName else str(legal) if isinstance(legal, OneOf) else kind.__name__
-        if isinstance(legal, Between):  # a bound of a billion and more says nothing
-            what += ", " + re.sub(r" to ([\d,]{13,}|.*e\+\d+)", " or more", str(legal))
         # the value may go on in indented lines; a comment stands after two spaces
         comment = re.search(rf"^{key}\b[^=\n]*=(?:.|\n[ )])*?  # (.*)", source, re.MULTILINE)
-        flag = f"--{key}={namespace[key]}"
-        lines.append(f"  {flag:30}  {what:24}  {comment[1] if comment else ''}".rstrip())
+        flag, what = f"--{key}={namespace[key]}", _describe(kind, legal)
+        lines.append(f"  {flag:30}  {what:32}  {comment[1] if comment else ''}".rstrip())
     return "\n".join(lines)
 
 
@@ -273,20 +234,19 @@ def end_launcher() -> None:
 
 
 def _exit_with_message(kind, error, trace):
+    """sys.excepthook of scripts: one line and exit code 2 for what the user can fix."""
     if kind is BrokenPipeError:  # `... | head` has read enough
         os._exit(1)
     if kind is KeyboardInterrupt:
         print("interrupted", file=sys.__stderr__, flush=True)
         sys.exit(130)  # a SystemExit raised inside the hook sets the exit code; 128 + SIGINT
-    if issubclass(kind, OSError) and error.errno in DISK_FULL:
-        error = f"no space left on the disk ({error.filename or 'while writing'}); free some, then run again"
-    elif issubclass(kind, OSError) and error.filename is not None:
-        error = f"{error.filename}: {error.strerror}; name another path, or fix this one"
+    if issubclass(kind, OSError) and (error.filename is not None or error.errno in DISK_FULL):
+        error = f"{error.filename or 'writing'}: {error.strerror}; name another path, or fix this one"
     elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, trace)
     # not sys.stderr: torch.distributed calls this hook with a buffer there, which a SystemExit would lose
     print(f"error: {error}", file=sys.__stderr__, flush=True)
-    lasting = isinstance(error, UserError) and not isinstance(error, TemporaryError)
+    lasting = issubclass(kind, UserError) and not issubclass(kind, TemporaryError)
     if lasting and not isinstance(error.__cause__, OSError):  # the disk may work at the next try
         end_launcher()
     sys.exit(2)

@@ -59,8 +59,8 @@ from checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from configurator import Between, OneOf, PathName, UserError, configure, read_text
-from files import check, not_written, read_json, sync_file, sync_folder, write_atomically
+from configurator import Between, OneOf, PathName, UserError, configure
+from files import check, not_written, read_json, read_text, sync_file, sync_folder, write_atomically
 from model import GPT, GPTConfig
 
 source: PathName = ""  # to import: gpt2|gpt2-medium|gpt2-large|gpt2-xl, a folder of Hugging Face's, a file

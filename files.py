@@ -21,16 +21,16 @@ import sys
 import time
 from pathlib import Path
 
-from configurator import DISK_FULL, TYPES, Between, OneOf, TemporaryError, UserError, read_text
+from configurator import DISK_FULL, TYPES, Between, OneOf, TemporaryError, UserError
 
 
 @contextlib.contextmanager
 def locked(folder: str | Path, what: str, patience: float = 0, name: str = ".lock"):
     """Keep a second `what` ("run", "build") out of a folder while this block, or this process, lives.
 
-    The operating system drops the lock when the process ends, however it ends. Raises TemporaryError while
-    another process holds it, after `patience` seconds. Where the file system has no locks, a line on stderr
-    says so, and the block runs. Locks with different names do not exclude each other.
+    The operating system drops the lock when the process ends, however it ends. Raises TemporaryError if
+    another process holds it for longer than `patience` seconds. Where the file system has no locks, the block
+    runs after a warning. Locks with different names do not exclude each other.
     """
     path, deadline = Path(folder, name), time.monotonic() + patience
     while True:
@@ -38,10 +38,8 @@ def locked(folder: str | Path, what: str, patience: float = 0, name: str = ".loc
         try:
             import fcntl  # Windows has none
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            if os.fstat(file.fileno()).st_nlink:  # 0: its holder removed it between our open and lock
                 break
-        except FileNotFoundError:
-            pass  # its holder has just removed it
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 file.seek(0)
@@ -97,12 +95,12 @@ def replacing(path: Path):
 
 def not_written(path: Path, error: OSError) -> UserError:
     """The UserError for a file that could not be written."""
-    if error.errno not in DISK_FULL:
-        return UserError(f"cannot write {path} ({error.strerror or error}); check the permissions of the "
-                         f"folder, or write to another one")
-    free = shutil.disk_usage(path.parent).free
-    return UserError(f"no space for {path} ({error.strerror}): {free:,} bytes are free; make room, or write "
-                     f"to another disk")
+    if error.errno in DISK_FULL:
+        free = shutil.disk_usage(path.parent).free
+        return UserError(f"no space for {path} ({error.strerror}): {free:,} bytes are free; make room, or "
+                         f"write to another disk")
+    return UserError(f"cannot write {path} ({error.strerror or error}); check the permissions of the folder, "
+                     f"or write to another one")
 
 
 def sync_file(file) -> None:
@@ -130,21 +128,32 @@ def _sync(descriptor):
             raise
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, without its byte order mark. Raises UserError if it is no such file."""
+    path = Path(path)
+    if path.exists() and not path.is_file():  # reading a pipe would wait for whoever writes into it
+        raise UserError(f"{path}: not a regular file; name a text file")
+    data = path.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path}: this text is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start:,} is not UTF-8 ({error.reason}); convert the file, for "
+                        f"example with iconv") from error
+
+
 def read_json(path: str | Path, schema):
     """The value of a JSON file that `check` accepts; UserError names the file and what is wrong with it."""
     return check(_parse(read_text(path), path), schema, str(path))
 
 
 def read_jsonl(path: str | Path, schema) -> list:
-    """The values of a file with one JSON value a line, each of which `check` accepts; [] where there is no
-    file. Half a last line, left by a kill, is passed over."""
-    if not Path(path).exists():
-        return []
-    values = []
-    for number, line in enumerate(read_text(path).splitlines(keepends=True), start=1):
-        if line.endswith("\n"):
-            values.append(check(_parse(line, f"{path}, line {number}"), schema, f"{path}, line {number}"))
-    return values
+    """The values of a file with one JSON value a line, each of which `check` accepts; [] without a file.
+    An incomplete last line, left by a kill, is skipped."""
+    lines = read_text(path).split("\n")[:-1] if Path(path).exists() else []
+    places = [f"{path}, line {number}" for number in range(1, len(lines) + 1)]
+    return [check(_parse(line, place), schema, place) for line, place in zip(lines, places)]
 
 
 def _parse(text, place):
@@ -155,13 +164,17 @@ def _parse(text, place):
 
 
 def check(value, schema, place: str):
-    """Raise UserError, which speaks of `place`, unless `value` is what `schema` describes; returns `value`.
+    """`value`, if it is what `schema` describes. Raises UserError, which begins with `place`, if not.
 
-    A schema is a type (float takes whole numbers too, and bool is no int), a Between (of whole numbers, if
-    both its ends are), a OneOf, None, a compiled pattern of text, a tuple of schemas of which one must fit,
-    [schema] for a list of such, [schema, schema, ...] for a list of just these, {name: schema} for a dict
-    with these names (those that end in ? may be missing, others may stand beside them), or {str: schema} for
-    a dict of any names.
+    A schema is one of these:
+        int, str, ...              this type; float takes whole numbers too, and bool is no int
+        Between, OneOf, None       Between takes whole numbers only, if both its ends are
+        re.compile(...)            a text that matches completely
+        (schema, schema, ...)      one of these
+        [schema]                   a list of any length
+        [schema, schema, ...]      a list of this length
+        {name: schema, "n?": ...}  a dict with these names, others too; those that end in ? may be missing
+        {str: schema}              a dict of any names
     """
     if isinstance(schema, dict) and isinstance(value, dict):
         for name, part in schema.items():
@@ -184,13 +197,14 @@ def check(value, schema, place: str):
 
 
 def _compare(value, schema):
-    """(whether `value` fits, the schema in words), where it is not a dict or list of the schema's form."""
+    """(whether `value` fits, the schema in words), for all that `check` does not go into."""
     if isinstance(schema, dict):
         return False, "an object"
     if isinstance(schema, list):
         return False, "a list" if len(schema) == 1 else f"a list of {len(schema)}"
     if isinstance(schema, Between):
-        return type(value) in (int, schema.kind) and value in schema, f"{TYPES[schema.kind]}, {schema}"
+        kind = float if float in map(type, schema) else int
+        return type(value) in (int, kind) and value in schema, f"{TYPES[kind]}, {schema}"
     if isinstance(schema, OneOf):
         return (type(value), value) in [(type(word), word) for word in schema], str(schema)
     if isinstance(schema, tuple):

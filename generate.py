@@ -33,9 +33,10 @@ import numpy as np
 import torch
 
 from checkpoint import build_model, checkpoint_tokenizer, newest_checkpoint
-from configurator import Between, OneOf, PathName, UserError, configure, read_text
+from configurator import Between, OneOf, PathName, UserError, configure
 from convert_hf import load_any
 from device import resolve_device
+from files import read_text
 from model import check_sampling, context_start
 
 checkpoint: PathName = ""  # a file, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/

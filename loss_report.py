@@ -2,7 +2,7 @@
 Where a model's loss comes from: train and val, position in the context, frequency of the token.
 
     from loss_report import measure
-    report = measure("log", data_dir="", val_tokens=None, device="auto", dtype="auto", seed=1337)
+    report = measure("log", data_dir="", val_tokens=0, device="auto", dtype="auto", seed=1337)
 
 `plot_log.py --report` prints and draws this. A file of its own because measuring needs a model and torch, and
 drawing a log needs neither. Reads one checkpoint and both splits of its shards; writes nothing. Takes two
@@ -220,15 +220,13 @@ def gap(rows: list[Row], split: str) -> Row:
                bits_per_byte=val.bits_per_byte - other.bits_per_byte)
 
 
-def measure(source: str | Path, data_dir: str, val_tokens: int | None, device: str, dtype: str, seed: int
+def measure(source: str | Path, data_dir: str, val_tokens: int, device: str, dtype: str, seed: int
             ) -> Report:
     """The report of a model: `source` as load_any takes it, on the shards in `data_dir`.
 
-    An empty data_dir is the one that the checkpoint was trained on, val_tokens None as many as its run judged
+    An empty data_dir is the one that the checkpoint was trained on, val_tokens 0 as many as its run judged
     on; `seed` draws the train windows. Raises UserError, before anything takes long.
     """
-    if val_tokens is not None and val_tokens < 1:
-        raise UserError(f"val_tokens={val_tokens}: wanted 1 or more; type --val_tokens={DEFAULT_VAL_TOKENS}")
     dev = resolve_device(device, dtype)
     state = load_any(source)
     config, tok = state.get("config", {}), checkpoint_tokenizer(state)

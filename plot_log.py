@@ -45,8 +45,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import Between, OneOf, PathName, UserError, configure, read_text
-from files import check, write_atomically
+from configurator import Between, OneOf, PathName, UserError, configure
+from files import check, read_text, write_atomically
 from shards import read_manifest
 
 log_dir: PathName = "log"  # a run's folder with log.txt, or a log file itself; several separated by commas
@@ -57,7 +57,7 @@ val_baseline = False  # draw OpenAI's val loss on FineWeb-Edu even if the runs a
 report = False  # measure what a checkpoint's loss is made of; the settings below are for this
 checkpoint: PathName = ""  # a .pt file, a folder whose newest is meant, gpt2, ...; empty = newest in log_dir
 data_dir: PathName = ""  # folder of token shards; empty = the one that the checkpoint was trained on
-val_tokens: Between(1, 10**12) | None = None  # the first N of val, N of train; none = as the run, or 2**20
+val_tokens: Between(0, 10**12) = 0  # the first N of val, N of train; 0 = as the run, or 2**20
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
 dtype: OneOf("auto", "float32", "bfloat16", "float16") = "auto"  # of matrix products
 seed: Between(0, 2**63 - 1) = 1337  # of the choice of train windows

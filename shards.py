@@ -5,21 +5,19 @@ The token files: how they are written, checked and read, and the order in which 
     loader = WindowLoader(stream, T=1024, batch_tokens=524_288, seed=1, n_vocab=50257)
     x, y = loader.batch(step, first=0, count=16)  # int64, (16, 1024) each
 
-A folder from fineweb.py holds NAME_{train,val}_000000.npy, ... (1-D uint16), or .bin with llm.c's header, the
-rank file of their tokenizer, build.json (progress) and manifest.json; each of several machines writes its
-own, manifest_0_of_2.json. Folders of other projects have no manifest: build-nanogpt (.npy), llm.c and
+A folder from fineweb.py holds NAME_{train,val}_000000.npy, ... (1-D uint16) or .bin (with llm.c's header),
+the rank file of their tokenizer, build.json (progress) and manifest.json; each of several machines writes its
+own manifest_0_of_2.json. Folders of other projects have no manifest: build-nanogpt (.npy), llm.c and
 modded-nanogpt (.bin), nanoGPT (train.bin and val.bin, uint16 without a header).
 
 The shards of a split are one long array, the stream. Window w is its tokens [w*T, w*T + T]: T inputs, and
-the same shifted by one as targets. Neighbouring windows share one token, and only the tail of the stream,
-fewer than T tokens, is never a target. Sample i of a run is window permute(i % n_windows) in the order of
-epoch i // n_windows: every window once per epoch, each epoch in its own order, and the step is all that a
-resume needs. Memory stays flat whatever the size of the data: windows are read one by one, as uint16, and
-become int64 only in the batch. Opening 10,000 shards takes half a second.
+the same shifted by one as targets. Only the tail of the stream, fewer than T tokens, is never a target.
+Sample i of a run is window permute(i % n_windows) of epoch i // n_windows: every window once per epoch, each
+epoch in its own order, and the step is all that a resume needs. Windows are read one by one, as uint16, so
+memory stays flat whatever the size of the data.
 """
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -43,7 +41,7 @@ SPLITS = ("train", "val")
 SHARD_NAME = re.compile(r"(?:(?P<name>[^/\\:\0]+)_)?(?P<split>train|val)(?:_(?P<number>\d+))?\.(?:npy|bin)")
 MANIFEST_NAME, BUILD_NAME = (  # of one machine, or of one of several
     re.compile(rf"{stem}(?:_\d{{1,4}}_of_(?P<ranks>\d{{1,4}}))?\.json") for stem in ("manifest", "build"))
-NPY_HEADER = re.compile(  # version 1.0: its length in two bytes, then a dict in Python's notation
+NPY_HEADER = re.compile(  # version 1.0: the length of the dict in two bytes, then the dict
     rb"(?s)\x93NUMPY\x01\0(..)(\{'descr': '<u2', 'fortran_order': False, 'shape': \((\d{1,15}),\), \} *\n)")
 
 COUNT, SHA256 = Between(0, 2**48), re.compile("[0-9a-f]{64}")
@@ -68,15 +66,13 @@ def write_shard(path: Path, *parts: np.ndarray) -> dict:
     """
     for ids in parts:
         if ids.dtype != np.uint16 or ids.ndim != 1:
-            raise TypeError(f"{path}: got ids of {ids.dtype} and shape {ids.shape}, wanted uint16 (n,)")
+            raise TypeError(f"{path}: ids must be uint16 (n,), not {ids.dtype} of shape {ids.shape}")
     tokens = sum(map(len, parts))
     if path.suffix == ".bin":
         header = struct.pack("<3i", BIN_MAGIC, BIN_VERSION, tokens).ljust(BIN_HEADER_BYTES, b"\0")
-    else:
-        stream = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            stream, {"descr": TOKEN.str, "fortran_order": False, "shape": (tokens,)})
-        header = stream.getvalue()
+    else:  # 128 bytes, as np.save writes them
+        shape = f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({tokens},), }}".ljust(117)
+        header = b"\x93NUMPY\x01\0" + struct.pack("<H", 118) + f"{shape}\n".encode()
     buffers = [header, *(np.ascontiguousarray(ids, TOKEN) for ids in parts)]
     write_atomically(path, *buffers)
     sha256 = hashlib.sha256()
@@ -88,14 +84,12 @@ def write_shard(path: Path, *parts: np.ndarray) -> dict:
 def read_header(path: Path) -> tuple[int, int]:
     """(tokens, bytes before the first one) of a shard; UserError if its header or size is wrong, OSError."""
     fix = "the file is corrupt or not a shard: build or download it again"
-    if path.exists() and not path.is_file():  # reading a pipe would wait for whoever writes into it
-        raise UserError(f"{path}: not a regular file; {fix}")
     with open(path, "rb", buffering=0) as file:
         start, size = file.read(512), os.fstat(file.fileno()).st_size
     if path.suffix == ".bin":
         magic, version, tokens = struct.unpack("<3i", start[:12].ljust(12, b"\0"))
         offset = BIN_HEADER_BYTES
-        if path.stem in ("train", "val") and magic != BIN_MAGIC:  # nanoGPT's have no header
+        if path.stem in SPLITS and magic != BIN_MAGIC:  # nanoGPT's have no header
             tokens, offset = size // TOKEN.itemsize, 0
         elif (magic, version) != (BIN_MAGIC, BIN_VERSION) or tokens < 0:
             raise UserError(f"{path}: its header starts with {[magic, version, tokens]}, not with "
@@ -106,9 +100,10 @@ def read_header(path: Path) -> tuple[int, int]:
             raise UserError(f"{path}: its header {start[:80]!r} is not that of .npy, version 1.0, one "
                             f"dimension of {TOKEN.str} (uint16); {fix}")
         tokens, offset = int(match[3]), match.end()
-    if size != offset + TOKEN.itemsize * tokens:
-        raise UserError(f"{path}: has {size:,} bytes instead of the {offset + TOKEN.itemsize * tokens:,} of "
-                        f"{tokens:,} tokens; {fix}")
+
+    expected = offset + TOKEN.itemsize * tokens
+    if size != expected:
+        raise UserError(f"{path}: has {size:,} bytes instead of {expected:,} for {tokens:,} tokens; {fix}")
     return tokens, offset
 
 
@@ -124,20 +119,19 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def list_shards(folder: str | Path, split: str) -> list[Path]:
-    """The shards of a split in order: *_{split}_{number}.npy or .bin; some of llm.c's sets have no number."""
+    """The shards of a split in order: *_{split}_{number}.npy or .bin, or llm.c's *_{split}.bin."""
     found = [match for match in _find(folder, SHARD_NAME) if match["split"] == split]
     found.sort(key=lambda match: (match["name"] or "", int(match["number"] or 0), match[0]))
     return [Path(folder, match[0]) for match in found]
 
 
 def _find(folder, pattern):
-    """The matches of a pattern among the names in a folder; none where there is no folder."""
-    names = os.listdir(folder) if os.path.isdir(folder) else ()
-    return [match for match in map(pattern.fullmatch, names) if match]
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else ()
+    return [match for name in names if (match := pattern.fullmatch(name))]
 
 
 def manifest_name(rank: int = 0, ranks: int = 1, stem: str = "manifest") -> str:
-    """manifest.json, or of several machines manifest_RANK_of_RANKS.json; stem: manifest or build."""
+    """manifest.json, or manifest_RANK_of_RANKS.json with several machines."""
     return f"{stem}.json" if ranks == 1 else f"{stem}_{rank}_of_{ranks}.json"
 
 
@@ -148,32 +142,32 @@ def write_manifest(folder: str | Path, manifest: dict, rank: int = 0, ranks: int
 
 
 def read_manifest(folder: str | Path, built: bool = False) -> dict | None:
-    """The manifest of a folder, or None where there is none: those of several machines as one, counts added.
+    """The manifest of a folder, those of several machines merged; None where there is none.
 
-    built: it must have all that fineweb.py writes, not only what training reads. Raises UserError for a
-    manifest that is missing or invalid, and for machines whose tokenizer or settings differ.
+    built: require all that fineweb.py writes, not only what training reads. Raises UserError for a manifest
+    that is missing or invalid, and for machines whose tokenizer or settings differ.
     """
     found = {match[0]: int(match["ranks"] or 1) for match in _find(folder, MANIFEST_NAME)}
     if not found:
         return None
     ranks = max(found.values())
-    names = [manifest_name(rank, ranks) for rank in range(ranks)]
-    for name in names:
+    manifests = {}
+    for name in (manifest_name(rank, ranks) for rank in range(ranks)):
         if name not in found:
             raise UserError(f"{folder} has {next(iter(found))} but no {name}: that machine has not finished "
                             f"its part; run fineweb.py there again, or copy its files into this folder")
-    try:
-        manifests = [read_json(Path(folder, name), MANIFEST) for name in names]
-        for name, manifest in zip(names, manifests) if built or ranks > 1 else ():
-            check(manifest, BUILT, str(Path(folder, name)))
-    except UserError as error:
-        raise UserError(f"{error}; build the data again into another --data_dir") from error
+        try:
+            manifests[name] = read_json(Path(folder, name), MANIFEST)
+            if built or ranks > 1:
+                check(manifests[name], BUILT, str(Path(folder, name)))
+        except UserError as error:
+            raise UserError(f"{error}; build the data again into another --data_dir") from error
 
-    merged = manifests[0]
-    for name, other in zip(names[1:], manifests[1:]):
+    (first, merged), *others = manifests.items()
+    for name, other in others:
         for key in ("tokenizer", "eot", "settings"):
             if other[key] != merged[key]:
-                raise UserError(f"{folder}: {key} is {other[key]} in {name}, {merged[key]} in {names[0]}; "
+                raise UserError(f"{folder}: {key} is {other[key]} in {name}, {merged[key]} in {first}; "
                                 f"build all parts again with the same command")
         for key in (*TOTALS, "empty_documents", "bad_documents", "files"):
             merged[key] += other[key]
@@ -186,23 +180,21 @@ def read_manifest(folder: str | Path, built: bool = False) -> dict | None:
 class TokenStream:
     """The shards of one split as one long array of ids; a read may cross from shard to shard.
 
-    Raises UserError for a folder without shards, with an unfinished build, that differs from its manifest,
-    or that has none and mixes shards of several kinds or lacks some.
+    Raises UserError for a folder without shards, with an unfinished build, with shards that differ from its
+    manifest, or, without a manifest, with shards of several kinds or a gap in their numbers.
     """
 
     def __init__(self, data_dir: str | Path, split: str):
         folder = Path(data_dir)
         self.manifest = read_manifest(folder)
-        for match in _find(folder, BUILD_NAME):
-            build = read_json(folder / match[0], {"command": str})
-            if self.manifest is None:
-                raise UserError(f"{folder} holds an unfinished build; run it again: {build['command']}")
+        if self.manifest is None and (builds := _find(folder, BUILD_NAME)):
+            command = read_json(folder / builds[0][0], {"command": str})["command"]
+            raise UserError(f"{folder} holds an unfinished build; run it again: {command}")
 
-        shards = {each: list_shards(folder, each) for each in SPLITS}
-        self.paths, everything = shards[split], [*shards["train"], *shards["val"]]
+        self.paths = list_shards(folder, split)
         if not self.paths:
             cure = ("training needs both splits: build the data again with fineweb.py --val_fraction=0.01 "
-                    "--data_dir=ANOTHER" if everything else
+                    "--data_dir=ANOTHER" if _find(folder, SHARD_NAME) else
                     "`make prepare` builds the FineWeb-Edu data, `make demo` builds and trains on a small "
                     "corpus without any download, --data_dir=... names another folder")
             raise UserError(f"{folder} has no {split} shards (*_{split}_*.npy or .bin); {cure}")
@@ -212,10 +204,10 @@ class TokenStream:
             self._sha256 = self._check_manifest(folder, split, counts)
         else:
             self._sha256 = [None] * len(counts)
-            self._check_numbers(folder, everything)
+            self._check_names(folder)
         self.ends = list(itertools.accumulate(counts))  # stream position just after each shard
-        described = [[path.name, *facts] for path, *facts in zip(self.paths, counts, self._sha256)]
-        self.fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+        facts = list(zip((path.name for path in self.paths), counts, self._sha256))
+        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         self._file = functools.lru_cache(MAX_OPEN_SHARDS)(functools.partial(_open, self.paths))
 
     def _check_manifest(self, folder, split, counts):
@@ -233,21 +225,20 @@ class TokenStream:
                                 f"{records[name]['tokens']:,}; delete it and run fineweb.py again")
         return [records[name]["sha256"] for name in found]
 
-    def _check_numbers(self, folder, everything):
-        """Shards without a manifest must have one name, one suffix and no gap in their numbers."""
-        kinds = {(SHARD_NAME.fullmatch(path.name)["name"], path.suffix): path.name for path in everything}
+    def _check_names(self, folder):
+        """Without a manifest: shards must have one name and suffix, and no gap in their numbers."""
+        kinds = {(match["name"], Path(match[0]).suffix): match[0] for match in _find(folder, SHARD_NAME)}
         if len(kinds) > 1:
             raise UserError(f"{folder} mixes shards of {len(kinds)} kinds, {', '.join(kinds.values())}: keep "
                             f"one kind, and move the others into another folder")
-        numbers = [int(SHARD_NAME.fullmatch(path.name)["number"] or -1) for path in self.paths]
-        first = min(max(numbers[0], 0), 1)
-        for path, number, expected in zip(self.paths, numbers, itertools.count(first)):
-            if number != expected and numbers != [-1]:
+        numbers = [int(SHARD_NAME.fullmatch(path.name)["number"] or 0) for path in self.paths]
+        for path, number, expected in zip(self.paths, numbers, itertools.count(min(numbers[0], 1))):
+            if number != expected:
                 raise UserError(f"{path}: expected number {expected} here: add the missing shards, or rename "
                                 f"them so that their numbers run from 0 or 1 without a gap")
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Read shards part, part + parts, ...; UserError unless each has the sha256 of the manifest."""
+        """Read shards part, part + parts, ...; UserError where a sha256 differs from the manifest's."""
         for path, sha256 in list(zip(self.paths, self._sha256))[part::parts]:
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
@@ -263,31 +254,31 @@ class TokenStream:
         return self.paths[i], position - (self.ends[i] - self._headers[i][0])
 
     def read(self, start: int, count: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Tokens [start, start + count), uint16 (count,), in `out` if there is one.
+        """Tokens [start, start + count), uint16 (count,), in `out` if given.
 
-        Plain reads, not memory maps: a map of a set larger than memory counts every page it ever touched as
-        resident, reads 2 MB for a window of 2 kB, and kills the process when a file shrinks under it.
+        Plain reads, not memory maps: a map counts every page it ever touched as resident, reads 2 MB for a
+        window of 2 kB, and kills the process when a file shrinks under it.
         """
         if not 0 <= start <= start + count <= len(self):
             raise IndexError(f"tokens {start:,} to {start + count:,} of {len(self):,} do not exist")
         tokens = np.empty(count, dtype=TOKEN) if out is None else out
-        at, rest = start * TOKEN.itemsize, tokens.view(np.uint8)  # in bytes: a read may end within a token
-        while len(rest):
-            i = bisect_right(self.ends, at // TOKEN.itemsize)
+        done = 0
+        while done < count:
+            i = bisect_right(self.ends, start + done)
             length, offset = self._headers[i]
-            place = at - (self.ends[i] - length) * TOKEN.itemsize  # in shard i
+            place = start + done - (self.ends[i] - length)  # in shard i
+            part = tokens[done:done + length - place]
             file = self._file(i, os.getpid())
-            file.seek(offset + place)
-            got = file.readinto(rest[:length * TOKEN.itemsize - place])
-            if not got:
+            file.seek(offset + place * TOKEN.itemsize)
+            if file.readinto(part.view(np.uint8)) != part.nbytes:
                 raise UserError(f"{self.paths[i]} has become shorter since it was opened; build or download "
                                 f"it again")
-            at, rest = at + got, rest[got:]
+            done += len(part)
         return tokens
 
 
 def _open(paths, i, process):
-    """Shard i, opened by this process alone: a fork that shared it would move its parent's place in it."""
+    """Shard i, opened once per process: a forked child that shared it would move its parent's position."""
     return open(paths[i], "rb", buffering=0)
 
 
@@ -295,17 +286,16 @@ def _open(paths, i, process):
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where the order drawn by (seed, epoch) puts each index of range(n): int64 (k,) in, int64 (k,) out.
+    """The permutation of range(n) keyed by (seed, epoch), at each `index`: int64 (k,) in, int64 (k,) out.
 
-    A bijection of range(n) in O(1) memory: an 8-round Feistel network (Luby and Rackoff, 1988) over pairs of
-    digits in base `side`, the smallest whose square holds n. A result of n or more goes through again until
-    it is below n ("cycle walking", Black and Rogaway, 2002; rare, as side**2 - n < 2 * side).
-    Example: permute(np.arange(5), 5, seed=1, epoch=0) holds 0 to 4, each once.
+    In O(1) memory: an 8-round Feistel network (Luby and Rackoff, 1988) over pairs of digits in base `side`,
+    the smallest whose square holds n. A result of n or more goes through again until it is below n ("cycle
+    walking", Black and Rogaway, 2002; rare, as side**2 - n < 2 * side).
     """
     side = np.uint64(math.isqrt(n - 1) + 1)
     keys = np.frombuffer(hashlib.sha512(f"{seed} {epoch}".encode()).digest(), dtype="<u8")  # one per round
     out = np.asarray(index).astype(np.uint64)
-    walking = np.arange(len(out))  # the entries that still need a turn
+    walking = np.arange(len(out))  # the entries that are not below n yet
     while len(walking):
         left, right = np.divmod(out[walking], side)
         for key in keys:
@@ -321,20 +311,17 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 class WindowLoader:
     """Batches of windows of a stream, a pure function of (seed, data, batch_tokens, T, step).
 
-    shuffle=False gives the windows in their order (validation). Ids of n_vocab or more are refused when they
-    are read. Raises UserError if the data is shorter than one window or batch_tokens is not a multiple of T.
+    batch_tokens is a multiple of T. shuffle=False gives the windows in file order, for validation. Raises
+    UserError if the data is shorter than one window, and when an id of n_vocab or more is read.
     """
 
     def __init__(self, stream: TokenStream, T: int, batch_tokens: int, seed: int, n_vocab: int,
                  shuffle: bool = True):
         if len(stream) < T + 1:
-            raise UserError(f"got {len(stream):,} tokens ({stream.paths[0].name}, ...), wanted at least "
-                            f"{T + 1:,} for one window of block_size={T}; choose "
-                            f"--block_size={len(stream) - 1} or smaller, or build more data")
-        if batch_tokens < T or batch_tokens % T:
-            below = max(T, batch_tokens // T * T)
-            raise UserError(f"batch_tokens={batch_tokens} is not a multiple of block_size={T}; try "
-                            f"--batch_tokens={below} or {below + T}")
+            raise UserError(f"{stream.paths[0]}, ... have {len(stream):,} tokens, too few for one window of "
+                            f"block_size={T} and its targets; choose --block_size={len(stream) - 1} or "
+                            f"smaller, or build more data")
+        assert batch_tokens % T == 0 < batch_tokens, f"batch_tokens={batch_tokens} is not a multiple of {T}"
         self.stream, self.T, self.seed, self.n_vocab, self.shuffle = stream, T, seed, n_vocab, shuffle
         self.n_windows = (len(stream) - 1) // T
         self.windows_per_step = batch_tokens // T
@@ -360,13 +347,13 @@ class WindowLoader:
         if len(ids) and tokens.max() >= self.n_vocab:
             row, column = np.argwhere(tokens >= self.n_vocab)[0].tolist()
             path, offset = self.stream.locate(int(ids[row]) * self.T + column)
-            raise UserError(f"{path}: got id {tokens[row, column]} at token {offset:,}, wanted ids below the "
-                            f"vocabulary's {self.n_vocab:,}; the file is corrupt or was made with another "
-                            f"tokenizer: build the data again with this run's, or raise --vocab_size")
+            raise UserError(f"{path}: got id {tokens[row, column]} at token {offset:,}, but the vocabulary "
+                            f"has {self.n_vocab:,} ids; the file is corrupt or was made with another "
+                            f"tokenizer: build the data again, or raise --vocab_size")
         return tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
 
     def count_targets(self, n_windows: int) -> np.ndarray:
-        """How often each id is a target in the first windows of the stream, int64 (n_vocab,)."""
+        """Occurrences of each id among the targets of the first windows, int64 (n_vocab,)."""
         counts = np.zeros(self.n_vocab, dtype=np.int64)
         for first in range(0, n_windows, 1024):
             _, y = self.read_windows(np.arange(first, min(first + 1024, n_windows)))

@@ -48,10 +48,10 @@ from tqdm import tqdm
 import checkpoint
 import hellaswag
 from bpe import load_tokenizer, tokenizer_from_ranks
-from configurator import Between, OneOf, PathName, UserError, configure, end_launcher, read_text
+from configurator import Between, OneOf, PathName, UserError, configure, end_launcher
 from convert_hf import load_any
 from device import check_first_loss, is_out_of_memory, resolve_device, self_test
-from files import locked, read_jsonl, write_atomically
+from files import locked, read_jsonl, read_text, write_atomically
 from model import GPT, GPTConfig, plain_attention
 from ranks import Ranks
 from shards import RANK_FILE, TokenStream, WindowLoader

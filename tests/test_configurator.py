@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from training import PYTHON
 
 import analyze_compute
 from configurator import OTHER_NAMES, Between, OneOf, PathName, UserError, annotations_of, configure
@@ -28,8 +27,7 @@ compile = True
 wandb_run_name = "gpt2"  # name # with a hash
 out_dir: PathName = "out"
 start = "\\n"
-top_p: Between(0, 1.0) | None = None  # nucleus
-stop_at: Between(1, 10**12) | None = 5
+top_p: Between(0, 1.0) = 1.0  # nucleus
 CONSTANT = 3
 _private = 1
 config = configure(globals())
@@ -68,10 +66,9 @@ def hook(monkeypatch):
 def namespace(tmp_path):
     """A script's globals as configure sees them: settings, and what is none."""
     names = {"__file__": str(tmp_path / "script.py"), "__name__": "__main__", "CONSTANT": 3, "_private": 1,
-             "sys": sys, "configure": configure,
-             "__annotations__": {"top_p": Between(0, 1.0) | None, "stop_at": Between(1, 9) | None}}
+             "sys": sys, "configure": configure, "nothing": None}
     names.update(batch_size=16, learning_rate=6e-4, grad_clip=1.0, compile=True, wandb_run_name="gpt2",
-                 out_dir="out", start="\n", top_p=None, stop_at=5)
+                 out_dir="out", start="\n")
     return names
 
 
@@ -92,10 +89,6 @@ def namespace(tmp_path):
     ("--start=FILE:a=b.txt", "start", "FILE:a=b.txt"),
     ("--start==", "start", "="),
     ("--learning-rate=1e-3", "learning_rate", 1e-3),
-    ("--top_p=0.9", "top_p", 0.9),
-    ("--top-p=1", "top_p", 1.0),
-    ("--stop_at=None", "stop_at", None),
-    ("--stop_at=none", "stop_at", None),
 ])
 def test_good_flags(namespace, flag, key, value):
     before = dict(namespace)
@@ -103,7 +96,7 @@ def test_good_flags(namespace, flag, key, value):
     assert resolved[key] == value and type(resolved[key]) is type(value)
     assert namespace == {**before, key: value}  # and nothing else has leaked into the script
     assert list(resolved) == ["batch_size", "learning_rate", "grad_clip", "compile", "wandb_run_name",
-                              "out_dir", "start", "top_p", "stop_at"]
+                              "out_dir", "start"]
 
 
 @pytest.mark.parametrize(("flag", "words"), [
@@ -124,6 +117,7 @@ def test_good_flags(namespace, flag, key, value):
     ("--CONSTANT=4", "unknown setting"),
     ("--configure=4", "unknown setting"),
     ("--sys=4", "unknown setting"),
+    ("--nothing=4", "unknown setting"),
     ("-batch_size=8", "or --key=value for a setting"),
     ("batch_size=8", "not found"),
     ("config/nosuch.py", "not found"),
@@ -178,26 +172,21 @@ def test_text_of_config_files(namespace, tmp_path):
     path = tmp_path / "a.py"
     path.write_bytes(b"\xef\xbb\xbfbatch_size = 7\n")  # as Notepad saves it
     assert configure(namespace, [str(path)])["batch_size"] == 7
-    for data, words in [("batch_size = 7\n".encode("utf-16"), "UTF-16; convert it"),
-                        (b"batch_size = 7  # caf\xe9\n", "byte 21 is not UTF-8")]:
-        path.write_bytes(data)
-        with pytest.raises(UserError, match=words):
-            configure(namespace, [str(path)])
+    path.write_bytes("batch_size = 7\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"a\.py, line"):
+        configure(namespace, [str(path)])
 
 
 @pytest.mark.parametrize("how", ["__annotations__", "__annotate__"])  # the latter: Python 3.14
 def test_annotations_are_checked_in_flags_and_files(namespace, tmp_path, how):
     limits = {"batch_size": Between(1, 99), "grad_clip": Between(0, 1 - 1e-9),
-              "top_p": Between(0, 1.0) | None, "stop_at": Between(2, 9) | None,
               "wandb_run_name": OneOf("gpt2", "gpt3", "")}
     with pytest.raises(UserError, match=r"grad_clip=1\.0: wanted 0 to"):  # a default
         configure({**namespace, "__annotations__": limits}, [])
     namespace["grad_clip"] = 0.5
-    del namespace["__annotations__"]
     namespace[how] = limits if how == "__annotations__" else {1: limits}.__getitem__  # 1: values, no strings
     path = tmp_path / "a.py"
-    for key, text, value in [("batch_size", "99.0", 99), ("grad_clip", "0", 0.0), ("top_p", "1", 1.0),
-                             ("top_p", "None", None), ("stop_at", "9", 9), ("stop_at", "None", None)]:
+    for key, text, value in [("batch_size", "99.0", 99), ("grad_clip", "0", 0.0)]:
         path.write_text(f"{key} = {text}", encoding="utf-8")
         for arg in (f"--{key}={text}", str(path)):
             found = configure(dict(namespace), [arg])[key]
@@ -205,15 +194,13 @@ def test_annotations_are_checked_in_flags_and_files(namespace, tmp_path, how):
     assert configure(dict(namespace), ["--wandb_run_name="])["wandb_run_name"] == ""
     for key, text, wanted in [
         ("batch_size", "0", "1 to 99"), ("batch_size", "1" * 4000, "1 to 99"),
-        ("batch_size", "1.5", "a whole number, 1 to 99"), ("batch_size", "None", "a whole number, 1 to 99"),
+        ("batch_size", "1.5", r"1 to 99 \(a whole number\)"), ("batch_size", "None", "1 to 99"),
         ("grad_clip", "-1e-300", "0 to 0.999999999"), ("grad_clip", "1", "0 to 0.999999999"),
-        ("grad_clip", "1e310", "a number, 0 to 0.999999999"), ("top_p", "1.5", "0 to 1.0 or none"),
-        ("stop_at", "1", "2 to 9 or none"), ("stop_at", "2.5", "a whole number, 2 to 9 or none"),
-        ("wandb_run_name", "gpt4", "gpt2, gpt3 or nothing"),
+        ("grad_clip", "1e310", "0 to 0.999999999"), ("wandb_run_name", "gpt4", "gpt2, gpt3 or nothing"),
     ]:
         path.write_text(f"{key} = {text!r}" if text == "gpt4" else f"{key} = {text}", encoding="utf-8")
         for arg, where in ((f"--{key}={text}", f"flag --{key}={text}"), (str(path), rf"a\.py: {key} = .*")):
-            with pytest.raises(UserError, match=f"{where}: wanted {wanted}$"):
+            with pytest.raises(UserError, match=f"{where}: wanted {wanted}"):
                 configure(namespace, [arg])
 
 
@@ -234,7 +221,7 @@ def test_home_folder(namespace, monkeypatch):
     (["--batch_size", "100"], "flag --batch_size: needs a value after an equals sign; type --batch_size=100"),
     (["--out-dir", "x.py"], "type --out_dir=x.py"),
     (["--compile", "false"], "type --compile=false"),
-    (["--batch_size", "--compile"], "type --batch_size=16"),
+    (["--batch_size", "--compile"], "type --batch_size=VALUE"),
     (["--compile", "nosuch.py"], "config file nosuch.py: not found"),
 ])
 def test_a_space_in_place_of_the_equals_sign(namespace, argv, words):
@@ -258,20 +245,15 @@ def test_names_of_nanogpt_and_llm_c(namespace, tmp_path):
         configure(namespace, ["--max_iters=1"])
 
 
-def test_what_is_no_config_file_is_named_as_such(namespace, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["input.txt", "data", "folder.py"])
+def test_what_is_no_config_file_is_named_as_such(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "folder.py").mkdir()
-    for name in ("input.txt", "text.parquet", "ids.npy", "lines.jsonl"):
-        (tmp_path / name).write_text("batch_size = 1\n", encoding="utf-8")
-    settings = settings_of(ROOT / "fineweb.py")
-    for name in ("input.txt", "text.parquet", "ids.npy", "lines.jsonl", "data", "folder.py"):
-        what = "a folder, not a config file" if Path(name).is_dir() else "not a config file (.py)"
-        flags = f"--input={name}, --data_dir={name}, --tokenizer={name}"
-        with pytest.raises(UserError, match=re.escape(f"{name} is {what}; flags that take a path: {flags}")):
-            configure(settings, [name])
-    with pytest.raises(UserError, match="flags that take a path: none"):
-        configure(namespace, ["data"])
+    Path("input.txt").write_text("batch_size = 1\n", encoding="utf-8")
+    Path("data").mkdir()
+    Path("folder.py").mkdir()
+    words = f"{name} is not a config file (.py); flags that take a path: --input={name}, --data_dir={name}, "
+    with pytest.raises(UserError, match=re.escape(words)):
+        configure(settings_of(ROOT / "fineweb.py"), [name])
 
 
 # ---- the settings of all scripts
@@ -290,7 +272,7 @@ def test_every_number_has_a_range_that_its_default_keeps(path):
         assert isinstance(limit, Between) or type(value) in (bool, str), f"{key}: no Between stands beside it"
         assert limit is PathName or key not in PATHS, f"{key}: no PathName stands beside it"
         assert isinstance(limit, OneOf) or key != "dtype"
-        if isinstance(limit, (Between, OneOf)) and value is not None:
+        if isinstance(limit, (Between, OneOf)):
             assert value in limit, key
 
 
@@ -311,7 +293,7 @@ def test_what_is_outside_of_a_range_is_refused(path):
                 if not limited:
                     assert value_of(key, value) == value
                     continue
-                with pytest.raises(UserError, match=re.escape(f"flag --{key}={value}: wanted {limit}")):
+                with pytest.raises(UserError, match=re.escape(f"flag --{key}={value}: wanted {limit} (")):
                     value_of(key, value)
         elif isinstance(limit, OneOf):
             assert [value_of(key, word) for word in limit] == list(limit)
@@ -319,26 +301,9 @@ def test_what_is_outside_of_a_range_is_refused(path):
                 value_of(key, "sgd,")
 
 
-@pytest.mark.parametrize(("script", "flags"), [
-    ("train_gpt2.py", ["--min_lr=0", "--grad_clip=-1"]), ("train_gpt2.py", ["--n_layer=2147483648"]),
-    ("train_gpt2.py", ["--batch_tokens=1e12"]), ("train_gpt2.py", ["--max_lr=1e310"]),
-    ("fineweb.py", ["--num_workers=1e6"]), ("train_bpe.py", ["--num_workers=1e6"])])
-def test_nonsense_that_hung_or_exploded(script, flags):
-    with pytest.raises(UserError, match=f"flag {flags[-1]}: wanted"):
-        configure(settings_of(ROOT / script), flags)
-    configure(settings_of(ROOT / "train_gpt2.py"), ["--n_embd=10000000"])  # --dry_run tells what that takes
-
-
-def test_a_setting_without_a_range_is_found(tmp_path):
-    path = tmp_path / "script.py"
-    path.write_text("seed = 2**10\n", encoding="utf-8")
-    with pytest.raises(AssertionError, match="seed: no Between"):
-        test_every_number_has_a_range_that_its_default_keeps(path)
-
-
 def test_config_file_beside_the_script_from_any_folder(namespace, tmp_path, monkeypatch):
     (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "small.py").write_text("batch_size = 7\ntop_p = None\n", encoding="utf-8")
+    (tmp_path / "config" / "small.py").write_text("batch_size = 7\n", encoding="utf-8")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert configure(dict(namespace), ["config/small.py"])["batch_size"] == 7
@@ -377,7 +342,7 @@ def test_a_name_that_is_not_utf8_is_one_line(tmp_path):
 def test_a_full_disk_exits_2_and_a_closed_pipe_is_quiet(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"{SCRIPT}\nopen('/dev/full', 'wb', buffering=0).write(b'x')\n", encoding="utf-8")
-    for command, code, words in [(f"{sys.executable} {script}", 2, "no space left on the disk"),
+    for command, code, words in [(f"{sys.executable} {script}", 2, "No space left on device"),
                                  (f"{sys.executable} {script} --help | true", 0, "")]:
         done = subprocess.run(command, shell=True, capture_output=True, text=True,
                               env={"PYTHONPATH": str(ROOT)})
@@ -388,21 +353,14 @@ def test_help_lists_key_type_default_and_comment(tmp_path):
     done = run(tmp_path, "--help")
     assert done.returncode == 0
     lines = {line.split("=")[0].strip(): line for line in done.stdout.splitlines() if line.startswith("  --")}
-    assert len(lines) == 10
-    assert re.fullmatch(" +--batch_size=16 +int, 1 to 65,536 +sequences", lines["--batch_size"])
-    assert re.search("  float, 0 or more +peak", lines["--learning_rate"])  # a huge bound says nothing
-    assert lines["--optimizer"].endswith("  adamw or muon") and lines["--out_dir"].endswith("  path")
+    assert len(lines) == 9
+    assert re.fullmatch(r" +--batch_size=16 +1 to 65,536 \(a whole .* +sequences", lines["--batch_size"])
+    assert lines["--optimizer"].endswith("  adamw or muon") and lines["--out_dir"].endswith("  text")
     assert lines["--wandb_run_name"].endswith("name # with a hash")
-    assert re.search("  float, 0 to 1.0 or none +nucleus", lines["--top_p"])
-    assert lines["--stop_at"].endswith("  int, 1 or more or none")
-    assert lines["--grad_clip"].split() == ["--grad_clip=1.0", "float"]
+    assert re.search(r"  0 to 1.0 \(a number\) +nucleus", lines["--top_p"])
+    assert lines["--grad_clip"].split() == ["--grad_clip=1.0", "a", "number"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
-def test_every_config_file_fits_train_gpt2(path, tmp_path):
-    flags = [f"--data_dir={tmp_path}/none", f"--log_dir={tmp_path}/log", "--device=cpu", "--compile=false"]
-    done = subprocess.run([PYTHON, str(ROOT / "train_gpt2.py"), str(path), *flags],
-                          capture_output=True, text=True)
-    # settings are all accepted: the first thing missed is the data
-    assert done.returncode == 2 and "make prepare" in done.stderr, done.stderr
-    assert not (tmp_path / "log").exists()
+def test_every_config_file_fits_train_gpt2(path):
+    assert configure(settings_of(ROOT / "train_gpt2.py"), [str(path)])

@@ -162,7 +162,7 @@ original, builtins.open = open, opened
 
 
 @pytest.mark.parametrize(("breaks", "words"), [
-    (NOT_FINITE, "logits are not finite"), (NO_DATA, "Input/output error"), (NO_LOG, "no space left")])
+    (NOT_FINITE, "logits are not finite"), (NO_DATA, "Input/output error"), (NO_LOG, "No space left")])
 def test_what_fails_on_one_process_ends_all(flags, tmp_path, breaks, words):
     script = with_fault(tmp_path, breaks)
     flags |= {"log_dir": tmp_path / "log", "sample_interval": 3, "max_new_tokens": 4, "max_steps": 40,

@@ -1,6 +1,5 @@
 """shards.py: what is written is what is read, damage is refused, an epoch uses every window exactly once."""
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -89,7 +88,7 @@ def test_bin_is_llm_c_format(tmp_path):
 
 @pytest.mark.parametrize("ids", [np.array([65_536]), np.array([-1]), np.array([1.0]), ids_of([1, 2])])
 def test_ids_of_another_type_are_refused(tmp_path, ids):
-    with pytest.raises(TypeError, match="wanted uint16"):
+    with pytest.raises(TypeError, match="must be uint16"):
         write_shard(tmp_path / "x_train_000000.npy", ids_of(1), ids)
     assert not list(tmp_path.iterdir())
 
@@ -101,8 +100,8 @@ def bin_file(magic=20240520, version=1, count=4, tokens=4):
 @pytest.mark.parametrize("content, reason", [
     (bin_file(magic=20240522), "20240522"),
     (bin_file(version=2), r"\[20240520, 2, 4\]"),
-    (bin_file(count=5), "1,032 bytes instead of the 1,034"),
-    (bin_file(tokens=5), "1,034 bytes instead of the 1,032"),
+    (bin_file(count=5), "1,032 bytes instead of 1,034"),
+    (bin_file(tokens=5), "1,034 bytes instead of 1,032"),
     (bin_file(count=-1), r"\[20240520, 1, -1\]"),
     (bin_file()[:-1], "1,031 bytes"),
     (bin_file()[:100], "100 bytes"),
@@ -134,49 +133,16 @@ def test_npy_cut_or_changed_is_refused(tmp_path, keep, then):
         read_shard(path)
 
 
-def test_full_disk_leaves_nothing(tmp_path):
-    """RLIMIT_FSIZE makes the kernel refuse the write halfway, as a full disk does."""
-    code = ("import resource, sys, numpy, pathlib, shards\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-            "try: shards.write_shard(pathlib.Path(sys.argv[1]), numpy.zeros(10_000, 'u2'))\n"
-            "except shards.UserError as error: print(error); sys.exit(2)\n")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x_train_000000.npy"], capture_output=True,
-                          text=True, encoding="utf-8", cwd=shards.__file__.rpartition("/")[0])
-    assert done.returncode == 2 and "no space" in done.stdout, done
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("header", [
     "{'descr': '<u2', 'fortran_order': False, 'shape': (-5,), }", "{'descr': '<u2', 'shape': (5,), }",
-    "{'descr': '<u2', 'fortran_order': False, 'shape': (%s,), }" % (9 * "9"), "((", "[" * 3000,
-    "{'descr': '<u2', 'fortran_order': False, 'shape': (5,), 'x': '", "9" * 5000, "{" + 9 * "9" + "L:1}",
+    "{'descr': '<u2', 'fortran_order': False, 'shape': (%s,), }" % (9 * "9"), "[" * 3000, "9" * 5000,
 ])
 def test_corrupt_npy_headers_are_refused(tmp_path, header):
-    """numpy's parser answers with TokenError, IndexError, MemoryError, or a shape below 0."""
     path = tmp_path / "x_train_000000.npy"
     start = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1)
     path.write_bytes(start + header.encode() + b"\n" + bytes(10))
-    with pytest.raises(UserError, match=r"x_train_000000\.npy"):
+    with pytest.raises(UserError, match=path.name):
         read_shard(path)
-
-
-def test_a_pipe_is_no_shard(tmp_path):
-    os.mkfifo(tmp_path / "x_train_000000.bin")
-    with pytest.raises(UserError, match="not a regular file"):
-        TokenStream(tmp_path, "train")
-
-
-def test_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
-    path = tmp_path / "x_train_000000.npy"
-    write_shard(path, zeros(5))
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(UserError, match="no space"):
-        write_shard(path, zeros(9))
-    assert len(read_shard(path)) == 5 and len(list(tmp_path.iterdir())) == 1
 
 
 # ---- a folder of them ----------------------------------------------------------
@@ -232,7 +198,6 @@ def test_nanogpts_files_have_no_header(tmp_path, size):
     (["a_train_000001.bin", "a_train_000003.bin"], "a_train_000003.bin: expected number 2 here"),
     (["a_train_000002.bin", "a_train_000003.bin"], "a_train_000002.bin: expected number 1 here"),
     (["a_train_000000.bin", "a_train_0.bin"], "a_train_000000.bin: expected number 1 here"),
-    (["a_train.bin", "a_train_000001.bin"], "a_train.bin: expected number 0 here"),
 ])
 def test_shards_that_do_not_belong_together(tmp_path, names, words):
     for name in names:
@@ -381,16 +346,6 @@ def test_stream_reads_across_shards(tmp_path_factory, sizes, data):
         stream.read(start, len(stream) - start + 1)
 
 
-def test_many_shards_few_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 4)
-    stream = TokenStream(make_folder(tmp_path, [50] * 40), "train")
-    loader = WindowLoader(stream, 10, 10 * 199, 0, 65_536)
-    before = len(list(shards.Path("/proc/self/fd").iterdir()))
-    for step in range(3):
-        loader.batch(step, 0, 199)
-    assert len(list(shards.Path("/proc/self/fd").iterdir())) <= before + 4
-
-
 def test_a_shard_that_shrinks_while_it_is_in_use(tmp_path):
     stream = TokenStream(make_folder(tmp_path, [50, 50]), "train")
     stream.read(0, 100)
@@ -491,17 +446,9 @@ def test_validation_order_is_the_files(tmp_path):
     assert ids == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
 
 
-@pytest.mark.parametrize("batch_tokens, legal", [(1000, "768 or 1024"), (100, "256 or 512"),
-                                                 (0, "256 or 512")])
-def test_batch_tokens_that_do_not_divide(tmp_path, batch_tokens, legal):
-    stream = TokenStream(make_folder(tmp_path, [2000]), "train")
-    with pytest.raises(UserError, match=f"--batch_tokens={legal}$"):
-        WindowLoader(stream, 256, batch_tokens, 0, 65_536)
-
-
 def test_too_little_data(tmp_path):
     stream = TokenStream(make_folder(tmp_path, [256]), "train")
-    with pytest.raises(UserError, match=r"got 256 tokens .* wanted at least 257 .*--block_size=255"):
+    with pytest.raises(UserError, match=r"have 256 tokens, too few .*--block_size=255 or smaller"):
         WindowLoader(stream, 256, 256, 0, 65_536)
     assert WindowLoader(stream, 255, 255, 0, 65_536).n_windows == 1
 
@@ -513,7 +460,7 @@ def test_ids_beyond_the_vocabulary(tmp_path):
     loader.read_windows(np.arange(14))  # reads token 140, the last target of window 13, and not yet 150
     with pytest.raises(UserError) as error:
         loader.read_windows(np.array([3, 14]))
-    for word in ("x_train_000001.npy", "got id 150 at token 50", "the vocabulary's 150", "--vocab_size"):
+    for word in ("x_train_000001.npy", "got id 150 at token 50", "vocabulary has 150 ids", "--vocab_size"):
         assert word in str(error.value)
 
 
@@ -553,21 +500,14 @@ def test_import_is_light():
 N_SHARDS, SHARD_TOKENS = 10_000, 100_000_000
 
 
-@pytest.fixture(scope="module", params=[".npy", ".bin"])
-def huge_folder(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def huge_folder(tmp_path_factory):
     """10,000 shards of 100M tokens; the disk holds their headers, the rest of each file is a hole."""
     folder = tmp_path_factory.mktemp("huge")
-    header = io.BytesIO()
-    if request.param == ".npy":
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": "<u2", "fortran_order": False, "shape": (SHARD_TOKENS,)})
-    else:
-        header.write(struct.pack("<256i", 20240520, 1, SHARD_TOKENS, *[0] * 253))
-    header = header.getvalue()
     for i in range(N_SHARDS):
-        with open(folder / f"x_train_{i:06d}{request.param}", "wb") as file:
-            file.write(header)
-            file.truncate(len(header) + 2 * SHARD_TOKENS)
+        with open(folder / f"x_train_{i:06d}.bin", "wb") as file:
+            file.write(bin_file(count=SHARD_TOKENS, tokens=0))
+            file.truncate(1024 + 2 * SHARD_TOKENS)
     yield folder
     shutil.rmtree(folder)  # pytest keeps the folders of three sessions
 
