@@ -677,7 +677,10 @@ def gpt2_rank_file() -> bytes:
     from tiktoken.load import read_file_cached  # here, as it takes a while
 
     try:
-        return read_file_cached(GPT2_URL, GPT2_SHA256)
+        data = read_file_cached(GPT2_URL, GPT2_SHA256)
+        if hashlib.sha256(data).hexdigest() != GPT2_SHA256:  # with the cache switched off, tiktoken does not look
+            raise ValueError("its sha256 is another one")
+        return data
     except (OSError, ValueError) as error:  # ValueError: another sha256
         raise UserError(f"GPT-2's vocabulary is not in the cache and cannot be downloaded from {GPT2_URL} "
                         f"({error}); put r50k_base.tiktoken (or Whisper's gpt2.tiktoken), sha256 "
