@@ -678,7 +678,7 @@ def gpt2_rank_file() -> bytes:
 
     try:
         data = read_file_cached(GPT2_URL, GPT2_SHA256)
-        if hashlib.sha256(data).hexdigest() != GPT2_SHA256:  # with the cache switched off, tiktoken does not look
+        if hashlib.sha256(data).hexdigest() != GPT2_SHA256:  # tiktoken checks only what it caches
             raise ValueError("its sha256 is another one")
         return data
     except (OSError, ValueError) as error:  # ValueError: another sha256
