@@ -94,7 +94,7 @@ def run(command: list[str], folder: Path, rng: random.Random, target: float,
     where = None
     if process.poll() is None:
         victim, name, workers = process.pid, "parent", children(process.pid)
-        if workers and rng.random() < 0.3:
+        if workers and rng.random() < 0.5:
             victim, name = rng.choice(workers), "worker"
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
@@ -115,8 +115,8 @@ def rounds(command: list[str], work: Path, kills: int, rng: random.Random,
         folder, number = work / f"killed_{number}", number + 1
         while True:
             present, target = len(files_of(folder)), math.inf
-            if struck.total() < kills:  # .lock counts too; one file more than that there never is
-                target = rng.randint(present, max(present, len(expected)) + 2)
+            if struck.total() < kills and present < len(expected):
+                target = rng.randint(present, len(expected))  # the last before the manifest, as .lock counts
             flags = [f"--data_dir={folder}", f"--num_workers={rng.randint(1, 3)}"]
             where = run([*command, *flags], folder, rng, target, env)
             if where is None:
