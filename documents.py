@@ -7,7 +7,7 @@ Documents of text, in chunks that many processes can work on: from parquet, JSON
 
 A document is a row of a parquet file, a line of a JSON lines file, or what stands between two <|endoftext|>
 in a txt file. A hash of its text decides whether it is for training or for validation, so equal documents are
-on the same side. A txt file without <|endoftext|> is one document per 64 MB, and its last val_fraction, if
+on the same side. A txt file without <|endoftext|> is a document per 64 MB, of which the last val_fraction, if
 that is 1,000 bytes or more, is validation, from the start of a line on.
 
 Chunks and their order depend on the files alone. So the result is the same for any number of processes, and
@@ -22,7 +22,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -45,6 +44,7 @@ MOST_BYTES = 1 << 26   # of a txt document, and of a row group that a worker rea
 VAL_BYTES = 1000       # a txt file whose val_fraction is less than this is not divided
 KINDS = re.compile(r".+\.(parquet|(jsonl|ndjson|json|txt)(\.gz|\.zst)?)", re.IGNORECASE)
 KINDS_TEXT = ".parquet; .jsonl, .ndjson, .json (a document per line) and .txt, also as .gz or .zst"
+READ_ERRORS = (OSError, EOFError, ValueError, zlib.error)  # Arrow's are OSError and ValueError
 FOOTER_BYTES = 1 << 16  # fetched of a parquet file's end; more if its footer is longer
 # of the standard library's folder: tests, packages, and what differs from machine to machine
 LEFT_OUT = re.compile(r"/(tests?|idle_test|(site|dist)-packages|config-[^/]*|_sysconfigdata[^/]*)(/|$)")
@@ -163,19 +163,22 @@ def from_texts(texts: list[tuple[bytes, str, bool | None]], val_fraction: float,
 # ---- parquet -------------------------------------------------------------------
 
 
+def check_unchanged(file: File) -> None:
+    status = os.stat(file.path)
+    if status.st_size != file.size or file.mtime not in (None, status.st_mtime_ns):
+        raise UserError(f"{file.name} has changed since the build began; choose another --data_dir")
+
+
 @contextlib.contextmanager
 def reading(file: File, place: str = ""):
     """UserError for what goes wrong in this block, and where the file is no longer the planned one."""
     try:
-        for last in (False, True):
-            status = os.stat(file.path)
-            if status.st_size != file.size or file.mtime not in (None, status.st_mtime_ns):
-                raise UserError(f"{file.name} has changed since the build began; choose another --data_dir")
-            if not last:
-                yield
+        check_unchanged(file)
+        yield
+        check_unchanged(file)
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # Arrow's errors are OSError and ValueError
+    except READ_ERRORS as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         if "too much memory" in reason:
             reason += "; it was made with zstd --long: decompress it with zstd -d --long=31"
@@ -259,8 +262,8 @@ def read_rows(array, name: str, row: int, val_fraction: float) -> Documents:
 # ---- JSON lines and txt --------------------------------------------------------
 
 
-def read_pieces(file: File) -> Iterator[bytes]:
-    """The decompressed contents, PIECE_BYTES at a time, without a byte order mark.
+def read_blocks(file: File, size: int) -> Iterator[bytes]:
+    """The decompressed contents, about `size` bytes at a time, without a byte order mark.
 
     Of a compressed file that is cut off comes all that can be read, and then the UserError.
     """
@@ -270,42 +273,45 @@ def read_pieces(file: File) -> Iterator[bytes]:
         stream = gzip.open(file.path) if suffix == ".gz" else pa.input_stream(
             str(file.path), compression="zstd" if suffix == ".zst" else None)
         with stream:
-            piece = stream.read1(PIECE_BYTES)
-            if piece[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            block = bytearray(stream.read1(PIECE_BYTES))
+            if block[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise UserError(f"{file.name} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW")
-            piece = piece.removeprefix(b"\xef\xbb\xbf")
-            while piece:
-                yield piece
-                piece = stream.read1(PIECE_BYTES)
+            block = block.removeprefix(b"\xef\xbb\xbf")
+            try:
+                while piece := stream.read1(PIECE_BYTES):
+                    if len(block) >= size:
+                        yield bytes(block)
+                        block.clear()
+                    block += piece
+            except READ_ERRORS:
+                yield bytes(block)
+                raise
+            yield bytes(block)
 
 
 def jsonl_chunks(file: File, column: str, val_fraction: float) -> Iterator[tuple[tuple[int, int], Chunk]]:
     """((line, 0), chunk) of complete lines: decompressed here, as a file cannot be entered in the middle."""
-    line, pieces, size, bad = 1, [], 0, []
+    line, rest = 1, b""
     try:
-        for piece in read_pieces(file):
-            if line == 1 and not pieces and piece.lstrip()[:1] == b"[":
+        for block in itertools.chain(read_blocks(file, CHUNK_BYTES), [b"\n"]):
+            if line == 1 and not rest and block.lstrip()[:1] == b"[":
                 raise UserError(f"{file.name} is a JSON array, not a document a line; convert it: python -c "
                                 f"'import json, sys; [print(json.dumps(x)) for x in json.load(sys.stdin)]' "
                                 f"< OLD.json > NEW.jsonl")
-            pieces.append(piece)
-            size += len(piece)
-            if size >= CHUNK_BYTES and b"\n" in piece:
-                block, rest = b"".join(pieces).rsplit(b"\n", 1)
-                yield (line, 0), Chunk(read_jsonl, (file.name, line, block, column, val_fraction, []))
-                line, pieces, size = line + block.count(b"\n") + 1, [rest], len(rest)
+            lines, newline, rest = (rest + block).rpartition(b"\n")
+            if newline:
+                yield (line, 0), Chunk(read_jsonl, (file.name, line, lines, column, val_fraction))
+                line += lines.count(b"\n") + 1
     except UserError as error:
-        if error.__cause__ is None or not pieces:  # only a file that is cut off has complete lines before
+        if error.__cause__ is None or line == 1:  # only a file that is cut off has complete lines before
             raise
-        pieces, bad = [b"".join(pieces).rpartition(b"\n")[0]], [str(error)]
-    yield (line, 0), Chunk(read_jsonl, (file.name, line, b"".join(pieces), column, val_fraction, bad))
+        yield (line, 0), Chunk(from_texts, ([], val_fraction, [str(error)]))
 
 
-def read_jsonl(name: str, first_line: int, block: bytes, column: str, val_fraction: float,
-               bad: list[str]) -> Documents:
-    """The documents of a block of lines."""
-    texts = []
-    for number, line in enumerate(block.split(b"\n"), first_line):
+def read_jsonl(name: str, first_line: int, lines: bytes, column: str, val_fraction: float) -> Documents:
+    """The documents of some lines; first_line: the number of the first one, for messages."""
+    texts, bad = [], []
+    for number, line in enumerate(lines.split(b"\n"), first_line):
         try:
             if line.strip():
                 texts.append((json.loads(line)[column].encode(), "", None))
@@ -332,34 +338,30 @@ def text_chunks(documents: Iterable[tuple[bytes, str, bool | None]],
 
 def split_text(file: File, val_fraction: float) -> Iterator[tuple[bytes, str, bool | None]]:
     """The documents of a txt file, as from_texts takes them."""
-    def blocks() -> Iterator[bytes]:  # of 64 MB
-        pieces = read_pieces(file)
-        return iter(lambda: b"".join(itertools.islice(pieces, MOST_BYTES // PIECE_BYTES)), b"")
-
     separator, rest = EOT_TEXT.encode(), b""
-    start = next(blocks(), b"")
-    if separator in start:
+    blocks = read_blocks(file, MOST_BYTES)
+    first = next(blocks)
+    if separator in first:
         number = itertools.count(1)
-        for block in itertools.chain(blocks(), [separator]):
+        for block in itertools.chain([first], blocks, [separator]):
             *texts, rest = (rest + block).split(separator)
             for text in texts:
                 yield text.strip(b"\r\n"), f"{file.name}, document {next(number)}", None
         return
-    size = len(start) if len(start) < MOST_BYTES else sum(map(len, blocks()))
-    val_bytes, position = int(size * val_fraction), 0
-    side = False if val_bytes >= VAL_BYTES else None
-    for block in itertools.chain(blocks(), [b""]):
-        rest += block
-        while rest:
-            to_val = size - val_bytes - position if side is False else math.inf
-            cut = limit = min(to_val, MOST_BYTES)
-            if len(rest) > limit:
-                cut = line_start(rest, limit, val_bytes if limit == to_val else MOST_BYTES // 2)
-            elif block:
-                break  # more of this document may come
-            yield rest[:cut], f"{file.name}, from byte {position:,} on", side
-            position, rest = position + cut, rest[cut:]
-            side = True if limit == to_val else side
+
+    position = 0
+    for block, following in itertools.pairwise(itertools.chain([first], blocks, [b""])):
+        text = rest + block
+        end = line_start(text, len(text) - 1, MOST_BYTES // 2) if following else len(text)
+        text, rest = text[:end], text[end:]
+        val_bytes = int(end * val_fraction)
+        if val_bytes < VAL_BYTES:
+            yield text, f"{file.name}, from byte {position:,} on", None
+        else:
+            cut = line_start(text, end - val_bytes, val_bytes)
+            yield text[:cut], f"{file.name}, from byte {position:,} on", False
+            yield text[cut:], f"{file.name}, from byte {position + cut:,} on", True
+        position += end
 
 
 def line_start(text: bytes, near: int, reach: int) -> int:
@@ -367,7 +369,7 @@ def line_start(text: bytes, near: int, reach: int) -> int:
     start = text.rfind(b"\n", 0, near) + 1
     if not start or near - start > reach:
         start = near
-        while 0 < start < len(text) and text[start] & 0xC0 == 0x80:  # a continuation byte of UTF-8
+        while start and text[start] & 0xC0 == 0x80:  # a continuation byte of UTF-8
             start -= 1
     return start
 
