@@ -18,6 +18,7 @@ Imported by fineweb.py, train_bpe.py and analyze_tokenizer.py; nothing to run.
 import collections
 import contextlib
 import functools
+import glob
 import gzip
 import hashlib
 import itertools
@@ -37,6 +38,7 @@ from numba import njit
 
 from bpe import EOT_TEXT, U, load_word
 from configurator import UserError
+from shards import list_shards
 
 PIECE_BYTES = 1 << 16  # of a file that is read in order
 CHUNK_BYTES = 1 << 23  # text that a process works on at a time; enough to hide the pool's overhead
@@ -45,7 +47,8 @@ VAL_BYTES = 1000       # a txt file whose val_fraction is less than this is not 
 KINDS = re.compile(r".+\.(parquet|(jsonl|ndjson|json|txt)(\.gz|\.zst)?)", re.IGNORECASE)
 KINDS_TEXT = ".parquet; .jsonl, .ndjson, .json (a document per line) and .txt, also as .gz or .zst"
 READ_ERRORS = (OSError, EOFError, ValueError, zlib.error)  # Arrow's are OSError and ValueError
-FOOTER_BYTES = 1 << 16  # fetched of a parquet file's end; more if its footer is longer
+# below a folder: hidden files, what macOS adds to an archive, and the notes of another build
+NO_TEXT = re.compile(r"/(\.|__MACOSX|(manifest|build)(_\d+_of_\d+)?\.json$)")
 # of the standard library's folder: tests, packages, and what differs from machine to machine
 LEFT_OUT = re.compile(r"/(tests?|idle_test|(site|dist)-packages|config-[^/]*|_sysconfigdata[^/]*)(/|$)")
 FETCHING = threading.Lock()  # one complete file at a time: a thread of an earlier call may still be at work
@@ -211,29 +214,27 @@ def column_of(metadata, group: int, column: str):
     return next(part for part in columns if part.path_in_schema == column)
 
 
-def parquet_chunks(file: File, column: str, val_fraction: float, first: int = 0,
-                   when_there: Callable = iter) -> Iterator[tuple[tuple[int, int], Chunk]]:
-    """((row group, piece), chunk) from row group `first` on; only row groups above 64 MB have several pieces.
+def parquet_chunks(file: File, column: str, val_fraction: float,
+                   groups: Iterable[int] | None = None) -> Iterator[tuple[tuple[int, int], Chunk]]:
+    """((row group, piece), chunk) of a file; only row groups above 64 MB have several pieces.
 
-    when_there(groups) yields each row group when it can be read.
+    groups: those to read, each yielded when its bytes are there; None = all.
     """
     with reading(file):
         metadata = open_parquet(file).metadata
         check_column(file, column)
-    row = sum(metadata.row_group(g).num_rows for g in range(first))
-    for g in when_there(range(first, metadata.num_row_groups)):
-        rows, size = metadata.row_group(g).num_rows, column_of(metadata, g, column).total_uncompressed_size
+    rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+    for g in range(len(rows)) if groups is None else groups:
+        row, size = sum(rows[:g]), column_of(metadata, g, column).total_uncompressed_size
         if size <= MOST_BYTES:
             yield (g, 0), Chunk(read_row_group, (file, g, column, row, val_fraction))
         else:  # it cannot be entered in the middle, and would fill the memory if every worker read one
             with reading(file, f", row group {g}"):
-                batches = open_parquet(file).iter_batches(max(1, rows * CHUNK_BYTES // size), row_groups=[g],
-                                                          columns=[column], use_threads=False)
-                at = row
+                batches = open_parquet(file).iter_batches(max(1, rows[g] * CHUNK_BYTES // size),
+                                                          row_groups=[g], columns=[column], use_threads=False)
                 for piece, batch in enumerate(batches):
-                    yield (g, piece), Chunk(read_rows, (batch.column(0), file.name, at, val_fraction))
-                    at += len(batch)
-        row += rows
+                    yield (g, piece), Chunk(read_rows, (batch.column(0), file.name, row, val_fraction))
+                    row += len(batch)
 
 
 def read_row_group(file: File, group: int, column: str, row: int, val_fraction: float) -> Documents:
@@ -377,23 +378,18 @@ def line_start(text: bytes, near: int, reach: int) -> int:
 # ---- sources -------------------------------------------------------------------
 
 
-def input_files(input: str, but_not: Path) -> list[File]:
-    """The files named by --input, in the order given, each once; those of a folder or glob sorted by path.
-
-    but_not: a folder whose files are passed over, as shards and notes may stand below the text.
-    """
-    files, ignored = {}, []
+def input_files(input: str) -> list[File]:
+    """The files named by --input, in the order given, each once; those of a folder or glob sorted by path."""
+    files, ignored = {}, set()
     for name in filter(None, input.split(",")):
-        path, top = Path(name), Path(Path(name).anchor)
+        path = Path(name)
         if path.is_dir():  # may hold other files too; what is named itself must be of a known kind
-            below = [file for file in sorted(path.rglob("*"))
-                     if file.is_file() and but_not.resolve() not in file.resolve().parents]
-            found = [file for file in below if KINDS.fullmatch(file.name) and not any(
-                part.startswith((".", "__MACOSX")) for part in file.relative_to(path).parts)]
-            ignored += set(below) - set(found)
+            below = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            found = [file for file in below if KINDS.fullmatch(file.name)
+                     and not NO_TEXT.search(f"/{file.relative_to(path).as_posix()}")]
+            ignored |= set(below) - set(found)
         else:
-            found = [path] if path.exists() else [
-                file for file in sorted(top.glob(str(path.relative_to(top)))) if file.name[0] != "."]
+            found = [path] if path.exists() else sorted(map(Path, glob.glob(name, recursive=True)))
         wrong = [file.name for file in found if not KINDS.fullmatch(file.name) or not file.is_file()]
         if wrong or not found:
             raise UserError(f"--input={name}: {f'{wrong[0]} is no' if wrong else 'found no'} file of a known "
@@ -413,10 +409,9 @@ def kind_of(file: File) -> str:
     return KINDS.fullmatch(file.path.name)[1].lower().partition(".")[0]
 
 
-def input_source(input: str, column: str, val_fraction: float, but_not: Path = Path("/nowhere"),
-                 rank: int = 0, ranks: int = 1) -> Source:
+def input_source(input: str, column: str, val_fraction: float, rank: int = 0, ranks: int = 1) -> Source:
     """The files named by --input, as input_files finds them; of several machines, each takes its share."""
-    files = input_files(input, but_not)
+    files = input_files(input)
 
     def units() -> Iterator[Iterable]:
         for kind, group in itertools.groupby(files[rank::ranks], key=kind_of):
@@ -490,25 +485,20 @@ class HubFiles(NamedTuple):
     def need_space(self, max_tokens: int) -> None:
         """UserError where the disk has no room for what is left of the build."""
         import hub
-        shards = sum(path.stat().st_size for path in self.downloads.parent.glob("*_[0-9]*.*"))
-        left = max(0, sum(file.size for file in self.files) - shards * 4 // 3)  # shards take 3/4 of the files
-        if max_tokens:
-            needs = {"shards": min(left * 3 // 4, max(0, 2 * max_tokens - shards))}
-        else:  # at a time one is read, two are ahead, and one stays until its last shard is written
-            most = sum(sorted(file.size for file in self.files if not hub.cached(self.repo, file))[-4:])
-            there = sum(path.stat().st_size for path in self.downloads.glob("*"))
-            needs = {"shards": left * 3 // 4, "downloads": max(0, min(left, most) - there)}
-        hub.need_space(self.downloads.parent, needs)
-
-    def chunks_of(self, file, path: Path, *args) -> Iterator:
-        return parquet_chunks(File(path, file.size, None, file.path), self.column, self.val_fraction, *args)
+        size = sum(file.size for file in self.files)
+        needed = min(size * 3 // 4, 2 * max_tokens or size)  # shards take 3/4 of the files
+        if not max_tokens:  # one is read, two are ahead, and one stays until its last shard is written
+            needed += sum(sorted(file.size for file in self.files if not hub.cached(self.repo, file))[-4:])
+        folder = self.downloads.parent
+        there = [*self.downloads.glob("*"), *list_shards(folder, "train"), *list_shards(folder, "val")]
+        hub.need_space(folder, max(0, needed - sum(path.stat().st_size for path in there)))
 
     def complete(self, file) -> Iterator:
         """The chunks of a file, which is fetched first."""
         import hub
         with FETCHING:
             path = hub.fetch(self.repo, self.commit, file, self.downloads)
-        return self.chunks_of(file, path)
+        return parquet_chunks(File(path, file.size, None, file.path), self.column, self.val_fraction)
 
     def partial(self, file, first: int) -> Iterator:
         """The chunks of a file from row group `first` on; only its footer and one column are fetched.
@@ -516,32 +506,28 @@ class HubFiles(NamedTuple):
         They go to their places in a local file with holes, which Arrow reads like the complete one.
         """
         import hub
-        if path := hub.cached(self.repo, file):
-            yield from self.chunks_of(file, path, first)
+        if hub.cached(self.repo, file):
+            yield from self.complete(file)
             return
-        path, fetch = self.downloads / f"{file.etag}.part", functools.partial(
-            hub.fetch_range, self.repo, self.commit, file)
-        footer = fetch(max(0, file.size - FOOTER_BYTES), file.size)
-        length = 8 + int.from_bytes(footer[-8:-4], "little")
-        if FOOTER_BYTES < length <= file.size:
-            footer = fetch(file.size - length, file.size)
+        fetch = functools.partial(hub.fetch_range, self.repo, self.commit, file)
+        footer_bytes = 8 + int.from_bytes(fetch(max(0, file.size - 8), file.size)[:4], "little")
+        footer_start = max(0, file.size - footer_bytes)
+        path = self.downloads / f"{file.etag}.part"
         self.downloads.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
-        write_at(path, file.size - len(footer), footer)
+        write_at(path, footer_start, fetch(footer_start, file.size))
+        local = File(path, file.size, None, file.path)
+        with reading(local):
+            metadata = open_parquet(local).metadata
 
-        def row_groups(groups: range) -> Iterator[int]:
-            metadata = open_parquet(File(path, file.size, None, file.path)).metadata
+        def fetch_group(group: int) -> int:
+            part = column_of(metadata, group, self.column)
+            start = min(part.dictionary_page_offset or part.data_page_offset, part.data_page_offset)
+            write_at(path, start, fetch(start, min(file.size, start + part.total_compressed_size)))
+            return group
 
-            def fetch_group(group: int) -> tuple[int, int, bytes]:
-                part = column_of(metadata, group, self.column)
-                start = min(part.dictionary_page_offset or part.data_page_offset, part.data_page_offset)
-                return group, start, fetch(start, min(file.size, start + part.total_compressed_size))
-
-            for group, start, data in hub.ahead(fetch_group, groups):
-                write_at(path, start, data)
-                yield group
-
-        yield from self.chunks_of(file, path, first, row_groups)
+        groups = hub.ahead(fetch_group, range(first, metadata.num_row_groups))
+        yield from parquet_chunks(local, self.column, self.val_fraction, groups)
 
     def release(self, unit: int) -> None:
         for suffix in (".parquet", ".part"):

@@ -404,7 +404,7 @@ def open_source(settings: dict, downloads: Path, revision: str, rank: int, ranks
     """Where the documents come from; downloads: the folder for what the hub sends."""
     column, val_fraction = settings["text_column"], settings["val_fraction"]
     if settings["input"]:
-        return input_source(settings["input"], column, val_fraction, Path(settings["data_dir"]), rank, ranks)
+        return input_source(settings["input"], column, val_fraction, rank, ranks)
     if settings["dataset"] == "python":
         return python_source(val_fraction)
     return hub_source(settings["dataset"], settings["subset"], revision, column, val_fraction,

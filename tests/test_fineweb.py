@@ -505,7 +505,8 @@ def test_input_takes_lists_globs_and_folders(tmp_path, encoding, capsys):
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     (folder / "__MACOSX").mkdir()
-    for name in ("b.txt", "a.txt", "deep/c.txt", "notes.pdf", ".hidden.txt", "__MACOSX/._b.txt"):
+    for name in ("b.txt", "a.txt", "deep/c.txt", "notes.pdf", ".hidden.txt", "__MACOSX/._b.txt",
+                 "deep/build_0_of_2.json", "manifest.json"):
         (folder / name).write_text(f"text of {name}", encoding="utf-8")
     (folder / "link.txt").symlink_to(folder / "a.txt")
     (tmp_path / "d.jsonl").write_text('{"text": "text of d"}', encoding="utf-8")
@@ -517,7 +518,7 @@ def test_input_takes_lists_globs_and_folders(tmp_path, encoding, capsys):
         assert text == "".join(f"<|endoftext|>text of {name}" for name in order.split())
         if i == 0:
             said = capsys.readouterr().out
-            assert "input: 3 txt, 44 bytes; ignored: 3 other files, such as " in said
+            assert "input: 3 txt, 44 bytes; ignored: 5 other files, such as " in said
             assert "no validation, which training needs" in said and list_shards(out, "val") == []
 
 
