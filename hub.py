@@ -252,9 +252,14 @@ def ahead(function: Callable, items: Iterable) -> Iterator:
         except Exception as error:
             results.put((None, error))
 
+    def get_result():
+        while results.empty():  # Ctrl-C interrupts a sleep, but not everywhere a wait for the queue
+            time.sleep(0.01)
+        return results.get()
+
     threading.Thread(target=work, daemon=True).start()
     try:
-        for result, error in iter(results.get, None):
+        for result, error in iter(get_result, None):
             if error is not None:
                 raise error
             yield result
