@@ -75,8 +75,13 @@ class Source(NamedTuple):
     """Where documents come from: units (files, or groups of txt files) of chunks."""
     facts: dict    # for the manifest
     identity: str  # of the files: a build does not go on with others
-    chunks: Callable[..., Iterator[tuple[Place, Chunk]]]  # chunks(start=(0, 0, 0)): from that place on
+    units: Callable[[Place], Iterable]  # from number place[0] on, each an iterable of (place[1:], chunk)
     release: Callable[[int], None] = id  # to be called when a unit is no longer needed
+
+    def chunks(self, start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
+        """(place, chunk) from place `start` on, in order."""
+        for u, unit in enumerate(self.units(start), start[0]):
+            yield from (((u, *where), chunk) for where, chunk in unit if (u, *where) >= start)
 
 
 class File(NamedTuple):
@@ -94,12 +99,6 @@ def plan_file(path: Path) -> File:
 
 def identity_of(described: object) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-
-
-def numbered(units: Iterable[Iterable], start: Place) -> Iterator[tuple[Place, Chunk]]:
-    """Source.chunks of the units from number start[0] on, each an iterable of ((number, piece), chunk)."""
-    for u, unit in enumerate(units, start[0]):
-        yield from (((u, *where), chunk) for where, chunk in unit if (u, *where) >= tuple(start))
 
 
 def available_cores() -> int:
@@ -422,11 +421,9 @@ def input_source(input: str, column: str, val_fraction: float, rank: int = 0, ra
                 read = parquet_chunks if kind == "parquet" else jsonl_chunks
                 yield from (read(file, column, val_fraction) for file in group)
 
-    def chunks(start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
-        return numbered(itertools.islice(units(), start[0], None), start)
-
     identity = identity_of([[str(file.path.resolve()), *file[1:3]] for file in files])
-    return Source({"files": len(files), "file_bytes": sum(file.size for file in files)}, identity, chunks)
+    return Source({"files": len(files), "file_bytes": sum(file.size for file in files)}, identity,
+                  lambda start: itertools.islice(units(), start[0], None))
 
 
 def python_source(val_fraction: float) -> Source:
@@ -441,11 +438,8 @@ def python_source(val_fraction: float) -> Source:
             found.setdefault(path.read_bytes(), name)
     documents = [(text, name, None) for text, name in found.items()]
     identity = identity_of([hashlib.sha256(text).hexdigest() for text in found])
-
-    def chunks(start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
-        return numbered([text_chunks(documents, val_fraction)], start)
-
-    return Source({"documents": len(documents), "python": platform.python_version()}, identity, chunks)
+    return Source({"documents": len(documents), "python": platform.python_version()}, identity,
+                  lambda start: [text_chunks(documents, val_fraction)])
 
 
 def hub_files(dataset: str, subset: str, revision: str) -> tuple[str, str, list]:
@@ -480,18 +474,27 @@ class HubFiles(NamedTuple):
     files: list
     column: str
     val_fraction: float
+    max_tokens: int  # 0: complete files
     downloads: Path
 
-    def need_space(self, max_tokens: int) -> None:
+    def need_space(self) -> None:
         """UserError where the disk has no room for what is left of the build."""
         import hub
         size = sum(file.size for file in self.files)
-        needed = min(size * 3 // 4, 2 * max_tokens or size)  # shards take 3/4 of the files
-        if not max_tokens:  # one is read, two are ahead, and one stays until its last shard is written
+        needed = min(size * 3 // 4, 2 * self.max_tokens or size)  # shards take 3/4 of the files
+        if not self.max_tokens:  # one is read, two are ahead, and one stays until its last shard is written
             needed += sum(sorted(file.size for file in self.files if not hub.cached(self.repo, file))[-4:])
         folder = self.downloads.parent
         there = [*self.downloads.glob("*"), *list_shards(folder, "train"), *list_shards(folder, "val")]
         hub.need_space(folder, max(0, needed - sum(path.stat().st_size for path in there)))
+
+    def units(self, start: Place) -> Iterable[Iterator]:
+        """Source.units: the next files are fetched while one is read."""
+        import hub
+        files = self.files[start[0]:]
+        if self.max_tokens:
+            return (self.partial(file, start[1] if i == 0 else 0) for i, file in enumerate(files))
+        return hub.ahead(self.complete, files)
 
     def complete(self, file) -> Iterator:
         """The chunks of a file, which is fetched first."""
@@ -546,18 +549,8 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
 
     downloads: where they are kept until `release`; what the hub's own cache has is read from there.
     """
-    import hub
     repo, commit, files = hub_files(dataset, subset, revision)
-    mine = HubFiles(repo, commit, files[rank::ranks], column, val_fraction, downloads)
-    mine.need_space(max_tokens)
-
-    def chunks(start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
-        todo = mine.files[start[0]:]
-        if max_tokens:
-            units = (mine.partial(file, start[1] if i == 0 else 0) for i, file in enumerate(todo))
-        else:
-            units = hub.ahead(mine.complete, todo)
-        return numbered(units, start)
-
-    identity = identity_of([file[:2] for file in files])
-    return Source({"repo": repo, "revision": commit, "files": len(files)}, identity, chunks, mine.release)
+    mine = HubFiles(repo, commit, files[rank::ranks], column, val_fraction, max_tokens, downloads)
+    mine.need_space()
+    facts = {"repo": repo, "revision": commit, "files": len(files)}
+    return Source(facts, identity_of([file[:2] for file in files]), mine.units, mine.release)
