@@ -54,6 +54,7 @@ LEFT_OUT = re.compile(r"/(tests?|idle_test|(site|dist)-packages|config-[^/]*|_sy
 FETCHING = threading.Lock()  # one complete file at a time: a thread of an earlier call may still be at work
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 Place = tuple[int, int, int]  # of a chunk: unit; row group, line or number; piece of a large row group
+Text = tuple[bytes, str, bool | None]  # its place, for messages; for validation? None: as its hash says
 
 
 class Documents(NamedTuple):
@@ -71,11 +72,14 @@ class Chunk(NamedTuple):
     args: tuple
 
 
+Unit = Iterator[tuple[tuple[int, int], Chunk]]  # of a file, or of a group of txt files: (place[1:], chunk)
+
+
 class Source(NamedTuple):
-    """Where documents come from: units (files, or groups of txt files) of chunks."""
+    """Where documents come from."""
     facts: dict    # for the manifest
     identity: str  # of the files: a build does not go on with others
-    units: Callable[[Place], Iterable]  # from number place[0] on, each an iterable of (place[1:], chunk)
+    units: Callable[[Place], Iterable[Unit]]  # units(start): from number start[0] on
     release: Callable[[int], None] = id  # to be called when a unit is no longer needed
 
     def chunks(self, start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
@@ -144,8 +148,8 @@ def with_sides(text: np.ndarray, offsets: np.ndarray, val_fraction: float) -> Do
     return Documents(text, kept, hashes < np.uint64(val_fraction * 2.0**64), len(offsets) - len(kept), [])
 
 
-def from_texts(texts: list[tuple[bytes, str, bool | None]], val_fraction: float, bad: list[str]) -> Documents:
-    """Documents of (text, place for messages, for validation; None = as its hash says), and what is bad."""
+def from_texts(texts: list[Text], val_fraction: float, bad: list[str]) -> Documents:
+    """Documents of texts that may not be UTF-8; bad: reasons for what is left out already."""
     good, bad = [], [*bad]
     for text, place, side in texts:
         try:
@@ -214,7 +218,7 @@ def column_of(metadata, group: int, column: str):
 
 
 def parquet_chunks(file: File, column: str, val_fraction: float,
-                   groups: Iterable[int] | None = None) -> Iterator[tuple[tuple[int, int], Chunk]]:
+                   groups: Iterable[int] | None = None) -> Unit:
     """((row group, piece), chunk) of a file; only row groups above 64 MB have several pieces.
 
     groups: those to read, each yielded when its bytes are there; None = all.
@@ -289,7 +293,7 @@ def read_blocks(file: File, size: int) -> Iterator[bytes]:
             yield bytes(block)
 
 
-def jsonl_chunks(file: File, column: str, val_fraction: float) -> Iterator[tuple[tuple[int, int], Chunk]]:
+def jsonl_chunks(file: File, column: str, val_fraction: float) -> Unit:
     """((line, 0), chunk) of complete lines: decompressed here, as a file cannot be entered in the middle."""
     line, rest = 1, b""
     try:
@@ -323,9 +327,8 @@ def read_jsonl(name: str, first_line: int, lines: bytes, column: str, val_fracti
     return from_texts(texts, val_fraction, bad)
 
 
-def text_chunks(documents: Iterable[tuple[bytes, str, bool | None]],
-                val_fraction: float) -> Iterator[tuple[tuple[int, int], Chunk]]:
-    """((number, 0), chunk) of documents as from_texts takes them."""
+def text_chunks(documents: Iterable[Text], val_fraction: float) -> Unit:
+    """((number, 0), chunk) of documents in their order."""
     some, size, number = [], 0, 0
     for document in documents:
         some.append(document)
@@ -336,8 +339,8 @@ def text_chunks(documents: Iterable[tuple[bytes, str, bool | None]],
     yield (number, 0), Chunk(from_texts, (some, val_fraction, []))
 
 
-def split_text(file: File, val_fraction: float) -> Iterator[tuple[bytes, str, bool | None]]:
-    """The documents of a txt file, as from_texts takes them."""
+def split_text(file: File, val_fraction: float) -> Iterator[Text]:
+    """The documents of a txt file."""
     separator, rest = EOT_TEXT.encode(), b""
     blocks = read_blocks(file, MOST_BYTES)
     first = next(blocks)
@@ -412,7 +415,7 @@ def input_source(input: str, column: str, val_fraction: float, rank: int = 0, ra
     """The files named by --input, as input_files finds them; of several machines, each takes its share."""
     files = input_files(input)
 
-    def units() -> Iterator[Iterable]:
+    def units() -> Iterator[Unit]:
         for kind, group in itertools.groupby(files[rank::ranks], key=kind_of):
             if kind == "txt":  # one unit, as there may be many small ones
                 texts = (split_text(file, val_fraction) for file in list(group))
@@ -488,7 +491,7 @@ class HubFiles(NamedTuple):
         there = [*self.downloads.glob("*"), *list_shards(folder, "train"), *list_shards(folder, "val")]
         hub.need_space(folder, max(0, needed - sum(path.stat().st_size for path in there)))
 
-    def units(self, start: Place) -> Iterable[Iterator]:
+    def units(self, start: Place) -> Iterable[Unit]:
         """Source.units: the next files are fetched while one is read."""
         import hub
         files = self.files[start[0]:]
@@ -496,14 +499,14 @@ class HubFiles(NamedTuple):
             return (self.partial(file, start[1] if i == 0 else 0) for i, file in enumerate(files))
         return hub.ahead(self.complete, files)
 
-    def complete(self, file) -> Iterator:
+    def complete(self, file) -> Unit:
         """The chunks of a file, which is fetched first."""
         import hub
         with FETCHING:
             path = hub.fetch(self.repo, self.commit, file, self.downloads)
         return parquet_chunks(File(path, file.size, None, file.path), self.column, self.val_fraction)
 
-    def partial(self, file, first: int) -> Iterator:
+    def partial(self, file, first: int) -> Unit:
         """The chunks of a file from row group `first` on; only its footer and one column are fetched.
 
         They go to their places in a local file with holes, which Arrow reads like the complete one.

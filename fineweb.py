@@ -248,7 +248,8 @@ class Build:
                             f"differ; bring them back, or {WAYS}")
         self.state |= {"identity": source.identity, "source": source.facts}
         every = 0.5 if sys.stderr.isatty() else 60  # seconds; in a log, a line per minute is enough
-        with ThreadPoolExecutor(1) as writer, tqdm(unit="B", unit_scale=True, mininterval=every) as bar:
+        bar = tqdm(unit="B", unit_scale=True, mininterval=every, delay=1)
+        with ThreadPoolExecutor(1) as writer, bar:
             while (k := self.missing()) is not None:
                 if k < len(self.pairs):
                     names = ", ".join(record["file"] for record in self.pairs[k]["files"])
