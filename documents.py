@@ -7,7 +7,7 @@ Documents of text, in chunks that many processes can work on: from parquet, JSON
 
 A document is a row of a parquet file, a line of a JSON lines file, or what stands between two <|endoftext|>
 in a txt file. A hash of its text decides whether it is for training or for validation, so equal documents are
-on the same side. A txt file without <|endoftext|> is one document per 64 MB, and its last val_fraction, if
+on the same side. A txt file without <|endoftext|> is a document per 64 MB, of which the last val_fraction, if
 that is 1,000 bytes or more, is validation, from the start of a line on.
 
 Chunks and their order depend on the files alone. So the result is the same for any number of processes, and
@@ -18,11 +18,11 @@ Imported by fineweb.py, train_bpe.py and analyze_tokenizer.py; nothing to run.
 import collections
 import contextlib
 import functools
+import glob
 import gzip
 import hashlib
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -38,6 +38,7 @@ from numba import njit
 
 from bpe import EOT_TEXT, U, load_word
 from configurator import UserError
+from shards import list_shards
 
 PIECE_BYTES = 1 << 16  # of a file that is read in order
 CHUNK_BYTES = 1 << 23  # text that a process works on at a time; enough to hide the pool's overhead
@@ -45,12 +46,15 @@ MOST_BYTES = 1 << 26   # of a txt document, and of a row group that a worker rea
 VAL_BYTES = 1000       # a txt file whose val_fraction is less than this is not divided
 KINDS = re.compile(r".+\.(parquet|(jsonl|ndjson|json|txt)(\.gz|\.zst)?)", re.IGNORECASE)
 KINDS_TEXT = ".parquet; .jsonl, .ndjson, .json (a document per line) and .txt, also as .gz or .zst"
-FOOTER_BYTES = 1 << 16  # fetched of a parquet file's end; more if its footer is longer
+READ_ERRORS = (OSError, EOFError, ValueError, zlib.error)  # Arrow's are OSError and ValueError
+# below a folder: hidden files, what macOS adds to an archive, and the notes of another build
+NO_TEXT = re.compile(r"/(\.|__MACOSX|(manifest|build)(_\d+_of_\d+)?\.json$)")
 # of the standard library's folder: tests, packages, and what differs from machine to machine
 LEFT_OUT = re.compile(r"/(tests?|idle_test|(site|dist)-packages|config-[^/]*|_sysconfigdata[^/]*)(/|$)")
 FETCHING = threading.Lock()  # one complete file at a time: a thread of an earlier call may still be at work
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 Place = tuple[int, int, int]  # of a chunk: unit; row group, line or number; piece of a large row group
+Text = tuple[bytes, str, bool | None]  # its place, for messages; for validation? None: as its hash says
 
 
 class Documents(NamedTuple):
@@ -68,12 +72,20 @@ class Chunk(NamedTuple):
     args: tuple
 
 
+Unit = Iterator[tuple[tuple[int, int], Chunk]]  # of a file, or of a group of txt files: (place[1:], chunk)
+
+
 class Source(NamedTuple):
-    """Where documents come from: units (files, or groups of txt files) of chunks."""
+    """Where documents come from."""
     facts: dict    # for the manifest
     identity: str  # of the files: a build does not go on with others
-    chunks: Callable[..., Iterator[tuple[Place, Chunk]]]  # chunks(start=(0, 0, 0)): from that place on
+    units: Callable[[Place], Iterable[Unit]]  # units(start): from number start[0] on
     release: Callable[[int], None] = id  # to be called when a unit is no longer needed
+
+    def chunks(self, start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
+        """(place, chunk) from place `start` on, in order."""
+        for u, unit in enumerate(self.units(start), start[0]):
+            yield from (((u, *where), chunk) for where, chunk in unit if (u, *where) >= start)
 
 
 class File(NamedTuple):
@@ -91,12 +103,6 @@ def plan_file(path: Path) -> File:
 
 def identity_of(described: object) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-
-
-def numbered(units: Iterable[Iterable], start: Place) -> Iterator[tuple[Place, Chunk]]:
-    """Source.chunks of the units from number start[0] on, each an iterable of ((number, piece), chunk)."""
-    for u, unit in enumerate(units, start[0]):
-        yield from (((u, *where), chunk) for where, chunk in unit if (u, *where) >= tuple(start))
 
 
 def available_cores() -> int:
@@ -142,8 +148,8 @@ def with_sides(text: np.ndarray, offsets: np.ndarray, val_fraction: float) -> Do
     return Documents(text, kept, hashes < np.uint64(val_fraction * 2.0**64), len(offsets) - len(kept), [])
 
 
-def from_texts(texts: list[tuple[bytes, str, bool | None]], val_fraction: float, bad: list[str]) -> Documents:
-    """Documents of (text, place for messages, for validation; None = as its hash says), and what is bad."""
+def from_texts(texts: list[Text], val_fraction: float, bad: list[str]) -> Documents:
+    """Documents of texts that may not be UTF-8; bad: reasons for what is left out already."""
     good, bad = [], [*bad]
     for text, place, side in texts:
         try:
@@ -163,19 +169,22 @@ def from_texts(texts: list[tuple[bytes, str, bool | None]], val_fraction: float,
 # ---- parquet -------------------------------------------------------------------
 
 
+def check_unchanged(file: File) -> None:
+    status = os.stat(file.path)
+    if status.st_size != file.size or file.mtime not in (None, status.st_mtime_ns):
+        raise UserError(f"{file.name} has changed since the build began; choose another --data_dir")
+
+
 @contextlib.contextmanager
 def reading(file: File, place: str = ""):
     """UserError for what goes wrong in this block, and where the file is no longer the planned one."""
     try:
-        for last in (False, True):
-            status = os.stat(file.path)
-            if status.st_size != file.size or file.mtime not in (None, status.st_mtime_ns):
-                raise UserError(f"{file.name} has changed since the build began; choose another --data_dir")
-            if not last:
-                yield
+        check_unchanged(file)
+        yield
+        check_unchanged(file)
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # Arrow's errors are OSError and ValueError
+    except READ_ERRORS as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         if "too much memory" in reason:
             reason += "; it was made with zstd --long: decompress it with zstd -d --long=31"
@@ -208,29 +217,27 @@ def column_of(metadata, group: int, column: str):
     return next(part for part in columns if part.path_in_schema == column)
 
 
-def parquet_chunks(file: File, column: str, val_fraction: float, first: int = 0,
-                   when_there: Callable = iter) -> Iterator[tuple[tuple[int, int], Chunk]]:
-    """((row group, piece), chunk) from row group `first` on; only row groups above 64 MB have several pieces.
+def parquet_chunks(file: File, column: str, val_fraction: float,
+                   groups: Iterable[int] | None = None) -> Unit:
+    """((row group, piece), chunk) of a file; only row groups above 64 MB have several pieces.
 
-    when_there(groups) yields each row group when it can be read.
+    groups: those to read, each yielded when its bytes are there; None = all.
     """
     with reading(file):
         metadata = open_parquet(file).metadata
         check_column(file, column)
-    row = sum(metadata.row_group(g).num_rows for g in range(first))
-    for g in when_there(range(first, metadata.num_row_groups)):
-        rows, size = metadata.row_group(g).num_rows, column_of(metadata, g, column).total_uncompressed_size
+    rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+    for g in range(len(rows)) if groups is None else groups:
+        row, size = sum(rows[:g]), column_of(metadata, g, column).total_uncompressed_size
         if size <= MOST_BYTES:
             yield (g, 0), Chunk(read_row_group, (file, g, column, row, val_fraction))
         else:  # it cannot be entered in the middle, and would fill the memory if every worker read one
             with reading(file, f", row group {g}"):
-                batches = open_parquet(file).iter_batches(max(1, rows * CHUNK_BYTES // size), row_groups=[g],
-                                                          columns=[column], use_threads=False)
-                at = row
+                batches = open_parquet(file).iter_batches(max(1, rows[g] * CHUNK_BYTES // size),
+                                                          row_groups=[g], columns=[column], use_threads=False)
                 for piece, batch in enumerate(batches):
-                    yield (g, piece), Chunk(read_rows, (batch.column(0), file.name, at, val_fraction))
-                    at += len(batch)
-        row += rows
+                    yield (g, piece), Chunk(read_rows, (batch.column(0), file.name, row, val_fraction))
+                    row += len(batch)
 
 
 def read_row_group(file: File, group: int, column: str, row: int, val_fraction: float) -> Documents:
@@ -259,8 +266,8 @@ def read_rows(array, name: str, row: int, val_fraction: float) -> Documents:
 # ---- JSON lines and txt --------------------------------------------------------
 
 
-def read_pieces(file: File) -> Iterator[bytes]:
-    """The decompressed contents, PIECE_BYTES at a time, without a byte order mark.
+def read_blocks(file: File, size: int) -> Iterator[bytes]:
+    """The decompressed contents, about `size` bytes at a time, without a byte order mark.
 
     Of a compressed file that is cut off comes all that can be read, and then the UserError.
     """
@@ -270,42 +277,45 @@ def read_pieces(file: File) -> Iterator[bytes]:
         stream = gzip.open(file.path) if suffix == ".gz" else pa.input_stream(
             str(file.path), compression="zstd" if suffix == ".zst" else None)
         with stream:
-            piece = stream.read1(PIECE_BYTES)
-            if piece[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            block = bytearray(stream.read1(PIECE_BYTES))
+            if block[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise UserError(f"{file.name} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW")
-            piece = piece.removeprefix(b"\xef\xbb\xbf")
-            while piece:
-                yield piece
-                piece = stream.read1(PIECE_BYTES)
+            block = block.removeprefix(b"\xef\xbb\xbf")
+            try:
+                while piece := stream.read1(PIECE_BYTES):
+                    if len(block) >= size:
+                        yield bytes(block)
+                        block.clear()
+                    block += piece
+            except READ_ERRORS:
+                yield bytes(block)
+                raise
+            yield bytes(block)
 
 
-def jsonl_chunks(file: File, column: str, val_fraction: float) -> Iterator[tuple[tuple[int, int], Chunk]]:
+def jsonl_chunks(file: File, column: str, val_fraction: float) -> Unit:
     """((line, 0), chunk) of complete lines: decompressed here, as a file cannot be entered in the middle."""
-    line, pieces, size, bad = 1, [], 0, []
+    line, rest = 1, b""
     try:
-        for piece in read_pieces(file):
-            if line == 1 and not pieces and piece.lstrip()[:1] == b"[":
+        for block in itertools.chain(read_blocks(file, CHUNK_BYTES), [b"\n"]):
+            if line == 1 and not rest and block.lstrip()[:1] == b"[":
                 raise UserError(f"{file.name} is a JSON array, not a document a line; convert it: python -c "
                                 f"'import json, sys; [print(json.dumps(x)) for x in json.load(sys.stdin)]' "
                                 f"< OLD.json > NEW.jsonl")
-            pieces.append(piece)
-            size += len(piece)
-            if size >= CHUNK_BYTES and b"\n" in piece:
-                block, rest = b"".join(pieces).rsplit(b"\n", 1)
-                yield (line, 0), Chunk(read_jsonl, (file.name, line, block, column, val_fraction, []))
-                line, pieces, size = line + block.count(b"\n") + 1, [rest], len(rest)
+            lines, newline, rest = (rest + block).rpartition(b"\n")
+            if newline:
+                yield (line, 0), Chunk(read_jsonl, (file.name, line, lines, column, val_fraction))
+                line += lines.count(b"\n") + 1
     except UserError as error:
-        if error.__cause__ is None or not pieces:  # only a file that is cut off has complete lines before
+        if error.__cause__ is None or line == 1:  # only a file that is cut off has complete lines before
             raise
-        pieces, bad = [b"".join(pieces).rpartition(b"\n")[0]], [str(error)]
-    yield (line, 0), Chunk(read_jsonl, (file.name, line, b"".join(pieces), column, val_fraction, bad))
+        yield (line, 0), Chunk(from_texts, ([], val_fraction, [str(error)]))
 
 
-def read_jsonl(name: str, first_line: int, block: bytes, column: str, val_fraction: float,
-               bad: list[str]) -> Documents:
-    """The documents of a block of lines."""
-    texts = []
-    for number, line in enumerate(block.split(b"\n"), first_line):
+def read_jsonl(name: str, first_line: int, lines: bytes, column: str, val_fraction: float) -> Documents:
+    """The documents of some lines; first_line: the number of the first one, for messages."""
+    texts, bad = [], []
+    for number, line in enumerate(lines.split(b"\n"), first_line):
         try:
             if line.strip():
                 texts.append((json.loads(line)[column].encode(), "", None))
@@ -317,9 +327,8 @@ def read_jsonl(name: str, first_line: int, block: bytes, column: str, val_fracti
     return from_texts(texts, val_fraction, bad)
 
 
-def text_chunks(documents: Iterable[tuple[bytes, str, bool | None]],
-                val_fraction: float) -> Iterator[tuple[tuple[int, int], Chunk]]:
-    """((number, 0), chunk) of documents as from_texts takes them."""
+def text_chunks(documents: Iterable[Text], val_fraction: float) -> Unit:
+    """((number, 0), chunk) of documents in their order."""
     some, size, number = [], 0, 0
     for document in documents:
         some.append(document)
@@ -330,36 +339,32 @@ def text_chunks(documents: Iterable[tuple[bytes, str, bool | None]],
     yield (number, 0), Chunk(from_texts, (some, val_fraction, []))
 
 
-def split_text(file: File, val_fraction: float) -> Iterator[tuple[bytes, str, bool | None]]:
-    """The documents of a txt file, as from_texts takes them."""
-    def blocks() -> Iterator[bytes]:  # of 64 MB
-        pieces = read_pieces(file)
-        return iter(lambda: b"".join(itertools.islice(pieces, MOST_BYTES // PIECE_BYTES)), b"")
-
+def split_text(file: File, val_fraction: float) -> Iterator[Text]:
+    """The documents of a txt file."""
     separator, rest = EOT_TEXT.encode(), b""
-    start = next(blocks(), b"")
-    if separator in start:
+    blocks = read_blocks(file, MOST_BYTES)
+    first = next(blocks)
+    if separator in first:
         number = itertools.count(1)
-        for block in itertools.chain(blocks(), [separator]):
+        for block in itertools.chain([first], blocks, [separator]):
             *texts, rest = (rest + block).split(separator)
             for text in texts:
                 yield text.strip(b"\r\n"), f"{file.name}, document {next(number)}", None
         return
-    size = len(start) if len(start) < MOST_BYTES else sum(map(len, blocks()))
-    val_bytes, position = int(size * val_fraction), 0
-    side = False if val_bytes >= VAL_BYTES else None
-    for block in itertools.chain(blocks(), [b""]):
-        rest += block
-        while rest:
-            to_val = size - val_bytes - position if side is False else math.inf
-            cut = limit = min(to_val, MOST_BYTES)
-            if len(rest) > limit:
-                cut = line_start(rest, limit, val_bytes if limit == to_val else MOST_BYTES // 2)
-            elif block:
-                break  # more of this document may come
-            yield rest[:cut], f"{file.name}, from byte {position:,} on", side
-            position, rest = position + cut, rest[cut:]
-            side = True if limit == to_val else side
+
+    position = 0
+    for block, following in itertools.pairwise(itertools.chain([first], blocks, [b""])):
+        text = rest + block
+        end = line_start(text, len(text) - 1, MOST_BYTES // 2) if following else len(text)
+        text, rest = text[:end], text[end:]
+        val_bytes = int(end * val_fraction)
+        if val_bytes < VAL_BYTES:
+            yield text, f"{file.name}, from byte {position:,} on", None
+        else:
+            cut = line_start(text, end - val_bytes, val_bytes)
+            yield text[:cut], f"{file.name}, from byte {position:,} on", False
+            yield text[cut:], f"{file.name}, from byte {position + cut:,} on", True
+        position += end
 
 
 def line_start(text: bytes, near: int, reach: int) -> int:
@@ -367,7 +372,7 @@ def line_start(text: bytes, near: int, reach: int) -> int:
     start = text.rfind(b"\n", 0, near) + 1
     if not start or near - start > reach:
         start = near
-        while 0 < start < len(text) and text[start] & 0xC0 == 0x80:  # a continuation byte of UTF-8
+        while start and text[start] & 0xC0 == 0x80:  # a continuation byte of UTF-8
             start -= 1
     return start
 
@@ -375,23 +380,18 @@ def line_start(text: bytes, near: int, reach: int) -> int:
 # ---- sources -------------------------------------------------------------------
 
 
-def input_files(input: str, but_not: Path) -> list[File]:
-    """The files named by --input, in the order given, each once; those of a folder or glob sorted by path.
-
-    but_not: a folder whose files are passed over, as shards and notes may stand below the text.
-    """
-    files, ignored = {}, []
+def input_files(input: str) -> list[File]:
+    """The files named by --input, in the order given, each once; those of a folder or glob sorted by path."""
+    files, ignored = {}, set()
     for name in filter(None, input.split(",")):
-        path, top = Path(name), Path(Path(name).anchor)
+        path = Path(name)
         if path.is_dir():  # may hold other files too; what is named itself must be of a known kind
-            below = [file for file in sorted(path.rglob("*"))
-                     if file.is_file() and but_not.resolve() not in file.resolve().parents]
-            found = [file for file in below if KINDS.fullmatch(file.name) and not any(
-                part.startswith((".", "__MACOSX")) for part in file.relative_to(path).parts)]
-            ignored += set(below) - set(found)
+            below = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            found = [file for file in below if KINDS.fullmatch(file.name)
+                     and not NO_TEXT.search(f"/{file.relative_to(path).as_posix()}")]
+            ignored |= set(below) - set(found)
         else:
-            found = [path] if path.exists() else [
-                file for file in sorted(top.glob(str(path.relative_to(top)))) if file.name[0] != "."]
+            found = [path] if path.exists() else sorted(map(Path, glob.glob(name, recursive=True)))
         wrong = [file.name for file in found if not KINDS.fullmatch(file.name) or not file.is_file()]
         if wrong or not found:
             raise UserError(f"--input={name}: {f'{wrong[0]} is no' if wrong else 'found no'} file of a known "
@@ -411,12 +411,11 @@ def kind_of(file: File) -> str:
     return KINDS.fullmatch(file.path.name)[1].lower().partition(".")[0]
 
 
-def input_source(input: str, column: str, val_fraction: float, but_not: Path = Path("/nowhere"),
-                 rank: int = 0, ranks: int = 1) -> Source:
+def input_source(input: str, column: str, val_fraction: float, rank: int = 0, ranks: int = 1) -> Source:
     """The files named by --input, as input_files finds them; of several machines, each takes its share."""
-    files = input_files(input, but_not)
+    files = input_files(input)
 
-    def units() -> Iterator[Iterable]:
+    def units() -> Iterator[Unit]:
         for kind, group in itertools.groupby(files[rank::ranks], key=kind_of):
             if kind == "txt":  # one unit, as there may be many small ones
                 texts = (split_text(file, val_fraction) for file in list(group))
@@ -425,11 +424,9 @@ def input_source(input: str, column: str, val_fraction: float, but_not: Path = P
                 read = parquet_chunks if kind == "parquet" else jsonl_chunks
                 yield from (read(file, column, val_fraction) for file in group)
 
-    def chunks(start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
-        return numbered(itertools.islice(units(), start[0], None), start)
-
     identity = identity_of([[str(file.path.resolve()), *file[1:3]] for file in files])
-    return Source({"files": len(files), "file_bytes": sum(file.size for file in files)}, identity, chunks)
+    return Source({"files": len(files), "file_bytes": sum(file.size for file in files)}, identity,
+                  lambda start: itertools.islice(units(), start[0], None))
 
 
 def python_source(val_fraction: float) -> Source:
@@ -444,11 +441,8 @@ def python_source(val_fraction: float) -> Source:
             found.setdefault(path.read_bytes(), name)
     documents = [(text, name, None) for text, name in found.items()]
     identity = identity_of([hashlib.sha256(text).hexdigest() for text in found])
-
-    def chunks(start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
-        return numbered([text_chunks(documents, val_fraction)], start)
-
-    return Source({"documents": len(documents), "python": platform.python_version()}, identity, chunks)
+    return Source({"documents": len(documents), "python": platform.python_version()}, identity,
+                  lambda start: [text_chunks(documents, val_fraction)])
 
 
 def hub_files(dataset: str, subset: str, revision: str) -> tuple[str, str, list]:
@@ -483,63 +477,63 @@ class HubFiles(NamedTuple):
     files: list
     column: str
     val_fraction: float
+    max_tokens: int  # 0: complete files
     downloads: Path
 
-    def need_space(self, max_tokens: int) -> None:
+    def need_space(self) -> None:
         """UserError where the disk has no room for what is left of the build."""
         import hub
-        shards = sum(path.stat().st_size for path in self.downloads.parent.glob("*_[0-9]*.*"))
-        left = max(0, sum(file.size for file in self.files) - shards * 4 // 3)  # shards take 3/4 of the files
-        if max_tokens:
-            needs = {"shards": min(left * 3 // 4, max(0, 2 * max_tokens - shards))}
-        else:  # at a time one is read, two are ahead, and one stays until its last shard is written
-            most = sum(sorted(file.size for file in self.files if not hub.cached(self.repo, file))[-4:])
-            there = sum(path.stat().st_size for path in self.downloads.glob("*"))
-            needs = {"shards": left * 3 // 4, "downloads": max(0, min(left, most) - there)}
-        hub.need_space(self.downloads.parent, needs)
+        size = sum(file.size for file in self.files)
+        needed = min(size * 3 // 4, 2 * self.max_tokens or size)  # shards take 3/4 of the files
+        if not self.max_tokens:  # one is read, two are ahead, and one stays until its last shard is written
+            needed += sum(sorted(file.size for file in self.files if not hub.cached(self.repo, file))[-4:])
+        folder = self.downloads.parent
+        there = [*self.downloads.glob("*"), *list_shards(folder, "train"), *list_shards(folder, "val")]
+        hub.need_space(folder, max(0, needed - sum(path.stat().st_size for path in there)))
 
-    def chunks_of(self, file, path: Path, *args) -> Iterator:
-        return parquet_chunks(File(path, file.size, None, file.path), self.column, self.val_fraction, *args)
+    def units(self, start: Place) -> Iterable[Unit]:
+        """Source.units: the next files are fetched while one is read."""
+        import hub
+        files = self.files[start[0]:]
+        if self.max_tokens:
+            return (self.partial(file, start[1] if i == 0 else 0) for i, file in enumerate(files))
+        return hub.ahead(self.complete, files)
 
-    def complete(self, file) -> Iterator:
+    def complete(self, file) -> Unit:
         """The chunks of a file, which is fetched first."""
         import hub
         with FETCHING:
             path = hub.fetch(self.repo, self.commit, file, self.downloads)
-        return self.chunks_of(file, path)
+        return parquet_chunks(File(path, file.size, None, file.path), self.column, self.val_fraction)
 
-    def partial(self, file, first: int) -> Iterator:
+    def partial(self, file, first: int) -> Unit:
         """The chunks of a file from row group `first` on; only its footer and one column are fetched.
 
         They go to their places in a local file with holes, which Arrow reads like the complete one.
         """
         import hub
-        if path := hub.cached(self.repo, file):
-            yield from self.chunks_of(file, path, first)
+        if hub.cached(self.repo, file):
+            yield from self.complete(file)
             return
-        path, fetch = self.downloads / f"{file.etag}.part", functools.partial(
-            hub.fetch_range, self.repo, self.commit, file)
-        footer = fetch(max(0, file.size - FOOTER_BYTES), file.size)
-        length = 8 + int.from_bytes(footer[-8:-4], "little")
-        if FOOTER_BYTES < length <= file.size:
-            footer = fetch(file.size - length, file.size)
+        fetch = functools.partial(hub.fetch_range, self.repo, self.commit, file)
+        footer_bytes = 8 + int.from_bytes(fetch(max(0, file.size - 8), file.size)[:4], "little")
+        footer_start = max(0, file.size - footer_bytes)
+        path = self.downloads / f"{file.etag}.part"
         self.downloads.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
-        write_at(path, file.size - len(footer), footer)
+        write_at(path, footer_start, fetch(footer_start, file.size))
+        local = File(path, file.size, None, file.path)
+        with reading(local):
+            metadata = open_parquet(local).metadata
 
-        def row_groups(groups: range) -> Iterator[int]:
-            metadata = open_parquet(File(path, file.size, None, file.path)).metadata
+        def fetch_group(group: int) -> int:
+            part = column_of(metadata, group, self.column)
+            start = min(part.dictionary_page_offset or part.data_page_offset, part.data_page_offset)
+            write_at(path, start, fetch(start, min(file.size, start + part.total_compressed_size)))
+            return group
 
-            def fetch_group(group: int) -> tuple[int, int, bytes]:
-                part = column_of(metadata, group, self.column)
-                start = min(part.dictionary_page_offset or part.data_page_offset, part.data_page_offset)
-                return group, start, fetch(start, min(file.size, start + part.total_compressed_size))
-
-            for group, start, data in hub.ahead(fetch_group, groups):
-                write_at(path, start, data)
-                yield group
-
-        yield from self.chunks_of(file, path, first, row_groups)
+        groups = hub.ahead(fetch_group, range(first, metadata.num_row_groups))
+        yield from parquet_chunks(local, self.column, self.val_fraction, groups)
 
     def release(self, unit: int) -> None:
         for suffix in (".parquet", ".part"):
@@ -558,18 +552,8 @@ def hub_source(dataset: str, subset: str, revision: str, column: str, val_fracti
 
     downloads: where they are kept until `release`; what the hub's own cache has is read from there.
     """
-    import hub
     repo, commit, files = hub_files(dataset, subset, revision)
-    mine = HubFiles(repo, commit, files[rank::ranks], column, val_fraction, downloads)
-    mine.need_space(max_tokens)
-
-    def chunks(start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
-        todo = mine.files[start[0]:]
-        if max_tokens:
-            units = (mine.partial(file, start[1] if i == 0 else 0) for i, file in enumerate(todo))
-        else:
-            units = hub.ahead(mine.complete, todo)
-        return numbered(units, start)
-
-    identity = identity_of([file[:2] for file in files])
-    return Source({"repo": repo, "revision": commit, "files": len(files)}, identity, chunks, mine.release)
+    mine = HubFiles(repo, commit, files[rank::ranks], column, val_fraction, max_tokens, downloads)
+    mine.need_space()
+    facts = {"repo": repo, "revision": commit, "files": len(files)}
+    return Source(facts, identity_of([file[:2] for file in files]), mine.units, mine.release)

@@ -226,13 +226,10 @@ class Build:
 
     def is_complete(self, k: int) -> bool:
         """Whether the shards of pair k are there, and as long as they should be."""
-        for record in self.pairs[k]["files"]:
-            try:
-                if read_header(self.folder / record["file"])[0] != record["tokens"]:
-                    return False
-            except (UserError, OSError):
-                return False
-        return True
+        with contextlib.suppress(UserError, OSError):
+            return all(read_header(self.folder / record["file"])[0] == record["tokens"]
+                       for record in self.pairs[k]["files"])
+        return False
 
     def missing(self) -> int | None:
         """The first pair that is to be built, or None."""
@@ -244,14 +241,15 @@ class Build:
         return {split: [sum(column) for column in zip([0, 0, 0], *(pair["counts"][split] for pair in pairs))]
                 for split in SPLITS}
 
-    def run(self, source: Source, num_workers: int, skip_bad: bool) -> None:
+    def run(self, source: Source, skip_bad: bool, num_workers: int) -> None:
         """Build the pairs that are missing, and the manifest."""
         if self.state["identity"] not in ("", source.identity):
             raise UserError(f"the build in {self.folder} began with other files: names, sizes or times "
                             f"differ; bring them back, or {WAYS}")
         self.state |= {"identity": source.identity, "source": source.facts}
         every = 0.5 if sys.stderr.isatty() else 60  # seconds; in a log, a line per minute is enough
-        with ThreadPoolExecutor(1) as writer, tqdm(unit="B", unit_scale=True, mininterval=every) as bar:
+        bar = tqdm(unit="B", unit_scale=True, mininterval=every, delay=1)
+        with ThreadPoolExecutor(1) as writer, bar:
             while (k := self.missing()) is not None:
                 if k < len(self.pairs):
                     names = ", ".join(record["file"] for record in self.pairs[k]["files"])
@@ -333,11 +331,11 @@ class Build:
     def finish(self) -> None:
         """Write the manifest, which makes the folder a finished one."""
         names, counts = ("documents", "tokens", "text_bytes"), self.counts(self.pairs)
+        splits = {split: dict(zip(names, counts[split])) for split in SPLITS}
         write_manifest(self.folder, {
             "tokenizer": {"name": self.tok.name, "sha256": self.tok.sha256, "n_vocab": self.tok.n_vocab},
             "eot": self.tok.eot, "settings": self.settings, "source": self.state["source"],
-            **dict(zip(names, map(sum, zip(*counts.values())))),
-            "splits": {split: dict(zip(names, counts[split])) for split in SPLITS},
+            **{name: splits["train"][name] + splits["val"][name] for name in names}, "splits": splits,
             "empty_documents": sum(pair["empty"] for pair in self.pairs),
             "bad_documents": sum(pair["bad"] for pair in self.pairs),
             "files": [record for pair in self.pairs for record in pair["files"]]}, self.rank, self.ranks)
@@ -390,21 +388,20 @@ def describe(manifest: dict, folder: Path, seconds: float) -> str:
     if manifest["bad_documents"]:
         left_out += f", {manifest['bad_documents']:,} bad ones left out"
     val = manifest["splits"]["val"]
-    if val["tokens"]:
-        windows = " and ".join(f"{(val['tokens'] - 1) // T:,} of {T:,}" for T in (256, 1024))
-        val = f"validation: {val['documents']:,} documents, {val['tokens']:,} tokens; windows: {windows}"
-    else:
-        val = "no validation, which training needs: build again with --val_fraction=0.01, for example"
+    windows = " and ".join(f"{(val['tokens'] - 1) // T:,} of {T:,}" for T in (256, 1024))
+    val_line = f"validation: {val['documents']:,} documents, {val['tokens']:,} tokens; windows: {windows}"
+    if not val["tokens"]:
+        val_line = "no validation, which training needs: build again with --val_fraction=0.01, for example"
     rate = manifest["text_bytes"] / max(1, manifest["tokens"])
     return (f"{manifest['documents']:,} documents ({left_out}), {manifest['tokens']:,} tokens, {rate:.3f} "
-            f"bytes per token, {seconds:.1f} s\n{val}\n{len(manifest['files'])} shards in {folder}")
+            f"bytes per token, {seconds:.1f} s\n{val_line}\n{len(manifest['files'])} shards in {folder}")
 
 
 def open_source(settings: dict, downloads: Path, revision: str, rank: int, ranks: int) -> Source:
     """Where the documents come from; downloads: the folder for what the hub sends."""
     column, val_fraction = settings["text_column"], settings["val_fraction"]
     if settings["input"]:
-        return input_source(settings["input"], column, val_fraction, Path(settings["data_dir"]), rank, ranks)
+        return input_source(settings["input"], column, val_fraction, rank, ranks)
     if settings["dataset"] == "python":
         return python_source(val_fraction)
     return hub_source(settings["dataset"], settings["subset"], revision, column, val_fraction,
@@ -441,21 +438,20 @@ def build(**settings) -> None:
     shards = "text" if settings["input"] else NAMES.get(name) or re.sub(r"\W+", "_", name.rpartition("/")[2])
     part = manifest_name(rank, ranks, "").removesuffix(".json")  # of this machine
     downloads = folder / f"fineweb_downloads{part}"  # removed at the end, so no name that a user may have
+    cores = available_cores() // env_number("LOCAL_WORLD_SIZE", 1)
     with locked(folder, "build", name=f".lock{part}"):
         work = Build(folder, shards, decisive, command, settings["tokenizer"], rank, ranks)
-        source = open_source(settings, downloads, "", rank, ranks) if local else None
-        if work.missing() is None and (not source or source.identity == work.state["identity"]):
-            print(f"{folder} is already built by these settings")
-        else:
-            revision = work.state["source"].get("revision", settings["revision"])  # the commit it began with
-            source = source or open_source(settings, downloads, revision, rank, ranks)
-            cores = available_cores() // env_number("LOCAL_WORLD_SIZE", 1)
-            try:
-                work.run(source, settings["num_workers"] or min(16, max(1, cores)), settings["skip_bad"])
-            except UserError as error:
-                kept = ". What is done is kept: run the same command again, and it goes on"
-                raise UserError(f"{error}{kept if work.pairs else ''}") from error.__cause__
-            print(describe(read_json(work.manifest, {}), folder, time.perf_counter() - began))
+        revision = work.state["source"].get("revision", settings["revision"])  # the commit it began with
+        built = work.missing() is None
+        try:
+            if not built or local:  # what came from the hub needs no network once it is built
+                work.run(open_source(settings, downloads, revision, rank, ranks), settings["skip_bad"],
+                         settings["num_workers"] or min(16, max(1, cores)))
+        except UserError as error:
+            kept = ". What is done is kept: run the same command again, and it goes on"
+            raise UserError(f"{error}{kept if work.pairs else ''}") from error.__cause__
+        print(f"{folder} is already built by these settings" if built else
+              describe(read_json(work.manifest, {}), folder, time.perf_counter() - began))
         shutil.rmtree(downloads, ignore_errors=True)
     print(f"next: python train_gpt2.py --data_dir={shlex.quote(str(folder))}")
 

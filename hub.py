@@ -253,7 +253,7 @@ def ahead(function: Callable, items: Iterable) -> Iterator:
             results.put((None, error))
 
     def get_result():
-        while results.empty():  # on Windows, Ctrl-C interrupts a sleep, but not a wait for the queue
+        while results.empty():  # Ctrl-C interrupts a sleep, but not everywhere a wait for the queue
             time.sleep(0.01)
         return results.get()
 
@@ -267,16 +267,15 @@ def ahead(function: Callable, items: Iterable) -> Iterator:
         closed.set()
 
 
-def need_space(folder: Path, needs: dict[str, int]) -> None:
-    """Print what `needs` ({what for: bytes}) take on the disk of a folder, and what is free there.
+def need_space(folder: Path, needed: int) -> None:
+    """Print what is needed and what is free, in bytes, on the disk of a folder, which may not exist yet.
 
-    The folder may not exist yet. Raises UserError if less is free than the sum.
+    Raises UserError if less is free.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free, total = shutil.disk_usage(there).free, sum(needs.values())
-    terms = " + ".join(f"{size / 1e9:.2f} GB for {what}" for what, size in needs.items())
-    line = f"disk of {folder}: {terms} = {total / 1e9:.2f} GB; {free / 1e9:.2f} GB are free"
-    if total > free:
+    free = shutil.disk_usage(there).free
+    line = f"disk of {folder}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+    if needed > free:
         raise UserError(f"{line}; free some space, choose another disk with --data_dir=..., or take less "
                         f"with --max_tokens=...")
     print(line)
