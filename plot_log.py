@@ -433,7 +433,7 @@ def make_report() -> None:
 def main() -> None:
     if report:
         return make_report()
-    if checkpoint or data_dir or val_tokens is not None:
+    if checkpoint or data_dir or val_tokens:
         raise UserError("checkpoint, data_dir and val_tokens are for a report; type --report beside them")
     if log and log_dir != "log":
         raise UserError(f"log={log} and log_dir={log_dir}: both name the logs to draw; leave one of them out")
