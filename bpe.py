@@ -539,10 +539,11 @@ class Tokenizer:
 
         # Every left + right = merged of tokens, not only the cut its training took: tiktoken asks whether two
         # neighbours joined are a token, whatever they came from.
-        merges = [(left << 16 | right, rank) for token, rank in ranks.items() for i in range(1, len(token))
-                  if (left := ranks.get(token[:i])) is not None
-                  and (right := ranks.get(token[i:])) is not None]
-        pairs = make_table(*np.array(merges, np.uint64).reshape(-1, 2).T)
+        merges = np.fromiter((left << 32 | right << 16 | rank for token, rank in ranks.items()
+                              for i in range(1, len(token))
+                              if (left := ranks.get(token[:i])) is not None
+                              and (right := ranks.get(token[i:])) is not None), np.uint64)
+        pairs = make_table(merges >> U(16), merges & U(0xFFFF))
 
         blob, edges = np.frombuffer(b"".join(tokens), np.uint8), np.cumsum([0, *map(len, tokens)])
         keys = np.empty(len(tokens), np.uint64)
