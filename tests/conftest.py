@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import random
+import signal
 import sys
 import sysconfig
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 # two test files run at a time: with more threads they would wait for each other's at every small product
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
