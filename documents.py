@@ -80,7 +80,7 @@ class Source(NamedTuple):
     facts: dict    # for the manifest
     identity: str  # of the files: a build does not go on with others
     units: Callable[[Place], Iterable[Unit]]  # units(start): from number start[0] on
-    release: Callable[[int], None] = id  # to be called when a unit is no longer needed
+    release: Callable[[int], None] = id  # when a unit is no longer needed; id does nothing
 
     def chunks(self, start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
         """(place, chunk) from place `start` on, in order."""

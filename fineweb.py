@@ -298,9 +298,11 @@ class Build:
         counts = self.counts([*self.pairs[:k], {"counts": last.counts}])
         (documents, train, _), (val_documents, val, _) = counts.values()
         if not train + val and self.ranks == 1:
-            raise UserError(f"found no text in {self.state['source']}: check --input and --text_column")
+            empty = sum(pair["empty"] for pair in self.pairs[:k]) + last.empty
+            raise UserError(f"no text found: {empty:,} documents are empty, and there are no others; check "
+                            f"--input and --text_column")
         if not (train and val) and self.settings["val_fraction"] and self.ranks == 1:
-            raise UserError(f"all {documents + val_documents:,} documents are for "
+            raise UserError(f"all documents ({documents + val_documents:,}) are for "
                             f"{'training' if train else 'validation'}; give another --val_fraction=...")
 
     def write(self, k: int, pair: Pair, end: Place, release) -> None:
@@ -384,9 +386,9 @@ def verify_folder(folder: Path) -> None:
 
 def describe(manifest: dict, folder: Path, seconds: float) -> str:
     """The closing lines of a build."""
-    left_out = f"{manifest['empty_documents']:,} empty ones skipped"
+    left_out = f"{manifest['empty_documents']:,} empty skipped"
     if manifest["bad_documents"]:
-        left_out += f", {manifest['bad_documents']:,} bad ones left out"
+        left_out += f", {manifest['bad_documents']:,} bad left out"
     val = manifest["splits"]["val"]
     windows = " and ".join(f"{(val['tokens'] - 1) // T:,} of {T:,}" for T in (256, 1024))
     val_line = f"validation: {val['documents']:,} documents, {val['tokens']:,} tokens; windows: {windows}"

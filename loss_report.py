@@ -224,7 +224,7 @@ def measure(source: str | Path, data_dir: str, val_tokens: int, device: str, dty
             ) -> Report:
     """The report of a model: `source` as load_any takes it, on the shards in `data_dir`.
 
-    An empty data_dir is the one that the checkpoint was trained on, val_tokens 0 as many as its run judged
+    An empty data_dir is the one that the checkpoint was trained on, val_tokens 0 as many as its run evaluated
     on; `seed` draws the train windows. Raises UserError, before anything takes long.
     """
     dev = resolve_device(device, dtype)

@@ -62,7 +62,7 @@ def tiny_data(tmp_path_factory, byte_tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def base_flags(tiny_data, byte_tokenizer):
-    """A run of 12 steps of a tiny model in float32; 34 windows of the data make one epoch 4.2 steps."""
+    """A run of 12 steps of a tiny model in float32."""
     return {"data_dir": tiny_data, "tokenizer": byte_tokenizer,
             "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "dropout": 0.1,
             "batch_size": 2, "batch_tokens": 512,

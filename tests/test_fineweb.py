@@ -203,6 +203,13 @@ def test_a_pair_ends_with_the_chunk_that_fills_train(tmp_path, monkeypatch):
     assert seen == 200
 
 
+def test_the_footer_of_a_parquet_file_is_parsed_once(tmp_path):
+    documents.open_parquet.cache_clear()
+    build(tmp_path / "out", input=write_input(tmp_path / "in", "parquet", DOCUMENTS))
+    info = documents.open_parquet.cache_info()
+    assert info.misses == 1 and info.hits > 4
+
+
 def test_any_number_of_workers(tmp_path, encoding, monkeypatch):
     monkeypatch.setattr(documents, "PIECE_BYTES", 512)
     monkeypatch.setattr(documents, "CHUNK_BYTES", 3000)
@@ -395,10 +402,14 @@ def twice_parquet(path):
     return path.read_bytes()
 
 
+# a frame whose header asks for a window of 2 GB, as `zstd --long=31` does, and one raw block: "hello"
+LONG_WINDOW = bytes.fromhex("28b52ffd00a8") + (5 << 3 | 1).to_bytes(3, "little") + b"hello"
+
+
 @pytest.mark.parametrize("name, content, flags, words", [
-    ("a.txt", b"", {}, ["found no text"]),
-    ("a.jsonl", b"\n\n", {}, ["found no text"]),
-    ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', {}, ["found no text"]),
+    ("a.txt", b"", {}, ["no text found"]),
+    ("a.jsonl", b"\n\n", {}, ["no text found: 0 documents"]),
+    ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', {}, ["no text found: 2 documents are empty"]),
     ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', {}, ["a.jsonl, line 2: ", "no text", "--skip_bad"]),
     ("a.jsonl", b'{"text": "a\\ud800"}\n', {}, ["line 1: not JSON, or not text", "surrogates"]),
     ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', {}, ["a.jsonl, line 2: not JSON"]),
@@ -407,10 +418,11 @@ def twice_parquet(path):
     ("a.jsonl", b"3\n", {}, ["line 1: b'3' has no text"]),
     ("a.json", b' [{"text": "a"}]', {}, ["a.json is a JSON array", "python -c 'import json"]),
     ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), {}, ["a.jsonl is UTF-16", "iconv"]),
-    ("a.txt", b"x", {}, ["all 1 documents are for training", "--val_fraction"]),
+    ("a.txt", b"x", {}, ["all documents (1) are for training", "--val_fraction"]),
     ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-20], {}, ["a.jsonl.gz: cannot be read"]),
     ("a.jsonl.gz", b'{"text": "a"}\n', {"skip_bad": True}, ["a.jsonl.gz: cannot be read"]),
     ("a.jsonl.zst", b"nonsense", {"skip_bad": True}, ["a.jsonl.zst: cannot be read"]),
+    ("a.jsonl.zst", LONG_WINDOW, {}, ["a.jsonl.zst: cannot be read", "made with zstd --long"]),
     ("a.parquet", b"PAR1 nonsense PAR1", {"skip_bad": True}, ["a.parquet: cannot be read"]),
     ("a.parquet", corrupt_parquet, {"skip_bad": True}, ["a.parquet, row group 0: cannot be read"]),
     ("a.parquet", corrupt_parquet, {"num_workers": 2}, ["a.parquet, row group 0: cannot be read"]),
@@ -462,7 +474,7 @@ def test_skip_bad_leaves_out_what_cannot_be_read(tmp_path, encoding, num_workers
               "d.parquet, row 1", "e.txt, from byte 0 on"]
     told = [line for line in said.err.splitlines() if "left out: " in line]
     assert len(told) == 7 and all(f"{folder}/{place}: " in line for place, line in zip(places, told)), told
-    assert "7 bad ones left out" in said.out
+    assert "7 bad left out" in said.out
 
 
 def test_a_file_that_may_not_be_read_is_not_skipped(tmp_path, monkeypatch):
