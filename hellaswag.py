@@ -145,6 +145,21 @@ def _download(setting):
     write_atomically(PUBLIC_FILE, content)
 
 
+def examples_for_training(data: str, tokenizer: Tokenizer, ranks: Ranks) -> "Examples | None":
+    """The examples of `data` or of the public file, by completion; None, after a warning, if the latter cannot
+    be downloaded: that must not end a run of days."""
+    try:
+        path = find_data(data, "hellaswag_data")
+    except UserError as error:  # on all processes alike
+        if data:
+            ranks.fail(error)
+        if ranks.master:
+            print(f"warning: this run has no HellaSwag scores: {error}; or type --hellaswag_interval=0",
+                  flush=True)
+        return None
+    return ranks.on_all(read_examples, path, tokenizer, "completion")
+
+
 class Example(NamedTuple):
     """One question in tokens (int64)."""
     context: np.ndarray  # (at least 1,)
@@ -345,6 +360,7 @@ def score_batch(model: GPT, batch: list[Row], dev: Device) -> tuple[np.ndarray, 
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def evaluate(model: GPT, examples: Examples, dev: Device, batch_tokens: int = 16_384) -> Result:
     """The score of a model, in eval mode meanwhile, in the dtype of `dev`.
 

@@ -13,6 +13,7 @@ A process that is alone needs no group: everything here then works without one.
 
 import os
 import platform
+import signal
 import sys
 import threading
 from collections import Counter
@@ -132,6 +133,17 @@ class Ranks:
             raise error or TemporaryError("another process has failed, and says why")
         return result
 
+    def differing(self, value) -> list[int]:
+        """The ranks whose value is not the most common one, on all processes."""
+        everyone = self.gather(value)
+        usual = Counter(everyone).most_common(1)[0][0]
+        return [rank for rank, theirs in enumerate(everyone) if theirs != usual]
+
+    def fail(self, reason) -> None:
+        """Raise UserError; called by all processes, for a reason that all of them see."""
+        self.shutdown()
+        raise UserError(reason)
+
     def require_equal(self, what: str, facts: dict) -> None:
         """Raise UserError on all processes, naming keys and ranks, unless all have the same {key: value}."""
         everyone = self.gather(facts)
@@ -159,3 +171,32 @@ class Ranks:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
+
+
+class StopRequests:
+    """SIGTERM and Ctrl-C, noted for the training loop, which finishes its step, saves, and exits with 0.
+
+    Before the loop (step is None) there is nothing to save: SIGTERM exits at once, with 0. So does a second
+    Ctrl-C, with 130, except under torchrun, which sends two by itself.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.step, self.signals = ranks, None, []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        name = signal.Signals(number).name
+        again = name in self.signals and not self.ranks.many
+        if name == "SIGINT" and (self.step is None or again):
+            signal.default_int_handler(number, frame)
+        if self.ranks.master and not self.signals:
+            does = "nothing to save" if self.step is None else f"finishing step {self.step}, then saving"
+            os.write(2, f"\n{name}: {does}\n".encode())  # print may be what was interrupted
+        if self.step is None:
+            os._exit(0)
+        self.signals.append(name)
+
+    def reason(self) -> str:
+        """Why this process should stop: the signal, or that torchrun has died; "" to go on."""
+        return self.signals[0] if self.signals else "the end of torchrun" if self.ranks.orphaned() else ""

@@ -25,11 +25,14 @@ import operator
 import os
 import re
 import struct
+import threading
 from bisect import bisect_right
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from bpe import Tokenizer, load_tokenizer, tokenizer_from_ranks
 from configurator import Between, OneOf, UserError
 from files import check, read_json, write_atomically
 
@@ -184,8 +187,11 @@ class TokenStream:
     manifest, or, without a manifest, with shards of several kinds or a gap in their numbers.
     """
 
-    def __init__(self, data_dir: str | Path, split: str):
-        folder = Path(data_dir)
+    def __init__(self, data_dir: str | Path, split: str, prepare: str = "make prepare"):
+        """`prepare` is the command that builds the folder: the message names it if the folder is missing."""
+        self.folder = folder = Path(data_dir)
+        if not folder.is_dir():
+            raise UserError(f"data_dir={data_dir} is not there; build it: {prepare}, or type --data_dir=FOLDER")
         self.manifest = read_manifest(folder)
         if self.manifest is None and (builds := _find(folder, BUILD_NAME)):
             command = read_json(folder / builds[0][0], {"command": str})["command"]
@@ -194,9 +200,7 @@ class TokenStream:
         self.paths = list_shards(folder, split)
         if not self.paths:
             cure = ("training needs both splits: build the data again with fineweb.py --val_fraction=0.01 "
-                    "--data_dir=ANOTHER" if _find(folder, SHARD_NAME) else
-                    "`make prepare` builds the FineWeb-Edu data, `make demo` builds and trains on a small "
-                    "corpus without any download, --data_dir=... names another folder")
+                    "--data_dir=ANOTHER" if _find(folder, SHARD_NAME) else f"build it: {prepare}")
             raise UserError(f"{folder} has no {split} shards (*_{split}_*.npy or .bin); {cure}")
         self._headers = [read_header(path) for path in self.paths]
         counts = [tokens for tokens, _ in self._headers]
@@ -244,6 +248,13 @@ class TokenStream:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     raise UserError(f"{path}: its sha256 is not that of the manifest: it is corrupt or from "
                                     f"another build; delete it and run fineweb.py again")
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the folder's rank file, by the manifest's name for it; GPT-2's without them."""
+        path = self.folder / RANK_FILE
+        if self.manifest is None or not path.exists():
+            return load_tokenizer("gpt2")
+        return tokenizer_from_ranks(path.read_bytes(), self.manifest["tokenizer"]["name"])
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -365,3 +376,28 @@ class WindowLoader:
         if not 0 <= first <= first + count <= self.windows_per_step:
             raise IndexError(f"got windows {first} to {first + count} of a step of {self.windows_per_step}")
         return self.read_windows(self.window_ids(step)[first:first + count])
+
+
+# ---- beside the training --------------------------------------------------------
+
+
+def unigram_loss(train: WindowLoader, val: WindowLoader, n_val_windows: int) -> float:
+    """Val loss of a model that knows frequencies only: add-one counts of the first 2**24 train tokens."""
+    counts = 1 + train.count_targets(min(train.n_windows, 2**24 // train.T + 1))
+    val_counts = val.count_targets(n_val_windows)
+    return math.log(counts.sum()) - (val_counts * np.log(counts)).sum() / val_counts.sum()
+
+
+def verify_in_background(streams: Iterable[TokenStream], part: int, parts: int,
+                         failures: list[Exception]) -> threading.Thread:
+    """A thread that runs `TokenStream.verify` and appends its error, if any, to `failures`."""
+    def verify():
+        try:
+            for stream in streams:
+                stream.verify(part, parts)
+        except (UserError, OSError) as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=verify, daemon=True)
+    thread.start()
+    return thread
