@@ -1,7 +1,7 @@
 # What `make demo` trains: a small GPT-2 on the source code of Python's standard library. Minutes
 # on 2 cores. Most of the work is the output layer over 50,257 ids: a narrow model sees more text in the time.
-#     python fineweb.py --dataset=python --val_fraction=0.02 --data_dir=python_corpus
 #     python train_gpt2.py config/demo_cpu.py
+prepare = "python fineweb.py --dataset=python --val_fraction=0.02 --data_dir=python_corpus"
 data_dir = "python_corpus"
 log_dir = "log_demo"
 n_layer = 6

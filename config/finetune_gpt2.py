@@ -1,11 +1,11 @@
 # Fine-tune GPT-2 on your own text: OpenAI's 124M (0.5 GB are downloaded once), or whatever --init_from names.
-#     python fineweb.py --input=my_text.txt --data_dir=my_text --val_fraction=0.1
 #     python train_gpt2.py config/finetune_gpt2.py
 #     python generate.py --checkpoint=log_finetune
-# Its shape and vocabulary come with the weights. The rate is low and falls, and two epochs are much for a
-# small text: watch the val loss, of whose best step a checkpoint is kept. Validation takes a window or more:
-# with a tenth of the text and 1,024 tokens that is a text of 50 kB; --block_size=256 does with a quarter.
+# Shape and vocabulary come with the weights. Two epochs are many for a small text: watch the val loss; the
+# best checkpoint is kept (--checkpoint=log_finetune:best). Validation needs a window: with a tenth of the text
+# and block_size=1024 that is a text of 50 kB; --block_size=256 needs a quarter of it.
 init_from = "gpt2"  # or gpt2-medium, gpt2-large, gpt2-xl, a folder of Hugging Face's, a checkpoint
+prepare = "python fineweb.py --input=my_text.txt --data_dir=my_text --val_fraction=0.1"
 data_dir = "my_text"
 log_dir = "log_finetune"
 block_size = 1024  # or less, for memory

@@ -1,9 +1,9 @@
 # Run A: 16M parameters on a 6 GB card, 23.3M tokens, each once.
-#     make prepare-small
 #     python train_gpt2.py config/rtx4050_15m.py
 # Its author states 10,369 tok/s, 37.5 min per epoch of 2,848 batches, loss 13.0 to train 5.3 / val 9.4. With
 # this initialisation the loss starts near ln(50304) = 10.83. The stated total of 15,103,616 parameters does
 # not follow from its own table: tied, with biases, it is 16,102,912.
+prepare = "make prepare-small"
 data_dir = "edu_fineweb25M"
 log_dir = "log_rtx4050_15m"
 n_layer = 4

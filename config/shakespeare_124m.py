@@ -1,7 +1,7 @@
 # Run B: 124M parameters overfit one file, tiny Shakespeare (338,025 GPT-2 tokens), until the train loss is
 # below 0.09.
-#     python fineweb.py --input=input.txt --data_dir=shakespeare
 # Its author reached 0.0891 at step 3,533 (14.5M tokens) from 10.972, at about 4,300 tok/s on Apple MPS.
+prepare = "python fineweb.py --input=input.txt --data_dir=shakespeare"
 data_dir = "shakespeare"
 log_dir = "log_shakespeare_124m"
 vocab_size = 50257
