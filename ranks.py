@@ -191,8 +191,9 @@ class StopRequests:
         if name == "SIGINT" and (self.step is None or again):
             signal.default_int_handler(number, frame)
         if self.ranks.master and not self.signals:
-            does = "nothing to save" if self.step is None else f"finishing step {self.step}, then saving"
-            os.write(2, f"\n{name}: {does}\n".encode())  # print may be what was interrupted
+            answer = (f"stopped by {name} before the first step: there is nothing to save" if self.step is None
+                      else f"{name}: finishing step {self.step}, then saving")
+            os.write(2, f"\n{answer}\n".encode())  # print may be what the signal has interrupted
         if self.step is None:
             os._exit(0)
         self.signals.append(name)

@@ -242,7 +242,10 @@ class TokenStream:
                                 f"them so that their numbers run from 0 or 1 without a gap")
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Read shards part, part + parts, ...; UserError where a sha256 differs from the manifest's."""
+        """Read shards part, part + parts, ...; UserError where a sha256 differs from the manifest's, or where
+        there is no manifest."""
+        if self.manifest is None:
+            raise UserError(f"{self.folder} has no manifest.json to compare with; leave out --verify_data")
         for path, sha256 in list(zip(self.paths, self._sha256))[part::parts]:
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:

@@ -389,7 +389,7 @@ ranks.require_equal("what they train on", {
 loading = ThreadPoolExecutor(1, initializer=dev.use)  # reads one batch ahead
 next_batch = loading.submit(fetch_batch, start_step, 0)
 next_batch.result()
-if not dry_run:  # compare this process's share of the shards with the manifest, beside the training
+if verify_data or (val_stream.manifest and not dry_run):  # this process's share of the shards
     verifying = verify_in_background((val_stream, train_stream), rank, world_size, failures)
     if verify_data:
         verifying.join()

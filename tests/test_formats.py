@@ -308,7 +308,7 @@ def of_hugging_face(folder, byte_tokenizer):
 
 
 def of_run_records(folder, byte_tokenizer):
-    """runs.jsonl and skipped.jsonl, by the schemas in train_gpt2.py, which is never imported."""
+    """runs.jsonl, by its schema."""
     schemas = {}
     for node in ast.parse((ROOT / "train_gpt2.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("START", "SKIPPED"):

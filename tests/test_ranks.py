@@ -86,8 +86,8 @@ def test_a_signal_while_waiting_for_the_others(flags, tmp_path):
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
     assert any("is waiting for" in line for line in process.stderr)
     process.terminate()
-    (_, out, _), = ends_of([process])
-    assert process.returncode == 0 and "stopped by SIGTERM before the first step" in out
+    (_, _, err), = ends_of([process])
+    assert process.returncode == 0 and "stopped by SIGTERM before the first step" in err
 
 
 # ---- processes that differ -------------------------------------------------------

@@ -1,7 +1,6 @@
 """Stops and restarts: whatever ends a run, the next start goes on as if nothing had been."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -48,10 +47,12 @@ def straight(base_flags, tmp_path_factory):
 def test_a_signal_finishes_the_step_and_saves(flags, tmp_path, straight, name):
     """In the middle of step 5; and in the step before one at which the run validates and saves anyway."""
     flags |= {"log_dir": tmp_path / "log", "max_steps": 20}
-    out = train(flags, 1, fault(tmp_path, 5 * 4 + 2, signal_self(name)))
-    assert f"stopped by {name}: step 6," in out and "continue with --resume" in out
+    done = attempt(flags, 1, fault(tmp_path, 5 * 4 + 2, signal_self(name)))
+    assert f"\n{name}: finishing step 5, then saving\n" in done.stderr and done.returncode == 0
+    assert f"stopped by {name}: step 6," in done.stdout and "continue with --resume" in done.stdout
     assert list_checkpoints(tmp_path / "log")[-1].name == "ckpt_0000006.pt"
-    train(flags, 1, fault(tmp_path, 4 + 2, signal_self(name)), resume="true")
+    out = train(flags, 1, fault(tmp_path, 4 + 2, signal_self(name)), resume="true")
+    assert f"resume: {tmp_path}/log/ckpt_0000006.pt" in out
     state = load_checkpoint(tmp_path / "log")
     assert state["step"] == 8 and state["val_loss"] is None
     train(flags, resume="true")
@@ -78,8 +79,9 @@ def test_sigterm_before_the_first_step(flags, tmp_path):
             init(self, config)
         model.GPT.__init__ = told
     """
-    out = train(flags, 1, with_fault(tmp_path, early), log_dir=tmp_path / "log", resume="true")
-    assert "stopped by SIGTERM before the first step" in out and "step 4" not in out
+    done = attempt(flags, 1, with_fault(tmp_path, early), log_dir=tmp_path / "log", resume="true")
+    assert done.returncode == 0 and "stopped by SIGTERM before the first step" in done.stderr
+    assert "step 4" not in done.stdout
     assert snapshot(tmp_path / "log") == before
 
 
@@ -218,7 +220,7 @@ def test_a_stop_with_less_to_judge_than_processes(flags, tmp_path, tiny_data):
 
 
 def test_what_was_skipped_after_the_checkpoint_is_forgotten(flags, tmp_path):
-    """Skipped in step 2 and step 6, killed, resumed from step 4: skipped.jsonl has what log.txt has."""
+    """Skipped in step 2 and step 6, killed, resumed from step 4: the log keeps the first alone."""
     bad = """
 import model
 healthy, seen = model.GPT.forward, 0
@@ -231,11 +233,10 @@ model.GPT.forward = bad
     script = fault(tmp_path, 30, signal_self("SIGKILL"), before=bad)
     flags |= {"log_dir": tmp_path / "log"}
     assert attempt(flags, 1, script).returncode == -signal.SIGKILL
-    skipped = tmp_path / "log" / "skipped.jsonl"
-    assert [json.loads(line)["step"] for line in skipped.read_text(encoding="utf-8").splitlines()] == [2, 6]
+    assert list(read_log(tmp_path / "log", "skipped")["skipped"]) == [2, 6]
     train(flags, resume="true")
-    assert [json.loads(line)["step"] for line in skipped.read_text(encoding="utf-8").splitlines()] == [2]
     assert read_log(tmp_path / "log", "skipped")["skipped"] == {2: "1"}
+    assert list(read_log(tmp_path / "log", "skipped_window")["skipped_window"]) == [2]
 
 
 def test_a_restart_passes_over_a_damaged_checkpoint(flags, tmp_path):
