@@ -537,9 +537,7 @@ def open_record():
 
 launchers = sorted(set(filter(None, ranks.gather(ranks.launcher))))
 log_file, board, wandb_run = ranks.on_all(open_record)
-writer = None
-if (master_process or fsdp) and writes:
-    writer = checkpoint.CheckpointWriter(log_dir, keep_checkpoints, sharded=fsdp)
+writer = checkpoint.CheckpointWriter(log_dir, keep_checkpoints, master_process) if writes else None
 
 
 def log(step, **streams):
@@ -658,11 +656,6 @@ def score_hellaswag():
             give_up(error)
 
 
-def save(step, best_step, state):
-    if writer:
-        writer.save(step, state, best_step)
-
-
 def give_up(reason):
     """Stop all processes: called by all of them, for a reason that all of them see."""
     with contextlib.suppress(UserError):  # a checkpoint that could not be written: `reason` is worse
@@ -768,15 +761,16 @@ for step in range(start_step, max_steps + 1):  # one extra turn, to judge and sa
         print_samples(step) if fsdp else ranks.on_all(print_samples, step)
 
     # ---- checkpoint: at step s, s updates have been made
-    if (checkpoint_due or stopping) and step > start_step:
-        ranks.on_all(save, step, best and best["step"], {
+    if writer and (checkpoint_due or stopping) and step > start_step:
+        ranks.on_all(writer.wait)
+        writer.save(step, {
             "step": step, "train_loss": loss, "val_loss": val_loss if evaluated else None, "best": best,
             **checkpoint.training_state(raw_model, optimizers),
             "guard": {**guard}, "scaler": scaler.state_dict(),
             "config": config, "model_config": checkpoint.describe_model(raw_model),
             "tokenizer": checkpoint.describe_tokenizer(tok), "data": train_stream.fingerprint,
             "val_data": [val_stream.fingerprint, n_val_windows], "provenance": provenance,
-        })
+        }, best and best["step"])
     if last_step or stopping:
         break
 
