@@ -61,7 +61,7 @@ from loss_report import find_data_dir, open_stream
 from model import GPT, KVCache
 from shards import WindowLoader
 
-checkpoint: PathName = ""  # a .pt file, a folder for its newest, gpt2, ...; empty = the newest under log*/
+checkpoint: PathName = ""  # a file, FOLDER (its newest), FOLDER:best, gpt2, ...; empty = newest of log*/
 data_dir: PathName = ""  # token shards of the checkpoint's tokenizer; empty = those it was trained on
 out_dir: PathName = "heads"  # tables, figures and pruned models go here
 calibration_tokens: Between(1, 10**12) = 65_536  # spread over the train split: heads are chosen on these

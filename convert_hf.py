@@ -17,8 +17,9 @@ What comes out is what `GPT2LMHeadModel` and `GPT2TokenizerFast` load:
     vocab.json, merges.txt, tokenizer.json, tokenizer_config.json
 It tokenises like ours, except that <|endoftext|> in a text is the special id there, and ordinary text here.
 generate.py puts it before a prompt, as training does before a document; transformers does not: type it there.
-The same model comes in again bit by bit. The format has no Post-LN, which is refused, and no pruned heads,
-which come out as heads of zeros: the same logits.
+The same model comes in again bit by bit. A model that is not GPT-2 is refused: Post-LN, or a changed model.py,
+of which a forward pass is compared with GPT-2's definition. Pruned heads come out as heads of zeros: the same
+logits.
 
 What comes in needs GPT-2's architecture and a byte-level vocabulary whose last id is <|endoftext|>; whatever
 differs is refused by name. Without tokenizer files, 50,257 ids are GPT-2's.
@@ -33,6 +34,7 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -44,6 +46,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -56,6 +59,7 @@ from checkpoint import (
     describe_model,
     describe_tokenizer,
     holds_checkpoint,
+    is_temporary,
     load_checkpoint,
     save_checkpoint,
 )
@@ -64,7 +68,7 @@ from files import check, not_written, read_json, read_text, sync_file, sync_fold
 from model import GPT, GPTConfig
 
 source: PathName = ""  # to import: gpt2|gpt2-medium|gpt2-large|gpt2-xl, a folder of Hugging Face's, a file
-checkpoint: PathName = ""  # to export: a file, or a folder whose newest is meant
+checkpoint: PathName = ""  # to export: a file, a folder for its newest, or FOLDER:best
 out_dir: PathName = ""  # a new folder: a log_dir with one checkpoint (import), or a model folder (export)
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -97,7 +101,7 @@ PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets":
 def load_any(source: str | Path) -> dict:
     """The state of a checkpoint, on the CPU, from a model of any kind; `checkpoint.build_model` builds it.
 
-    `source`: a checkpoint of ours (a file, or a folder whose newest is meant), one of nanoGPT or
+    `source`: a checkpoint of ours (a file, a folder for its newest, or FOLDER:best), one of nanoGPT or
     build-nanogpt, a folder with config.json and model.safetensors, or one of gpt2, gpt2-medium, gpt2-large
     and gpt2-xl. A path that holds a model comes before a name, and a line on stderr says so. An imported
     state has format, step (0), model, model_config, tokenizer and provenance, and no optimizers. Raises
@@ -106,11 +110,11 @@ def load_any(source: str | Path) -> dict:
     path = Path(source)
     if _holds_hf(path) or (_hub_repo(source) and not holds_checkpoint(path)):
         return import_hf(source)
-    if not path.exists():
-        raise UserError(f"{source}: not there; give one of {', '.join(HUB_NAMES)}, a folder with config.json "
-                        f"and {WEIGHTS}, or a checkpoint of ours: a file or a log_dir (another model of "
-                        f"the hub: download it, then name its folder)")
     if not holds_checkpoint(path):
+        if not path.exists():
+            raise UserError(f"{source}: not there; give one of {', '.join(HUB_NAMES)}, a folder with "
+                            f"config.json and {WEIGHTS}, or a checkpoint of ours: a file, a log_dir or "
+                            f"LOG_DIR:best (another model of the hub: download it, then name its folder)")
         raise UserError(f"{source}: wanted a folder with config.json and {WEIGHTS}, or with ckpt_*.pt, got "
                         f"{_listing(path)}; name a file in it, another folder, or one of "
                         f"{', '.join(HUB_NAMES)}")
@@ -473,12 +477,12 @@ def _text(token, characters):
 def export_hf(state: dict, out_dir: str | Path) -> list[str]:
     """Write a checkpoint's model and tokenizer as the new folder `out_dir`; returns what a user should know.
 
-    The folder appears by a rename, so that it is whole if it is there. Raises UserError if it exists and is
-    not empty, if the model is Post-LN, and where the disk does not do.
+    The folder appears by a rename, so that it is complete if it is there. Raises UserError if it exists and
+    is not empty, if the model is Post-LN or not GPT-2 any more, and where the disk does not do.
     """
     out = check_out_dir(out_dir)
-    config, tokenizer = build_model(state, "to export").config, checkpoint_tokenizer(state)
-    notes = []
+    model, tokenizer = build_model(state, "to export"), checkpoint_tokenizer(state)
+    config, notes = model.config, []
     if config.norm_position != "pre":
         raise UserError("this model is Post-LN (norm_position=post), which Hugging Face's GPT-2 cannot be: "
                         "it normalises before each block, and after the last; only Pre-LN can be exported")
@@ -489,6 +493,8 @@ def export_hf(state: dict, out_dir: str | Path) -> list[str]:
     if gone:
         notes.append(f"{gone} of {config.n_layer * config.n_head} heads are pruned, which the format cannot "
                      f"hold: they are zeros in it; the logits are the same, the size is the dense model's")
+    tensors = _tensors_out(config, state["model"])
+    check_architecture(model, tensors)
     files, reachable = _tokenizer_files(tokenizer, config.block_size)
     if not reachable:
         notes.append("some tokens are made by no merge, only looked up whole: load this tokenizer with "
@@ -510,7 +516,7 @@ def export_hf(state: dict, out_dir: str | Path) -> list[str]:
     _remove_temporaries(out)
     try:
         temporary.mkdir(parents=True)
-        save_file(_tensors_out(config, state["model"]), temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         with open(temporary / WEIGHTS, "rb+") as file:
             sync_file(file)
         for name, value in files.items():
@@ -548,8 +554,8 @@ def _remove_temporaries(out):
 def check_out_dir(out_dir: str | Path) -> Path:
     """Raises UserError unless the folder is new or empty."""
     out = Path(out_dir)
-    killed = {"ckpt_0000000.tmp"}  # all that an import leaves that was stopped
-    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - killed):
+    # a killed import leaves a temporary file
+    if out.exists() and (not out.is_dir() or any(not is_temporary(path.name) for path in out.iterdir())):
         raise UserError(f"out_dir={out_dir} is there already and not empty; give the name of a new folder "
                         f"with --out_dir=ANOTHER, or remove this one")
     return out
@@ -575,6 +581,57 @@ def _tensors_out(config, weights):
             tensor = tensor.T
         tensors[name] = tensor.float().contiguous()
     return tensors
+
+
+def check_architecture(model: GPT, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises UserError unless GPT2LMHeadModel with the exported `tensors` is `model`.
+
+    model.py may have been changed, and config.json cannot tell: transformers would load the tensors, and
+    compute other logits with them.
+    """
+    config, C, T = model.config, model.config.n_embd, model.config.block_size
+    shapes = {"wte.weight": (config.n_vocab, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(config.n_layer):
+        for name, shape in (("ln_1", (C,)), ("attn.c_attn", (C, 3 * C)), ("attn.c_proj", (C, C)),
+                            ("ln_2", (C,)), ("mlp.c_fc", (C, 4 * C)), ("mlp.c_proj", (4 * C, C))):
+            shapes[f"h.{i}.{name}.weight"], shapes[f"h.{i}.{name}.bias"] = shape, shape[-1:]
+    found = {name.removeprefix("transformer."): tuple(tensor.shape) for name, tensor in tensors.items()}
+    cure = "model.py has been changed, and this format has only GPT-2; undo the change to export"
+    differing = [f"{name}: {found.get(name, 'none')}, GPT-2 has {shapes.get(name, 'none')}"
+                 for name in sorted(found.keys() | shapes.keys()) if found.get(name) != shapes.get(name)]
+    if differing:
+        raise UserError(f"this model's tensors are not GPT-2's: {'; '.join(differing[:5])}: {cure}")
+    idx = torch.randint(config.n_vocab, (1, T), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = model(idx), hf_logits(tensors, config.n_layer, config.n_head, idx)
+    difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    if not difference <= 1e-4 * largest:  # rounding in float32 makes about 1e-6 of it
+        raise UserError(f"transformers would compute other logits with these weights, by up to "
+                        f"{difference:.3g} where the largest is {largest:.3g}: {cure}")
+
+
+def hf_logits(tensors: dict[str, torch.Tensor], n_layer: int, n_head: int, idx: torch.Tensor) -> torch.Tensor:
+    """What GPT2LMHeadModel computes with exported tensors, written out in float32; no line of model.py."""
+    def norm(x, name):
+        weight, bias = (tensors[f"transformer.{name}.{kind}"] for kind in ("weight", "bias"))
+        return F.layer_norm(x, weight.shape, weight, bias, eps=1e-5)
+
+    def linear(x, name):  # Conv1D
+        return x @ tensors[f"transformer.{name}.weight"] + tensors[f"transformer.{name}.bias"]
+
+    T = idx.size(1)
+    wte = tensors["transformer.wte.weight"]
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)  # (T, T)
+    x = wte[idx] + tensors["transformer.wpe.weight"][:T]  # (B, T, C)
+    for h in (f"h.{i}" for i in range(n_layer)):
+        q, k, v = (part.unflatten(2, (n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
+                   for part in linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").chunk(3, dim=2))
+        scores = (q @ k.mT / math.sqrt(q.size(3))).masked_fill(future, -math.inf)  # (B, nh, T, T)
+        x = x + linear((scores.softmax(dim=3) @ v).transpose(1, 2).flatten(2), f"{h}.attn.c_proj")
+        u = linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc")  # (B, T, 4C)
+        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))  # gelu_new
+        x = x + linear(u, f"{h}.mlp.c_proj")
+    return norm(x, "ln_f") @ wte.T  # (B, T, V)
 
 
 def _tokenizer_files(tokenizer, block_size):

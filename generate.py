@@ -39,7 +39,7 @@ from device import resolve_device
 from files import read_text
 from model import check_sampling, context_start
 
-checkpoint: PathName = ""  # a file, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/
+checkpoint: PathName = ""  # a file, FOLDER (its newest), FOLDER:best, gpt2, ...; empty = newest of log*/
 prompt = ""  # text, FILE:path, or - for standard input; empty = the beginning of a document
 prompts: PathName = ""  # a text file with a prompt per line, in place of prompt
 num_samples: Between(1, 10_000) = 2  # samples of each prompt, drawn as one batch

@@ -58,7 +58,7 @@ from files import check, write_atomically
 from model import GPT
 from ranks import Ranks
 
-checkpoint: PathName = ""  # a file, a folder whose newest is meant, gpt2, ...; empty = the newest under log*/
+checkpoint: PathName = ""  # a file, FOLDER (its newest), FOLDER:best, gpt2, ...; empty = newest of log*/
 data: PathName = ""  # a .jsonl file in the format of the public one; empty = the public one
 protocol: OneOf("completion", "harness", "both") = "both"  # how the questions are put
 device = "auto"  # auto|cpu|cuda|cuda:1|mps

@@ -374,18 +374,17 @@ def to_csv(rows: list) -> bytes:
 
 def find_model() -> tuple[str, Path]:
     """What to measure, and the folder that its log is in and the report goes to."""
-    from checkpoint import holds_checkpoint
+    from checkpoint import holds_checkpoint, split_best
 
     folder = Path(log_dir)
     if checkpoint:
-        path = Path(checkpoint)
+        path = split_best(checkpoint)[0]
         if log_dir != "log":
             raise UserError(f"checkpoint={checkpoint} and log_dir={log_dir}: a report takes the log beside "
                             f"its checkpoint; leave one of the two out")
         if not path.exists():  # a name on the hub
             return checkpoint, Path()
-        alone = path.is_file() or path.name.startswith("ckpt_")  # one may be a folder, of a sharded model
-        return checkpoint, path.parent if alone else path
+        return checkpoint, path.parent if path.is_file() else path
     if "," in log_dir:
         raise UserError(f"log_dir={log_dir}: a report is of one run; type --report "
                         f"--log_dir={log_dir.split(',')[0]}")

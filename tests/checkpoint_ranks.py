@@ -1,20 +1,16 @@
 """
-One process of a sharded run, for test_checkpoint.py: trains a tiny GPT under fully_shard on the CPU.
+One process of a run under fully_shard on the CPU, for test_checkpoint.py: RANK and friends are set.
 
-    torchrun --standalone --nproc_per_node=2 tests/checkpoint_ranks.py run FOLDER load=DIR then rotate DIR
+    python tests/checkpoint_ranks.py resume two - then resume copy two then fail folder
 
-Scenarios are the functions below, any number of them with "then" between. Of each, what it returns is printed
-as a line of JSON, for the tests to judge.
+Runs the functions named, with their arguments; process 0 prints a line of JSON for what each returns.
 """
 
-import errno
 import json
 import os
 import resource
-import signal
 import sys
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,13 +22,11 @@ from checkpoint import CheckpointWriter, load_into, training_state
 from configurator import UserError
 from model import GPT, GPTConfig
 
-CONFIG = GPTConfig(16, 384, 257, 2, 2, 34)  # width 34 does not divide by 3 processes
 
-
-def build(sharded=True, seed=0, muon=True, n_layer=2):
+def build(sharded=False, seed=0, muon=True, n_layer=2):
     """(model, optimizers): Muon on the hidden matrices and AdamW on the rest, or AdamW alone."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**vars(CONFIG), "n_layer": n_layer}))
+    model = GPT(GPTConfig(16, 384, 257, n_layer, 2, 34))  # width 34 does not divide by 4 processes
     if sharded:
         for block in model.transformer.h:
             fully_shard(block)
@@ -61,146 +55,96 @@ def train(model, optimizers, first, last):
     return losses
 
 
-def guard_of(step):
-    return {"skipped": 0, "in_row": 0, "recent": [[1.5, float(step)]]}
-
-
-def state_of(step, model, optimizers):
+def state_of(step, model, optimizers, **changed):
     """All that train_gpt2.py writes; the tokenizer is only named."""
     return {"step": step, "train_loss": 1.5, "val_loss": None, "best": {"step": step, "val_loss": 2.5},
-            **training_state(model, optimizers), "guard": guard_of(step), "scaler": {},
+            **training_state(model, optimizers), "scaler": {},
+            "guard": {"skipped": 0, "in_row": 0, "recent": [[1.5, float(step)]]},
             "config": {"data_dir": "data", "seed": 1, "block_size": 16, "batch_tokens": 192,
                        "val_tokens": 96, "optimizer": "adamw"},
             "model_config": checkpoint.describe_model(model), "data": "0123456789abcdef",
             "tokenizer": {"name": "bytes", "sha256": 64 * "0", "rank_file": None},
-            "val_data": ["0123456789abcdef", 6], "provenance": {"world_size": 1}}
+            "val_data": ["0123456789abcdef", 6], "provenance": {"world_size": 1}, **changed}
 
 
 def accept(values):
-    """The `check` of a caller that has nothing against it."""
+    """Of a caller that has nothing against what it is shown."""
 
 
-def run(folder, load=None, steps=3):
-    """Train `steps` from `load` or from scratch, save, alter the weights at once; then three steps more."""
-    model, optimizers = build(seed=0 if load is None else 1)
-    start = 0
-    if load is not None:
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["weight_decay"] = 0.25  # today's setting, which must stay
-        values = load_into(load, model, optimizers, accept)
-        start = values["step"]
-        assert values["guard"] == guard_of(start) and not {"model", "optimizers"} & set(values)
-        for optimizer in optimizers:
-            assert optimizer.param_groups[0]["weight_decay"] == 0.25
-            optimizer.param_groups[0]["weight_decay"] = 0.1
-    train(model, optimizers, start, start + steps)
+def refuse(values):
+    raise UserError(f"step {values['step']} is not wanted")
+
+
+def in_turn(action, *arguments):
+    """What action(*arguments) returns or raises, on one process at a time: it cannot wait for others."""
+    for turn in range(dist.get_world_size()):
+        if turn == dist.get_rank():
+            try:
+                result = action(*arguments)
+            except UserError as error:
+                result = str(error)
+        dist.barrier()
+    return result
+
+
+def resume(folder, source):
+    """Train 3 steps, or load them from `source`; save and spoil the weights; losses of 3 steps more."""
+    model, optimizers = build(sharded=True, seed=0 if source == "-" else 1)
+    if source == "-":
+        train(model, optimizers, 0, 3)
+    else:
+        assert in_turn(load_into, source, model, optimizers, accept)["step"] == 3
     with torch.no_grad():
-        model(torch.zeros(1, 4, dtype=torch.long))  # an evaluation leaves some parameters unsharded
-    writer = CheckpointWriter(folder, keep=2, sharded=True)
-    writer.save(start + steps, state_of(start + steps, model, optimizers), None)
+        model(torch.zeros(1, 4, dtype=torch.long))  # an evaluation leaves some parameters gathered
+    writer = CheckpointWriter(folder, 2, master=dist.get_rank() == 0)
+    writer.save(3, state_of(3, model, optimizers), None)
     kept = [p.detach().clone() for p in model.parameters()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)  # must not be in the file
-    writer.wait()
-    writer.save(start + steps, state_of(start + steps, model, optimizers), None)  # these are to be replaced,
-    with torch.no_grad():
+        writer.wait()
         for parameter, value in zip(model.parameters(), kept):
             parameter.copy_(value)
-    writer.save(start + steps, state_of(start + steps, model, optimizers), None)  # by these
-    writer.wait()
-    losses = train(model, optimizers, start + steps, start + steps + 3)
-    return {"start": start, "losses": losses}
+    assert bool(writer._buffers) == writer.master  # only one process has the state in host memory
+    return train(model, optimizers, 3, 6)
 
 
-def rotate(folder):
-    """Six saves, the one at 2 the best, 2 kept: the names in the folder after each."""
-    model, optimizers = build()
-    writer = CheckpointWriter(folder, keep=2, sharded=True)
-    seen = []
-    for step in range(1, 7):
-        writer.save(step, state_of(step, model, optimizers), min(step, 2))
-        writer.wait()
-        seen.append(sorted(path.name for path in Path(folder).iterdir()))
-        dist.barrier()
-    return seen
-
-
-def fail(folder, where, rank):
-    """A good save, one that fails on one process, a good one: the errors and the names in the folder."""
-    model, optimizers = build()
-    writer = CheckpointWriter(folder, keep=2, sharded=True)
-    writer.save(1, state_of(1, model, optimizers), None)
-    writer.wait()
-
-    def fail_for_space(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+def fail(folder):
+    """Saves that succeed, find the disk full, succeed: the errors of all processes, the names on disk."""
+    model, optimizers = build(sharded=True)
+    writer, seen = CheckpointWriter(folder, 2, master=dist.get_rank() == 0), []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_rank() == rank and where == "write":  # a real fault, the others are not
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes: half of what it has to write
-    elif dist.get_rank() == rank:
-        place = {"begin": (Path, "mkdir"), "sum": (checkpoint, "_checksum"),
-                 "finish": (checkpoint, "write_atomically")}[where]
-        mock.patch.object(*place, fail_for_space).start()
-    writer.save(2, state_of(2, model, optimizers), None)
-    try:
-        writer.wait()
-        message = None
-    except UserError as error:
-        message = str(error)
-    mock.patch.stopall()
+    for step, limit in ((1, limits[0]), (2, 100_000), (3, limits[0])):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        writer.save(step, state_of(step, model, optimizers), None)
+        if step == 2:
+            writer.save(step, state_of(step, model, optimizers), None)  # not a word in here
+        seen.append(in_turn(writer.wait))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    messages = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    left = sorted(path.name for path in Path(folder).iterdir())
-    writer.save(3, state_of(3, model, optimizers), None)
-    writer.wait()
-    return [messages, left, [path.name for path in checkpoint.list_checkpoints(folder)]]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, seen)
+    return [everyone, sorted(path.name for path in Path(folder).iterdir())]
 
 
 def misfit(folder):
-    """Another depth, another set of optimizers, a caller that refuses: (error, weights unchanged) of each
-    process."""
-    def refuse(values):
-        raise UserError(f"step {values['step']} is not wanted")
-
+    """Another depth, other optimizers, a caller that refuses: (error, weights unchanged) of each process."""
     outcomes = []
-    for kwargs, check in [({"n_layer": 3}, accept), ({"muon": False}, accept), ({}, refuse)]:
-        model, optimizers = build(seed=1, **kwargs)
+    for settings, check in [({"n_layer": 3}, accept), ({"muon": False}, accept), ({}, refuse)]:
+        model, optimizers = build(sharded=True, seed=1, **settings)
         before = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
-        try:
-            load_into(folder, model, optimizers, check)
-            message = None
-        except UserError as error:
-            message = str(error)
+        message = in_turn(load_into, folder, model, optimizers, check)
         same = all(torch.equal(before[name], t.full_tensor()) for name, t in model.state_dict().items())
         outcomes.append([None] * dist.get_world_size())
         dist.all_gather_object(outcomes[-1], (message, same))
     return outcomes
 
 
-def die(folder):
-    """A save at 1, then one at 2, in which process 0 is killed with all tensors written and no name given."""
-    model, optimizers = build()
-    writer = CheckpointWriter(folder, keep=2, sharded=True)
-    train(model, optimizers, 0, 1)
-    writer.save(1, state_of(1, model, optimizers), None)
-    writer.wait()
-    if dist.get_rank() == 0:
-        checkpoint.write_atomically = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-    writer.save(2, state_of(2, model, optimizers), None)
-    writer.wait()
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for scenario in " ".join(sys.argv[1:]).split(" then "):
-        name, folder, *rest = scenario.split(" ")
-        options = {key: int(text) if text.isdigit() else text for key, text in (s.split("=") for s in rest)}
-        scenarios = {"run": run, "rotate": rotate, "fail": fail, "misfit": misfit, "die": die}
-        outcome = scenarios[name](folder, **options)
+    for words in " ".join(sys.argv[1:]).split(" then "):
+        name, *arguments = words.split(" ")
+        outcome = {"resume": resume, "fail": fail, "misfit": misfit}[name](*arguments)
         if dist.get_rank() == 0:
             print(json.dumps(outcome), flush=True)
     dist.barrier()
