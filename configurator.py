@@ -18,6 +18,7 @@ import contextlib
 import difflib
 import errno
 import itertools
+import json
 import math
 import os
 import re
@@ -25,6 +26,7 @@ import reprlib
 import runpy
 import signal
 import sys
+import time
 import traceback
 import typing
 from pathlib import Path
@@ -223,6 +225,25 @@ def env_number(name: str, default: int) -> int:
     return int(text)
 
 
+def report_failure(message: object, again: bool = False) -> None:
+    """Say on stderr why this process is about to end; `again`: the next try may succeed.
+
+    What stops one process mostly stops all of them. Under torchrun the first of a machine speaks, the others
+    wait until torchrun ends them; its last words repeat the message. It starts nothing again that must fail.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)  # the first process has no error, or torchrun has ended this one by now
+    # not sys.stderr: torch.distributed calls excepthook with a buffer there, which a SystemExit would lose
+    print(f"error: {message}", file=sys.__stderr__, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        when = int(time.time()) - 1  # torchrun prints the earliest failure last, as the root cause
+        record = {"message": {"message": f"error: {message}", "extraInfo": {"timestamp": when}}}
+        Path(path).write_text(json.dumps(record), encoding="utf-8")
+    if not again:
+        end_launcher()
+
+
 def end_launcher() -> None:
     """End torchrun, if it would start this process again only for it to fail in the same way."""
     left = os.environ.get("TORCHELASTIC_MAX_RESTARTS") != os.environ.get("TORCHELASTIC_RESTART_COUNT")
@@ -233,6 +254,15 @@ def end_launcher() -> None:
                 os.kill(os.getppid(), signal.SIGTERM)
 
 
+def as_user_error(error: BaseException) -> BaseException:
+    """A full or failing disk as TemporaryError, and a UserError that came from one; others as they are."""
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_FULL):
+        return TemporaryError(f"{error.filename or 'writing'}: {error.strerror}; name another path, or fix "
+                              f"this one")
+    failing_disk = isinstance(error, UserError) and isinstance(error.__cause__, OSError)
+    return TemporaryError(error) if failing_disk else error
+
+
 def _exit_with_message(kind, error, trace):
     """sys.excepthook of scripts: one line and exit code 2 for what the user can fix."""
     if kind is BrokenPipeError:  # `... | head` has read enough
@@ -240,13 +270,8 @@ def _exit_with_message(kind, error, trace):
     if kind is KeyboardInterrupt:
         print("interrupted", file=sys.__stderr__, flush=True)
         sys.exit(130)  # a SystemExit raised inside the hook sets the exit code; 128 + SIGINT
-    if issubclass(kind, OSError) and (error.filename is not None or error.errno in DISK_FULL):
-        error = f"{error.filename or 'writing'}: {error.strerror}; name another path, or fix this one"
-    elif not issubclass(kind, UserError):
+    told = as_user_error(error)
+    if not isinstance(told, UserError):
         return sys.__excepthook__(kind, error, trace)
-    # not sys.stderr: torch.distributed calls this hook with a buffer there, which a SystemExit would lose
-    print(f"error: {error}", file=sys.__stderr__, flush=True)
-    lasting = issubclass(kind, UserError) and not issubclass(kind, TemporaryError)
-    if lasting and not isinstance(error.__cause__, OSError):  # the disk may work at the next try
-        end_launcher()
+    report_failure(told, again=isinstance(told, TemporaryError))
     sys.exit(2)

@@ -1,110 +1,97 @@
 """
 The processes of a run, started by torchrun or one alone: who they are, and what they do together. RANK and
-friends are read here; only doctor.py and fineweb.py, which form no group, read their own.
+friends are read here (and by fineweb.py, which forms no group).
 
     ranks = Ranks()                            # from the environment, checked
-    ranks.connect(dev.device)                  # nccl on CUDA, gloo elsewhere
+    ranks.connect(dev.device)                  # NCCL on CUDA, gloo elsewhere
     loss_sum, n = ranks.sum(loss_sum, n)       # over all processes
-    result = ranks.on_all(read, path)          # where it fails on one process, all of them raise
+    result = ranks.on_all(read, path)          # if it fails on one process, all of them raise its error
     ranks.shutdown()
 
-A process that is alone needs no group: everything here then works without one.
+A single process needs no group: everything here works without one.
 """
 
+import contextlib
+import math
 import os
 import platform
 import signal
+import socket
 import sys
-import threading
+import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from configurator import TemporaryError, UserError, env_number
+from configurator import TemporaryError, UserError, as_user_error, env_number
 
-NOTE_SECONDS, LIMIT_SECONDS = 30, 300  # of waiting for the others at the start: until a line, until the end
+NOTE_SECONDS, LIMIT_SECONDS = 30, 300  # of waiting for the others: until a line is printed, until the end
 
 
 class Ranks:
-    """This process's place among `world_size`. Raises UserError where the environment makes no sense."""
+    """This process's place among `world_size`. Raises UserError if the environment makes no sense."""
 
     def __init__(self):
         self.rank, self.world_size = env_number("RANK", 0), env_number("WORLD_SIZE", 1)
         self.local_rank, self.nodes = env_number("LOCAL_RANK", 0), env_number("GROUP_WORLD_SIZE", 1)
-        self.restarts = env_number("TORCHELASTIC_RESTART_COUNT", 0)
-        self.max_restarts = env_number("TORCHELASTIC_MAX_RESTARTS", 0)
-        self.by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        self.parent = os.getppid()
+        self.many = self.world_size > 1
+        self.master = self.rank == 0  # the process that prints and writes
+        self.by_torchrun, self.parent = "TORCHELASTIC_RUN_ID" in os.environ, os.getppid()
+        # which torchrun: a restarted process has the same one, the same command typed again has not
+        self.launcher = f"{platform.node()} {self.parent}" if self.by_torchrun else ""
         self._device = torch.device("cpu")
-        if self.world_size == 1 and self.rank == 0:
-            return
-        cure = "start with torchrun, or type `unset WORLD_SIZE RANK` for a single process"
+        fix = "start with torchrun, or type `unset WORLD_SIZE RANK` for a single process"
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-            if not os.environ.get(name):
-                raise UserError(f"WORLD_SIZE={self.world_size} but {name} is not set: {cure}")
-        if not self.rank < self.world_size or not 0 < env_number("MASTER_PORT", 0) < 2**16:
-            raise UserError(f"RANK={self.rank}, WORLD_SIZE={self.world_size}, MASTER_PORT="
-                            f"{os.environ['MASTER_PORT']}: no such process or port; {cure}")
-
-    @property
-    def many(self) -> bool:
-        return self.world_size > 1
-
-    @property
-    def master(self) -> bool:
-        """Whether this process prints and writes."""
-        return self.rank == 0
-
-    @property
-    def launcher(self) -> str:
-        """The torchrun that started this process: another one when the same command is typed again."""
-        return f"{platform.node()} {self.parent}" if self.by_torchrun else ""
+            if self.many and not os.environ.get(name):
+                raise UserError(f"WORLD_SIZE={self.world_size} but {name} is not set: {fix}")
+        port = env_number("MASTER_PORT", 29500) if self.many else 29500
+        if not self.rank < self.world_size or not 0 < port < 2**16:
+            raise UserError(f"RANK={self.rank}, WORLD_SIZE={self.world_size}, MASTER_PORT={port}: no "
+                            f"such process or port; {fix}")
 
     def orphaned(self) -> bool:
         """Whether torchrun has died and left this process behind."""
         return self.by_torchrun and os.getppid() != self.parent
 
-    def connect(self, device: torch.device) -> None:
-        """Join the others. Says for whom it waits, and raises UserError when they do not come."""
+    def connect(self, device: torch.device, limit: float = 0) -> None:
+        """Join the others. Raises TemporaryError, naming those that have not come within LIMIT_SECONDS; or
+        within `limit` seconds, which then holds for every operation of the group as well."""
         if not self.many:
             return
-        if device.type == "cuda":
-            self._device = device
-        agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        if self.nodes > 1 and agent_store and self.max_restarts > 0:
+        shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, not rank 0's
+        if self.nodes > 1 and shared_store and env_number("TORCHELASTIC_MAX_RESTARTS", 0) > 0:
             raise UserError("--max-restarts on several nodes: torchrun's shared store keeps the addresses of "
                             "dead processes; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes")
-        whom = "rank 0" if self.rank else f"{self.world_size - 1} other process(es)"
-        whom += f" at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        note = threading.Timer(NOTE_SECONDS, print, [f"rank {self.rank} is waiting for {whom}"],
-                               {"file": sys.stderr, "flush": True})
-        note.daemon = True
-        note.start()
-        def meet():
-            limit = timedelta(seconds=LIMIT_SECONDS)
-            store = next(dist.rendezvous("env://", timeout=limit))[0]
-            if agent_store and self.nodes == 1:  # it outlives a restart, and would still hold old addresses
-                store = dist.PrefixStore(f"restart {self.restarts}", store)
-            store.set(f"rank {self.rank} is here", "")
-            store.wait([f"rank {rank} is here" for rank in range(self.world_size)], limit)
-            return store
-
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        me, keys = f"rank {self.rank} on {platform.node()}", [f"rank {r}" for r in range(self.world_size)]
+        store, start, note = None, time.monotonic(), NOTE_SECONDS
         try:
-            with ThreadPoolExecutor(1) as thread:  # so that signals are handled meanwhile
-                store = thread.submit(meet).result()
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=self.rank,
-                                    world_size=self.world_size,
-                                    device_id=device if device.type == "cuda" else None)
+            while store is None or not store.check(keys):  # a loop in Python, so that signals are handled
+                if store is None and (self.master or _listens(host, port)):
+                    store = dist.TCPStore(host, port, self.world_size, self.master and not shared_store,
+                                          wait_for_workers=False)
+                    if self.nodes == 1:  # after a restart torchrun's store still has the old addresses
+                        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+                    store.set(keys[self.rank], "")
+                missing = [r for r, key in enumerate(keys) if not store.check([key])] if store else [0]
+                waited, whom = time.monotonic() - start, f"for {name_ranks(missing)} at {host}:{port}"
+                if missing and waited > (limit or LIMIT_SECONDS):
+                    raise TemporaryError(f"{me} waited {waited:.0f} s {whom}; start all {self.world_size} "
+                                         f"processes, and check MASTER_ADDR, MASTER_PORT and the firewall")
+                if missing and waited > note:
+                    print(f"{me} is waiting {whom}", file=sys.stderr, flush=True)
+                    note = math.inf
+                time.sleep(0.02)
+            on_gpu = device.type == "cuda"
+            self._device = device if on_gpu else self._device
+            dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=self.rank,
+                                    world_size=self.world_size, device_id=device if on_gpu else None,
+                                    timeout=timedelta(seconds=limit) if limit else None)
         except RuntimeError as error:  # torch's DistError is one
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise TemporaryError(f"rank {self.rank} has not found {whom} ({reason[:200]}); start all "
-                                 f"{self.world_size} processes, and check MASTER_ADDR, MASTER_PORT and the "
-                                 f"firewall") from error
-        finally:
-            note.cancel()
+            raise TemporaryError(f"{me} could not join the others at {host}:{port} ({first_line(error)}); "
+                                 f"read what rank 0 says") from error
 
     def sum(self, *values) -> list:
         """Python numbers -> their sums over all processes."""
@@ -122,15 +109,17 @@ class Ranks:
         return everyone
 
     def on_all(self, action, *arguments):
-        """action(*arguments) on all processes; where it raises UserError or OSError on one, all raise."""
+        """action(*arguments) on all processes; if it raises UserError or OSError on one, all raise that."""
         result = error = None
         try:
             result = action(*arguments)
         except (UserError, OSError) as caught:
-            error = caught
+            error = as_user_error(caught)
         if self.sum(error is not None)[0]:
+            errors = self.gather(error)
+            rank, first = next((rank, error) for rank, error in enumerate(errors) if error)
             self.shutdown()
-            raise error or TemporaryError("another process has failed, and says why")
+            raise first if all(errors) else type(first)(f"rank {rank}: {first}")
         return result
 
     def differing(self, value) -> list[int]:
@@ -146,31 +135,28 @@ class Ranks:
 
     def require_equal(self, what: str, facts: dict) -> None:
         """Raise UserError on all processes, naming keys and ranks, unless all have the same {key: value}."""
-        everyone = self.gather(facts)
-        differing = []
+        everyone, differences = self.gather(facts), []
         for key in dict.fromkeys(key for one in everyone for key in one):
             values = [one.get(key) for one in everyone]
             if any(value != values[0] for value in values):
-                usual = Counter(map(str, values)).most_common(1)[0][0]
-                ranks = [rank for rank, value in enumerate(values) if str(value) != usual]
-                differing.append(f"{key} is {usual}, but on rank {', '.join(map(str, ranks[:8]))} "
-                                 f"{values[ranks[0]]}")
-        if differing:
+                differences.append(f"{key} is {by_value(values)}")
+        if differences:
             self.shutdown()
-            raise UserError(f"processes differ in {what}: {'; '.join(differing)}; give all of them the same")
+            raise UserError(f"processes differ in {what}: {'; '.join(differences)}; give all the same")
 
     def shutdown(self) -> None:
-        """Leave the group when every process is done with it: gloo aborts one whose peers have left."""
+        """Leave the group once every process is done with it: gloo aborts one whose peers have left."""
         if self.many:
             dist.barrier()
             dist.destroy_process_group()
 
-    def exit(self) -> None:
-        """End at once with code 0: gloo's threads outlive their group, and may abort a slower end."""
+    def exit(self, code: int = 0) -> None:
+        """End at once: gloo's threads outlive their group, and may abort a process that ends more slowly."""
+        sys.stdout.flush()
+        sys.stderr.flush()
         if self.many:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+            os._exit(code)
+        sys.exit(code)
 
 
 class StopRequests:
@@ -201,3 +187,30 @@ class StopRequests:
     def reason(self) -> str:
         """Why this process should stop: the signal, or that torchrun has died; "" to go on."""
         return self.signals[0] if self.signals else "the end of torchrun" if self.ranks.orphaned() else ""
+
+
+def name_ranks(ranks: list[int]) -> str:
+    """[0, 1, 2, 5] -> "ranks 0-2, 5"; [3] -> "rank 3"."""
+    starts = sorted(rank for rank in ranks if rank - 1 not in ranks)
+    ends = sorted(rank for rank in ranks if rank + 1 not in ranks)
+    spans = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends))
+    return f"rank{'s' if len(ranks) > 1 else ''} {spans}"
+
+
+def by_value(values: list) -> str:
+    """["a", "b", "a"], of ranks 0 to 2 -> "a on ranks 0, 2, but b on rank 1"."""
+    ranks = {}
+    for rank, value in enumerate(map(str, values)):
+        ranks.setdefault(value, []).append(rank)
+    return ", but ".join(f"{value} on {name_ranks(which)}" for value, which in ranks.items())
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _listens(host, port):
+    """Whether a server is there. TCPStore itself prints a page of C++ frames where none is."""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
+        return True
+    return False
