@@ -32,7 +32,7 @@ import sys
 import threading
 import types
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -67,6 +67,7 @@ RESUMABLE = {  # and when it is resumed
     "scaler": (OneOf({}), SCALER), "config": {**CONFIG, "optimizer": str},
     "data": str, "val_data": [str, COUNT],
     "optimizers": [{"state": {str: {str: (torch.Tensor, *PLAIN)}}, "param_groups": [{"params": [str]}]}]}
+FIXED = ("data", "tokenizer", "seed", "batch_tokens", "optimizer")  # with another value, another run
 EDITED = "corrupt or edited, use another one; in it"
 MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
 
@@ -354,12 +355,12 @@ def _load_file(path):
     return state
 
 
-def load_into(path: str | Path, model: GPT, optimizers: list[torch.optim.Optimizer],
-              accept: Callable[[dict], None]) -> dict:
+def load_into(path: str | Path, model: GPT, optimizers: list[torch.optim.Optimizer], now: dict) -> dict:
     """Fill model and optimizers from the checkpoint at `path`; return the rest of it.
 
-    `accept` is called with that rest before anything is changed, and may raise. Each process does all this by
-    itself. Raises UserError where there is no valid checkpoint, or where it does not fit.
+    `now` has the settings of this start, with "data" (fingerprint) and "tokenizer" (sha256) among them. Each
+    process does all this by itself. Raises UserError, and changes nothing, where there is no valid
+    checkpoint, where it does not fit, or where it is of another run.
     """
     found, state = _load(path)
     if state["format"] != FORMAT:
@@ -369,10 +370,29 @@ def load_into(path: str | Path, model: GPT, optimizers: list[torch.optim.Optimiz
         raise UserError(f"checkpoint {found}: no run to resume, it is a model that was imported or pruned; "
                         f"train it further with --init_from={path} --log_dir=ANOTHER")
     check(state, RESUMABLE, f"checkpoint {found}: {EDITED}")
-    values = {key: value for key, value in state.items() if key not in ("model", "optimizers")}
-    accept(values)
+    was = _settings_of(state)
+    differing = [f"{key}: {was[key]} in the checkpoint, {now[key]} now"
+                 for key in (*state["model_config"], *FIXED) if was[key] != now[key]]
+    if differing:
+        raise UserError(f"cannot --resume {path}: {'; '.join(differing)}; use the checkpoint's values, or "
+                        f"another --log_dir")
+    if state["step"] > now["max_steps"]:
+        raise UserError(f"cannot --resume {path}: {found} is past max_steps={now['max_steps']}; type "
+                        f"--max_steps={state['step']} or more")
     restore(model, optimizers, state)
-    return values
+    return {key: value for key, value in state.items() if key not in ("model", "optimizers")}
+
+
+def changed_settings(saved: dict, now: dict) -> list[str]:
+    """What a resume changes, a sentence each; those that would make it another run `load_into` refuses."""
+    was = _settings_of(saved)
+    return [f"{key} was {was[key]}, is now {now[key]}" for key in now
+            if key in was and key != "resume" and was[key] != now[key]]
+
+
+def _settings_of(state):
+    return {**state["config"], **state["model_config"], "data": state["data"],
+            "tokenizer": state["tokenizer"]["sha256"]}
 
 
 def load_checkpoint(path: str | Path) -> dict:

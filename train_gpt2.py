@@ -356,6 +356,7 @@ if eval_only:
     ranks.shutdown()
     ranks.exit()
 
+
 # ---- resume
 SPIKE_WINDOW = 128  # good steps that a spike is compared with
 # skipped steps, in all and in a row; [loss, gradient norm] of the last SPIKE_WINDOW good ones
@@ -370,7 +371,8 @@ if resume:
                "tokenizer": tok.sha256}
         saved = ranks.on_all(checkpoint.load_into, log_dir, raw_model, optimizers, now)
         start_step, best, guard = saved["step"], saved["best"], saved["guard"]
-        screen.say(f"resume: {log_dir}/ckpt_{start_step:07d}.pt")
+        for line in (f"{log_dir}/ckpt_{start_step:07d}.pt", *checkpoint.changed_settings(saved, now)):
+            screen.say(f"resume: {line}")
         if saved["scaler"] and scaler.is_enabled():  # empty unless the run that saved it was in float16
             scaler.load_state_dict(saved["scaler"])
         if not restarted:  # by a person, who has changed something about it
