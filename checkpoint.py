@@ -32,7 +32,7 @@ import sys
 import threading
 import types
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -355,12 +355,12 @@ def _load_file(path):
     return state
 
 
-def load_into(path: str | Path, model: GPT, optimizers: list[torch.optim.Optimizer], now: dict) -> dict:
+def load_into(path: str | Path, model: GPT, optimizers: list[torch.optim.Optimizer],
+              accept: Callable[[dict], None]) -> dict:
     """Fill model and optimizers from the checkpoint at `path`; return the rest of it.
 
-    `now` has the settings of this start, with "data" (fingerprint) and "tokenizer" (sha256) among them. Each
-    process does all this by itself. Raises UserError, and changes nothing, where there is no valid
-    checkpoint, where it does not fit, or where it is of another run.
+    `accept` is called with that rest before anything is changed, and may raise. Each process does all this by
+    itself. Raises UserError where there is no valid checkpoint, or where it does not fit.
     """
     found, state = _load(path)
     if state["format"] != FORMAT:
@@ -370,21 +370,30 @@ def load_into(path: str | Path, model: GPT, optimizers: list[torch.optim.Optimiz
         raise UserError(f"checkpoint {found}: no run to resume, it is a model that was imported or pruned; "
                         f"train it further with --init_from={path} --log_dir=ANOTHER")
     check(state, RESUMABLE, f"checkpoint {found}: {EDITED}")
-    was = _settings_of(state)
-    differing = [f"{key}: {was[key]} in the checkpoint, {now[key]} now"
-                 for key in (*state["model_config"], *FIXED) if was[key] != now[key]]
-    if differing:
-        raise UserError(f"cannot --resume {path}: {'; '.join(differing)}; use the checkpoint's values, or "
-                        f"another --log_dir")
-    if state["step"] > now["max_steps"]:
-        raise UserError(f"cannot --resume {path}: {found} is past max_steps={now['max_steps']}; type "
-                        f"--max_steps={state['step']} or more")
+    values = {key: value for key, value in state.items() if key not in ("model", "optimizers")}
+    accept(values)
     restore(model, optimizers, state)
-    return {key: value for key, value in state.items() if key not in ("model", "optimizers")}
+    return values
+
+
+def require_same_run(now: dict, saved: dict) -> None:
+    """UserError where a resume would make another run of `saved`, the values of a checkpoint.
+
+    `now` has the settings of this start, with "data" (fingerprint) and "tokenizer" (sha256) among them.
+    """
+    was = _settings_of(saved)
+    differing = [f"{key}: {was[key]} in the checkpoint, {now[key]} now"
+                 for key in (*saved["model_config"], *FIXED) if was[key] != now[key]]
+    if differing:
+        raise UserError(f"cannot --resume: {'; '.join(differing)}; use the checkpoint's values, or another "
+                        f"--log_dir")
+    if saved["step"] > now["max_steps"]:
+        raise UserError(f"cannot --resume: the newest checkpoint is of step {saved['step']}, past "
+                        f"max_steps={now['max_steps']}; type --max_steps={saved['step']} or more")
 
 
 def changed_settings(saved: dict, now: dict) -> list[str]:
-    """What a resume changes, a sentence each; those that would make it another run `load_into` refuses."""
+    """The other settings that a resume changes, a sentence each."""
     was = _settings_of(saved)
     return [f"{key} was {was[key]}, is now {now[key]}" for key in now
             if key in was and key != "resume" and was[key] != now[key]]

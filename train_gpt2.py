@@ -19,6 +19,7 @@ micro-batch). So the run is the same on any number of processes, and resuming ch
 """
 
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -369,7 +370,8 @@ if resume:
     if newest:
         now = {**config, **checkpoint.describe_model(raw_model), "data": train_stream.fingerprint,
                "tokenizer": tok.sha256}
-        saved = ranks.on_all(checkpoint.load_into, log_dir, raw_model, optimizers, now)
+        saved = ranks.on_all(checkpoint.load_into, log_dir, raw_model, optimizers,
+                             functools.partial(checkpoint.require_same_run, now))
         start_step, best, guard = saved["step"], saved["best"], saved["guard"]
         for line in (f"{log_dir}/ckpt_{start_step:07d}.pt", *checkpoint.changed_settings(saved, now)):
             screen.say(f"resume: {line}")
