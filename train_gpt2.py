@@ -50,9 +50,11 @@ import hellaswag
 from bpe import load_tokenizer, tokenizer_from_ranks
 from configurator import Between, OneOf, PathName, UserError, configure, end_launcher
 from convert_hf import load_any
+from decoding import generate
 from device import check_first_loss, is_out_of_memory, resolve_device, self_test
 from files import locked, read_jsonl, read_text, write_atomically
-from model import GPT, GPTConfig, plain_attention
+from kernels import plain_attention
+from model import GPT, GPTConfig
 from ranks import Ranks
 from shards import RANK_FILE, TokenStream, WindowLoader
 
@@ -315,8 +317,9 @@ if vocab_size == 0:
     vocab_size = config["vocab_size"] = math.ceil(tok.n_vocab / 128) * 128
 torch.manual_seed(seed)  # the same initial weights on every process and device
 with advice_when_memory_runs_out(smaller_model):
-    raw_model = GPT(GPTConfig(block_size, vocab_size, tok.n_vocab, n_layer, n_head, n_embd, dropout,
-                              norm_position, heads))
+    raw_model = GPT(GPTConfig(
+        block_size=block_size, vocab_size=vocab_size, n_vocab=tok.n_vocab, n_layer=n_layer, n_head=n_head,
+        n_embd=n_embd, dropout=dropout, norm_position=norm_position, heads=heads))
     raw_model.activation_checkpointing = activation_checkpointing
     raw_model.loss_chunk = loss_chunk or dev.loss_chunk
     if fsdp:  # each process keeps its part of every matrix and gathers a block when it needs it
@@ -720,7 +723,7 @@ def print_samples(step):
     generator = torch.Generator(dev.device).manual_seed(seed + step)
     idx = dev.to_device(np.concatenate(([tok.eot], tok.encode(prompt))).astype(np.int64))  # (T,)
     with dev.changing_shapes(), dev.autocast(), advice_when_memory_runs_out(smaller_batch):
-        steps = raw_model.generate(idx.repeat(num_samples, 1), max_new_tokens, 0.9, 50, generator=generator)
+        steps = generate(raw_model, idx.repeat(num_samples, 1), max_new_tokens, 0.9, 50, generator=generator)
         rows = torch.stack([token for token, _ in steps], dim=1).tolist()  # (num_samples, max_new_tokens)
     for row in rows:
         row = row[: row.index(tok.eot)] if tok.eot in row else row

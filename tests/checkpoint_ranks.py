@@ -26,7 +26,8 @@ from checkpoint import CheckpointWriter, load_into, training_state
 from configurator import UserError
 from model import GPT, GPTConfig
 
-CONFIG = GPTConfig(16, 384, 257, 2, 2, 34)  # width 34 does not divide by 3 processes
+# width 34 does not divide by 3 processes
+CONFIG = GPTConfig(block_size=16, vocab_size=384, n_vocab=257, n_layer=2, n_head=2, n_embd=34)
 
 
 def build(sharded=True, seed=0, muon=True, n_layer=2):

@@ -100,7 +100,7 @@ def test_a_device_that_leaks_the_future_is_found_out(flags, tmp_path):
     assert "self-test:" in out and "attention is written out instead" in out
     assert "self-test" not in train(flags, log_dir=tmp_path / "healthy", dropout=0)
     assert losses(tmp_path / "leak") == pytest.approx(losses(tmp_path / "healthy"), rel=1e-5)
-    worse = leak + "    import model\n        model.plain_attention = leaky\n"
+    worse = leak + "    import kernels\n        kernels.plain_attention = leaky\n"
     done = attempt(flags, 1, with_fault(tmp_path, worse), log_dir=tmp_path / "worse")
     assert done.returncode == 2 and "computes wrong numbers" in done.stderr
     assert not (tmp_path / "worse").exists()
