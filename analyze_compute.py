@@ -20,6 +20,7 @@ as they are in every micro-step but a step's first. torch.compile fuses, and so 
 what DDP adds, another copy of the gradients, and what FSDP saves.
 """
 
+import dataclasses
 import io
 import itertools
 import math
@@ -356,8 +357,7 @@ def draw(config: GPTConfig, batch_size: int, how: dict) -> bytes:
 
     def resized(T, size=None):
         n_layer, n_head, n_embd = size or (config.n_layer, config.n_head, config.n_embd)
-        return GPTConfig(T, config.vocab_size, config.n_vocab, n_layer, n_head, n_embd, config.dropout,
-                         config.norm_position)
+        return dataclasses.replace(config, block_size=T, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
 
     def split(config):
         flops = count_flops(config)
@@ -440,8 +440,8 @@ def check_settings(settings: dict) -> tuple[GPTConfig, int, list[str]]:
         from bpe import load_tokenizer
         n_vocab = load_tokenizer(settings["tokenizer"]).n_vocab
     vocab_size = settings["vocab_size"] or math.ceil(n_vocab / 128) * 128
-    shape = ("n_layer", "n_head", "n_embd", "dropout", "norm_position")
-    config = GPTConfig(settings["block_size"], vocab_size, n_vocab, *(settings[key] for key in shape))
+    shape = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "norm_position")
+    config = GPTConfig(vocab_size=vocab_size, n_vocab=n_vocab, **{key: settings[key] for key in shape})
     B, T, batch_tokens = settings["batch_size"], config.block_size, settings["batch_tokens"]
     if batch_tokens % (B * T):
         above = math.ceil(batch_tokens / (B * T)) * B * T

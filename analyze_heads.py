@@ -55,10 +55,11 @@ from analyze_tokenizer import to_csv
 from checkpoint import build_model, checkpoint_tokenizer, describe_model, newest_checkpoint, write_checkpoint
 from configurator import Between, OneOf, PathName, UserError, configure
 from convert_hf import load_any
+from decoding import KVCache, generate
 from device import TOLERANCE, Device, resolve_device
 from files import write_atomically
 from loss_report import find_data_dir, open_stream
-from model import GPT, KVCache
+from model import GPT
 from shards import WindowLoader
 
 checkpoint: PathName = ""  # a file, FOLDER (its newest), FOLDER:best, gpt2, ...; empty = newest of log*/
@@ -431,7 +432,7 @@ def measure_speed(models: list[GPT], dev: Device) -> list[tuple[float, float]]:
             model(idx, cache=KVCache(model.config, 1, dev.device, dev.dtype), only_last=True)
             dev.synchronize()
             t1 = time.perf_counter()
-            steps = model.generate(idx[:, :max(1, T // 2)], 1 + n, temperature=0.0)
+            steps = generate(model, idx[:, :max(1, T // 2)], 1 + n, temperature=0.0)
             next(steps)  # fills the cache
             dev.synchronize()
             t2 = time.perf_counter()

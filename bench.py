@@ -493,7 +493,7 @@ def bench_loss() -> None:
     import torch.nn.functional as F
 
     from device import resolve_device
-    from model import linear_cross_entropy
+    from kernels import linear_cross_entropy
     if not hasattr(F, "linear_cross_entropy"):
         print(f"loss      | torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has it", flush=True)
         return
@@ -624,6 +624,7 @@ def in_transformers(model, tok):
 def bench_generate() -> None:
     import torch
 
+    from decoding import generate
     from device import resolve_device
     from model import GPT, GPTConfig
     dev = resolve_device(device, "float32")
@@ -634,8 +635,8 @@ def bench_generate() -> None:
     theirs = in_transformers(model, tok)
     texts = torch.full((8, 1), tok.eot, dtype=torch.long, device=dev.device)
 
-    def ours(B, compile=False):
-        steps = model.generate(texts[:B], max_new_tokens, temperature=0.0, compile=compile)
+    def ours(B):
+        steps = generate(model, texts[:B], max_new_tokens, temperature=0.0)
         tokens = torch.stack([token for token, _ in steps], dim=1)
         dev.synchronize()
         return tokens  # (B, max_new_tokens)
@@ -660,13 +661,9 @@ def bench_generate() -> None:
     n = max(1, turns // 2)  # the full forward takes a minute or more per turn
     timed = take_turns(lambda: ours(1), full, n)
     report("generate", "tok/s", max_new_tokens, *timed, "a full forward per token")
-    for B in (1, 8):
-        if theirs:
-            timed = take_turns(lambda B=B: ours(B), lambda B=B: transformer(B), n)
-            report("generate", "tok/s", B * max_new_tokens, *timed, f"transformers, batch {B}")
-        if dev.type == "cuda":
-            timed = take_turns(lambda B=B: ours(B, compile=True), lambda B=B: ours(B), n)
-            report("generate", "tok/s", B * max_new_tokens, *timed, f"no --compile, batch {B}")
+    for B in (1, 8) if theirs else ():
+        timed = take_turns(lambda B=B: ours(B), lambda B=B: transformer(B), n)
+        report("generate", "tok/s", B * max_new_tokens, *timed, f"transformers, batch {B}")
 
 
 def sampled_examples(path: str, n: int):

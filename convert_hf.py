@@ -154,8 +154,8 @@ def import_nanogpt(path: Path, saved: dict) -> dict:
         if damaged := archive.testzip():  # torch skips the CRCs and would load flipped bits
             raise UserError(f"{path}: damaged, checksum of {damaged} is wrong; copy it again")
     with torch.device("meta"):
-        model = GPT(GPTConfig(config["block_size"], rows, GPT2_VOCAB, config["n_layer"], config["n_head"],
-                              config["n_embd"]))
+        model = GPT(GPTConfig(vocab_size=rows, n_vocab=GPT2_VOCAB, **{
+            key: config[key] for key in ("block_size", "n_layer", "n_head", "n_embd")}))
     tensors = _float32(path, ((name.removeprefix("_orig_mod."), tensor)
                               for name, tensor in saved["model"].items()))
     if config.get("bias") is False:
@@ -216,8 +216,8 @@ def import_hf(source: str | Path) -> dict:
     tensors = _read_tensors(folder)
     # No rows beyond those there: GPT-2's logits are about -30 to -100, and rows of zeros, whose logits
     # are 0, would take all the probability of the softmax that training differentiates.
-    wanted = GPTConfig(config["n_positions"], rows, tokenizer.n_vocab, config["n_layer"], config["n_head"],
-                       config["n_embd"])
+    wanted = GPTConfig(block_size=config["n_positions"], vocab_size=rows, n_vocab=tokenizer.n_vocab,
+                       **{key: config[key] for key in ("n_layer", "n_head", "n_embd")})
     with torch.device("meta"):
         model = GPT(wanted)
     weights = {name: tensors[name.removeprefix("transformer.")]

@@ -35,9 +35,9 @@ import torch
 from checkpoint import build_model, checkpoint_tokenizer, newest_checkpoint
 from configurator import Between, OneOf, PathName, UserError, configure
 from convert_hf import load_any
+from decoding import check_sampling, context_start, generate
 from device import resolve_device
 from files import read_text
-from model import check_sampling, context_start
 
 checkpoint: PathName = ""  # a file, FOLDER (its newest), FOLDER:best, gpt2, ...; empty = newest of log*/
 prompt = ""  # text, FILE:path, or - for standard input; empty = the beginning of a document
@@ -52,7 +52,6 @@ stride: Between(0, 2**31) = 0  # tokens from one window of it to the next; 0 = h
 logprobs = False  # print ln of the probability of each token
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
 dtype: OneOf("auto", "float32", "bfloat16", "float16") = "float32"  # enough for a small model
-compile = False  # compile the step of one token: a minute first, then faster on CUDA
 seed: Between(0, 2**63 - 1) = 1337  # of the samples
 
 
@@ -106,7 +105,7 @@ def sample(model, tok, dev, step: int, texts: list[str]) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
     print(f"--- step {step}, sample 1 of {len(texts)}\n{texts[0]}", end="", flush=True)
     with dev.autocast():
-        steps = model.generate(batch, max_new_tokens, temperature, top_k, top_p, generator, compile=compile)
+        steps = generate(model, batch, max_new_tokens, temperature, top_k, top_p, generator)
         for tokens, logits in steps:
             values = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]  # (B,)
             for row, log, token, value in zip(rows, logs, tokens.tolist(), values.tolist()):

@@ -10,7 +10,7 @@ speed_BATCH_SDPA   45 s   60 steps of 124M: median tok/s, MFU, peak memory, shar
 shakespeare       150 s   run B, until its target loss
 openstax4m         60 s   run A, all 2,848 steps
 tests              90 s   the tests marked gpu
-inference          80 s   generate.py with and without --compile; hellaswag.py on all examples
+inference          60 s   generate.py; hellaswag.py on all examples
 gpu_NNgb     20 s each   config/gpu_*gb.py in eager mode: peak memory, measured and computed
 openstax      the rest    124M on textbooks: stopped, resumed, plotted
 
@@ -74,10 +74,10 @@ def programme(left):
     yield "tests", 180, [[PYTHON, "-m", "pytest", "-m", "gpu", "-q", *tests]]
     sample = [PYTHON, "generate.py", f"--checkpoint={log_dir}/inference", "--prompt=Once", "--temperature=0",
               "--num_samples=1", f"--max_new_tokens={512 if cuda else 32}", f"--device={device}"]
-    yield "inference", 150, [
+    yield "inference", 120, [
         train("inference", *short, "--batch_size=8", "--max_steps=20", "--compile=false"), sample,
-        [*sample, f"--compile={cuda}"], [PYTHON, "hellaswag.py", f"--checkpoint={log_dir}/inference",
-                                         f"--data={data}/hellaswag_val.jsonl", f"--device={device}"]]
+        [PYTHON, "hellaswag.py", f"--checkpoint={log_dir}/inference", f"--data={data}/hellaswag_val.jsonl",
+         f"--device={device}"]]
     for path in sorted(ROOT.glob("config/gpu_*gb.py"))[:None if cuda else 1]:
         yield path.stem, 60, [[PYTHON, "analyze_compute.py", str(path)],
                               train(path.stem, str(path), *short, "--compile=false", "--dry_run")]

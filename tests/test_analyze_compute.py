@@ -36,7 +36,8 @@ COMPONENTS = {  # of a parameter's name: the component it is counted under
 
 
 def shape(layers=2, heads=4, width=64, T=32, V=96, norm="pre", dropout=0.0):
-    return GPTConfig(T, V, V, layers, heads, width, dropout, norm)
+    return GPTConfig(block_size=T, vocab_size=V, n_vocab=V, n_layer=layers, n_head=heads, n_embd=width,
+                     dropout=dropout, norm_position=norm)
 
 
 shapes = st.builds(lambda layers, heads, head_size, *rest: shape(layers, heads, heads * head_size, *rest),

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from training import attempt, losses, snapshot, train
 
 import analyze_heads as study
+import decoding
 import generate
 import hellaswag
 from analyze_heads import (
@@ -140,13 +141,13 @@ def test_pruned_is_masked_for_any_set_of_heads(counts, norm_position, bits, more
         less = prune(model, heads)
         with masked(model, heads):
             wanted, wanted_loss = model(idx), model(idx, targets)
-            tokens = [token for token, _ in model.generate(idx[:, :5], 14, temperature=0.0)]
+            tokens = [token for token, _ in decoding.generate(model, idx[:, :5], 14, temperature=0.0)]
     close = 1e-5 * wanted.abs().max().item()  # of logits of this size, float32 keeps seven digits
     torch.testing.assert_close(less(idx), wanted, atol=close, rtol=0)
     torch.testing.assert_close(less(idx).double(), by_hand(idx), atol=close, rtol=0)
     torch.testing.assert_close(less(idx, targets), wanted_loss, atol=1e-5, rtol=1e-5)
     for use_cache in (True, False):  # past the context's end, where the cache is filled anew
-        found = less.generate(idx[:, :5], 14, temperature=0.0, use_cache=use_cache)
+        found = decoding.generate(less, idx[:, :5], 14, temperature=0.0, use_cache=use_cache)
         assert torch.equal(torch.cat([token for token, _ in found]), torch.cat(tokens))
     assert not less.training and less.loss_chunk == model.loss_chunk
 

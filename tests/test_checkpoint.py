@@ -67,7 +67,7 @@ def assert_same_tensors(one, other):
 @pytest.fixture
 def state(byte_tokenizer):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(16, 384, 257, 2, 2, 32))
+    model = GPT(GPTConfig(block_size=16, vocab_size=384, n_vocab=257, n_layer=2, n_head=2, n_embd=32))
     optimizer, = model.configure_optimizers("adamw", 0.1, 1e-3, (0.9, 0.95), fused=True)
     model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)).backward()
     optimizer.step()

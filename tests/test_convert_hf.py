@@ -38,6 +38,7 @@ from checkpoint import (
 )
 from configurator import UserError
 from convert_hf import derive_merges, export_hf, import_hf, load_any
+from decoding import generate
 from model import GPT, GPTConfig
 from train_bpe import count_documents, train_ranks
 
@@ -148,7 +149,7 @@ def test_the_pipeline_generates(exported, transformers, tokenizers):
     found, = pipeline("import heapq", max_new_tokens=8, do_sample=False, return_full_text=False)
     tok = tokenizers["own"]
     idx = torch.tensor(tok.encode("import heapq").astype(np.int64))[None]
-    steps = build_model(state, "x").generate(idx, 8, temperature=0.0)
+    steps = generate(build_model(state, "x"), idx, 8, temperature=0.0)
     ids = torch.cat([token for token, _ in steps]).tolist()
     ids = ids[:ids.index(tok.eot)] if tok.eot in ids else ids
     assert found["generated_text"] == tok.decode(ids)

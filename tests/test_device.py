@@ -324,7 +324,9 @@ dev = resolve_device("cuda", deterministic=True, compile={compile})
 gradients = []
 for _ in range(2):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(128, 512, 500, 2, 4, 256, dropout=0.1)).to(dev.device)
+    config = GPTConfig(block_size=128, vocab_size=512, n_vocab=500, n_layer=2, n_head=4, n_embd=256,
+                       dropout=0.1)
+    model = GPT(config).to(dev.device)
     step = torch.compile(model, dynamic=False) if dev.compile else model
     idx = torch.randint(500, (8, 128), device=dev.device)
     with dev.autocast():

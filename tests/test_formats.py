@@ -177,7 +177,7 @@ def write_json(path):
 
 # ---- the formats
 def of_checkpoint(folder, byte_tokenizer):
-    model = GPT(GPTConfig(16, 257, 257, 1, 2, 8))
+    model = GPT(GPTConfig(block_size=16, vocab_size=257, n_vocab=257, n_layer=1, n_head=2, n_embd=8))
     optimizers = model.configure_optimizers("muon", 0.1, 1e-3, (0.9, 0.95), fused=True)
     train(model, optimizers, 0, 1)
     path, tokenizer = folder / "ckpt_0000001.pt", describe_tokenizer(load_tokenizer(str(byte_tokenizer)))
@@ -270,7 +270,7 @@ def of_hellaswag(folder, byte_tokenizer):
 
 
 def of_hugging_face(folder, byte_tokenizer):
-    model = GPT(GPTConfig(16, 257, 257, 1, 2, 8))
+    model = GPT(GPTConfig(block_size=16, vocab_size=257, n_vocab=257, n_layer=1, n_head=2, n_embd=8))
     state = {"step": 0, "model": model.state_dict(), "model_config": describe_model(model),
              "tokenizer": describe_tokenizer(load_tokenizer(str(byte_tokenizer)))}
     export_hf(state, folder / "hf")

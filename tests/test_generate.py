@@ -15,6 +15,7 @@ import pytest
 import torch
 from training import PYTHON
 
+import decoding
 import generate as script
 from bpe import load_tokenizer
 from checkpoint import describe_model, describe_tokenizer, load_model, save_checkpoint
@@ -31,7 +32,7 @@ def folder(tmp_path_factory, byte_tokenizer):
     folder = tmp_path_factory.mktemp("generate")
     for i, name in enumerate(("log_a", "log_b")):
         torch.manual_seed(i)
-        model = GPT(GPTConfig(32, 384, 257, 2, 2, 32))
+        model = GPT(GPTConfig(block_size=32, vocab_size=384, n_vocab=257, n_layer=2, n_head=2, n_embd=32))
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         (folder / name).mkdir()
@@ -119,7 +120,7 @@ def test_prompts_of_a_file_are_one_batch(folder):
 def save_speaker(folder, tok, text, end):
     """A checkpoint of a model that says the bytes of `text`, by position, and EOT at position `end`."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(16, 257, 257, 1, 1, 64))
+    model = GPT(GPTConfig(block_size=16, vocab_size=257, n_vocab=257, n_layer=1, n_head=1, n_embd=64))
     said = [*text.encode()]
     with torch.no_grad():
         for parameter in model.parameters():
@@ -156,7 +157,7 @@ def test_logprobs_are_the_models_own(folder):
                   "--checkpoint=log_b")
     model, _ = load_model(folder / "log_b")
     generator = torch.Generator().manual_seed(1337)
-    steps = model.generate([torch.tensor([256])] * 2, 9, 0.8, 5, generator=generator)
+    steps = decoding.generate(model, [torch.tensor([256])] * 2, 9, 0.8, 5, generator=generator)
     rows = torch.stack([token for token, _ in steps], dim=1)  # (2, 9)
     with torch.no_grad():
         logits = model(torch.cat((torch.full((2, 1), 256), rows[:, :-1]), dim=1))
@@ -317,7 +318,7 @@ def test_no_checkpoint_at_all(tmp_path):
 
 def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
-    model, tok = GPT(GPTConfig(64, 50304, 50257, 1, 1, 8)), load_tokenizer()
+    model, tok = GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)), load_tokenizer()
     (tmp_path / "log_demo").mkdir()
     save_checkpoint(tmp_path / "log_demo", 0, {
         "step": 0, "model": model.state_dict(), "model_config": describe_model(model),

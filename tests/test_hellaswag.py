@@ -29,7 +29,8 @@ from hellaswag import (
     make_rows,
     read_examples,
 )
-from model import GPT, GPTConfig, plain_attention
+from kernels import plain_attention
+from model import GPT, GPTConfig
 
 VOCAB = 257
 

@@ -36,7 +36,8 @@ def test_a_compiled_run_validates_scores_samples_and_saves(judged):
     assert out.count("\n> x") == 3
     assert sorted(path.name for path in log_dir.glob("ckpt_*")) == [f"ckpt_{s:07d}.pt" for s in (2, 4, 6, 7)]
     keys = load_checkpoint(log_dir)["model"].keys()
-    assert keys == GPT(GPTConfig(64, 384, 257, 2, 2, 32)).state_dict().keys()
+    shape = {"block_size": 64, "vocab_size": 384, "n_vocab": 257, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    assert keys == GPT(GPTConfig(**shape)).state_dict().keys()
     assert "compile on" in out and "recompiled" not in out
 
 
@@ -188,7 +189,8 @@ def test_weights_that_are_not_finite(flags, judged, tmp_path):
 def test_pruned_weights_are_tuned_by_two_processes_with_fsdp(flags, judged, tmp_path):
     """The heads that are left stay what they are; exported, the same model has the same val loss."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(64, 257, 257, 2, 2, 32, heads=(1, 2)))
+    model = GPT(GPTConfig(block_size=64, vocab_size=257, n_vocab=257, n_layer=2, n_head=2, n_embd=32,
+                          heads=(1, 2)))
     state = {**load_checkpoint(judged[0]), "step": 0, "model": model.state_dict(),
              "model_config": describe_model(model)}
     (tmp_path / "pruned").mkdir()

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bpe import load_tokenizer
 from configurator import UserError
-from model import GPT, GPTConfig, KVCache, Linear, context_start, plain_attention, sample_token
+from decoding import generate
+from kernels import plain_attention
+from model import GPT, GPTConfig
 
 TINY = {"block_size": 16, "vocab_size": 64, "n_vocab": 61, "n_layer": 3, "n_head": 2, "n_embd": 24}
 
@@ -30,14 +31,14 @@ def random_ids(B, T, seed=1):
 ])
 def test_parameter_counts_of_the_four_sizes(n_layer, n_head, n_embd, parameters):
     with torch.device("meta"):
-        model = GPT(GPTConfig(1024, 50257, 50257, n_layer, n_head, n_embd))
+        model = GPT(GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
     assert model.num_params() == parameters
 
 
 def test_counts_of_run_a():
     """The config table of run A gives 16,102,912 parameters, and 6 N + 12 L d T FLOPs per token."""
     with torch.device("meta"):
-        model = GPT(GPTConfig(256, 50304, 50257, 4, 4, 256))
+        model = GPT(GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256))
     total = 50304 * 256 + 256 * 256 + 4 * (12 * 256**2 + 13 * 256) + 2 * 256
     assert model.num_params() == total == 16_102_912
     assert model.flops_per_token(256) == 6 * 16_037_376 + 12 * 4 * 256 * 256
@@ -187,141 +188,6 @@ def test_dropout_acts_in_training_only():
         assert not torch.equal(model(idx), model(idx))
 
 
-@pytest.mark.parametrize("chunks", [[16], [1] * 16, [5, 1, 1, 9], [9, 3, 4], [15, 1]])
-def test_cached_logits_equal_the_full_forward(chunks):
-    model, idx = make_model(), random_ids(3, 16)
-    cache = KVCache(model.config, 3, "cpu", torch.float32)
-    with torch.no_grad():
-        parts = [model(part, cache=cache) for part in idx.split(chunks, dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), model(idx), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("prompt_length", [1, 7, 15, 16, 17, 40])
-@pytest.mark.parametrize("block_size", [1, 7, 16])
-def test_generation_with_and_without_the_cache(prompt_length, block_size):
-    """Also past the context, where the cache is rebuilt."""
-    model, idx = make_model(block_size=block_size), random_ids(2, prompt_length)
-    found = []
-    for use_cache in (True, False):
-        generator = torch.Generator().manual_seed(3)
-        tokens = model.generate(idx, 30, 1.0, 50, 0.95, generator, use_cache=use_cache)
-        found.append(drawn(tokens))
-    assert found[0].shape == (2, 30) and torch.equal(*found)
-
-
-def drawn(steps):
-    """The ids (B, n) of a generation."""
-    return torch.stack([token for token, _ in steps], dim=1)
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("norm_position", ["pre", "post"])
-@pytest.mark.parametrize("attention", [F.scaled_dot_product_attention, plain_attention])
-def test_prompts_of_different_lengths_are_continued_as_alone(use_cache, norm_position, attention):
-    """Also where some rows, and not others, go beyond the context; logits too, of every step."""
-    model = make_model(norm_position=norm_position)
-    model.use_attention(attention)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    prompts = [random_ids(1, n, seed=n)[0] for n in (3, 1, 9, 16, 30)]
-    together = list(model.generate(prompts, 30, temperature=0.0, use_cache=use_cache))
-    for i, prompt in enumerate(prompts):
-        for (tokens, logits), (token, alone) in zip(
-                together, model.generate(prompt[None], 30, temperature=0.0, use_cache=False), strict=True):
-            assert tokens[i] == token[0]
-            torch.testing.assert_close(logits[i], alone[0], atol=2e-5, rtol=1e-5)
-
-
-def test_rounding_hardly_ever_changes_what_top_p_draws():
-    """Of many ids of nearly equal probability; in the order of probability, a digit would swap neighbours."""
-    generator = torch.Generator().manual_seed(0)
-    logits = 0.3 * torch.randn(1000, 5000, generator=generator)
-    rounded = logits + 1e-5 * torch.randn(1000, 5000, generator=generator)
-    one, other = (sample_token(some, 1.0, 0, 0.95, torch.Generator().manual_seed(1))
-                  for some in (logits, rounded))
-    assert (one != other).float().mean() < 0.02  # in the order of probability 0.05
-
-
-def test_logits_that_are_not_finite_are_an_error():
-    model = make_model()
-    model.transformer.ln_f.bias.data[0] = math.nan
-    with pytest.raises(UserError, match="logits are not finite"):
-        next(model.generate(random_ids(1, 3), 5))
-
-
-@pytest.mark.parametrize(("settings", "words"), [
-    ((-0.1, 0, 1.0), "temperature=-0.1"), ((math.nan, 0, 1.0), "temperature=nan"),
-    ((1.0, -1, 1.0), "top_k=-1"), ((1.0, 0, 0.0), "top_p=0.0"), ((1.0, 0, 1.1), "top_p=1.1")])
-def test_sampling_settings_out_of_range(settings, words):
-    with pytest.raises(UserError, match=words):
-        next(make_model().generate(random_ids(1, 3), 5, *settings))
-
-
-def test_the_logits_that_come_with_a_token_are_those_it_was_drawn_from():
-    model, idx = make_model(), random_ids(2, 5)
-    for token, logits in model.generate(idx, 8, temperature=0.0):
-        with torch.no_grad():
-            torch.testing.assert_close(logits, model(idx)[:, -1], atol=1e-5, rtol=1e-5)
-        assert torch.equal(token, logits.argmax(-1))
-        idx = torch.cat((idx, token[:, None]), dim=1)
-
-
-@pytest.mark.parametrize("lengths", [(2, 11), (3,)])
-def test_the_compiled_step_draws_the_same(lengths):
-    """Over a cache of constant shape, past the context, from prompts of different lengths; compiled once."""
-    model = make_model(n_layer=1)
-    prompts = [random_ids(1, n, seed=n)[0] for n in lengths]
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        found = []
-        for on in (False, True, True):
-            generator = torch.Generator().manual_seed(3)
-            found.append(drawn(model.generate(prompts, 30, 1.0, 50, 0.95, generator, compile=on)))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_compiled_step_draws_the_same_on_cuda():
-    model = make_model().cuda()
-    prompts = [random_ids(1, n, seed=n)[0].cuda() for n in (2, 11)]
-    expected, *found = (drawn(model.generate(prompts, 30, temperature=0.0, compile=on))
-                        for on in (False, True, True))
-    assert torch.equal(expected, found[0]) and torch.equal(expected, found[1])
-
-
-def test_ten_thousand_tokens_of_a_random_model_decode():
-    """GPT-2's vocabulary, 47 rows of padding, and a random model that likes all of them."""
-    tok = load_tokenizer()
-    model = make_model(vocab_size=50304, n_vocab=tok.n_vocab, n_layer=1, n_embd=8)
-    tokens = drawn(model.generate(torch.full((100, 1), tok.eot), 100, temperature=3.0, top_k=0))
-    assert tokens.shape == (100, 100) and 0 <= tokens.min() and tokens.max() < tok.n_vocab
-    assert len(tokens.unique()) > 5000
-    for row in tokens:
-        assert tok.decode(row).encode().decode() == tok.decode(row)
-
-
-@pytest.mark.parametrize("prompts", [[], [torch.tensor([], dtype=torch.long)],
-                                     [torch.tensor([1]), torch.tensor([], dtype=torch.long)]])
-def test_generation_needs_a_first_token(prompts):
-    with pytest.raises(UserError, match="at least 1 token, such as end-of-text"):
-        next(make_model().generate(prompts, 5))
-
-
-@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 1), (3, 5), (4, 4), (17,)])
-@pytest.mark.parametrize("V", [1, 2, 60, 61])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer_is_torchs_whatever_the_number_of_rows(rows, V, bias):
-    torch.manual_seed(0)
-    layer, x = Linear(24, V, bias=bias), torch.randn(*rows, 24)
-    with torch.no_grad():
-        y = layer(x)
-        torch.testing.assert_close(y, F.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x).dtype == torch.bfloat16
-    assert y.is_contiguous() and layer(x).requires_grad
-
-
 def test_layers_may_have_fewer_heads():
     """A head whose columns in c_proj are 0 says nothing: left out, the logits are the same, cached or not."""
     dense, pruned = make_model(), make_model(heads=(2, 0, 1), seed=1)
@@ -342,7 +208,9 @@ def test_layers_may_have_fewer_heads():
     idx = random_ids(2, 16)
     with torch.no_grad():
         torch.testing.assert_close(pruned(idx), dense(idx), atol=2e-5, rtol=1e-5)
-    assert torch.equal(*(drawn(pruned.generate(idx[:, :4], 20, 0.0, use_cache=on)) for on in (True, False)))
+    one, other = (torch.cat([ids for ids, _ in generate(pruned, idx[:1, :4], 20, 0.0, use_cache=on)])
+                  for on in (True, False))
+    assert torch.equal(one, other)
     assert dense.num_params() - pruned.num_params() == 3 * (3 * 12 * 24 + 3 * 12 + 12 * 24)
     assert dense.flops_per_token(16) - pruned.flops_per_token(16) == (
         6 * (dense.num_params() - pruned.num_params()) + 12 * 3 * 12 * 16)
@@ -371,51 +239,6 @@ def test_rows_may_share_a_prefix():
     torch.testing.assert_close(losses[0, 9:12], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_context_start_is_a_window_that_always_fits():
-    for block_size in (1, 2, 7, 16):
-        for n in range(1, 100):
-            start = context_start(n, block_size)
-            assert 0 <= start < n and n - start <= block_size
-            assert n - start >= min(n, block_size - max(1, block_size // 2) + 1)
-            assert start <= context_start(n + 1, block_size)
-
-
-def test_padding_ids_are_never_sampled():
-    model = make_model(vocab_size=128, n_vocab=61)
-    with torch.no_grad():
-        # padding rows that would win
-        model.transformer.wte.weight[61:] = 10.0 * model.transformer.wte.weight[:1]
-        assert model(random_ids(1, 4)).shape == (1, 4, 61)
-    tokens = torch.cat([token for token, _ in model.generate(random_ids(16, 2), 100, temperature=5.0)])
-    assert tokens.numel() == 1600 and tokens.max() < 61
-
-
-def test_generate_restores_the_training_mode():
-    model = make_model(dropout=0.2).train()
-    next(iter(model.generate(random_ids(1, 3), 5)))  # abandoned half-way
-    assert model.training
-
-
-def test_sample_token():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1)
-    probs = torch.softmax(logits[0], dim=0)
-    generator = torch.Generator().manual_seed(0)
-
-    def frequencies(*args):
-        return torch.bincount(sample_token(logits, *args, generator), minlength=4) / 20_000
-
-    assert frequencies(0.0, 0, 1.0)[0] == 1.0
-    torch.testing.assert_close(frequencies(1.0, 0, 1.0), probs, atol=0.02, rtol=0)
-    torch.testing.assert_close(frequencies(2.0, 0, 1.0), torch.softmax(logits[0] / 2, 0), atol=0.02, rtol=0)
-    torch.testing.assert_close(frequencies(1.0, 2, 1.0), torch.tensor([*(probs[:2] / probs[:2].sum()), 0, 0]),
-                               atol=0.02, rtol=0)
-    assert frequencies(1.0, 0, 0.5)[0] == 1.0  # the likeliest alone has 0.64
-    assert frequencies(1.0, 0, 0.7)[2:].sum() == 0.0 and frequencies(1.0, 0, 0.7)[1] > 0.2
-    assert frequencies(1.0, 99, 1e-9)[0] == 1.0
-    for temperature in (1e-10, 1e-40, 1e-46, 1e-300):  # no overflow, and no 0 / 0, on the way to greedy
-        assert frequencies(temperature, 0, 1.0)[0] == 1.0
-
-
 @pytest.mark.parametrize(("overrides", "words"), [
     ({"n_embd": 25}, "try --n_embd=26"),
     ({"vocab_size": 60}, "try --vocab_size=128"),
@@ -435,19 +258,6 @@ def test_cuda_equals_cpu():
     with torch.no_grad():
         expected = model(idx)
         torch.testing.assert_close(model.cuda()(idx.cuda()).cpu(), expected, atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize(("T", "S"), [(9, 9), (1, 9), (4, 9)])
-def test_plain_attention_is_sdpa(T, S):
-    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (T, S, S))
-    mask = torch.ones(T, S, dtype=torch.bool).tril(S - T) if 1 < T < S else None
-    one, other = (f(q, k, v, attn_mask=mask, is_causal=T == S) for f in
-                  (plain_attention, torch.nn.functional.scaled_dot_product_attention))
-    torch.testing.assert_close(one, other.float(), check_dtype=False)
-    grad = torch.randn_like(other)
-    for ours, theirs in zip(torch.autograd.grad(one, (q, k, v), grad.to(one.dtype)),
-                            torch.autograd.grad(other, (q, k, v), grad)):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, check_dtype=False)
 
 
 def test_a_model_with_plain_attention_is_the_same_model():

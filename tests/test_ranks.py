@@ -126,12 +126,11 @@ def test_a_weight_that_changes_on_one_rank_ends_the_run(flags, tmp_path):
 # ---- a process that fails alone --------------------------------------------------
 
 NOT_FINITE = """
-import model
+import decoding
 if os.environ["RANK"] == "0":
-    sample = model.sample_token
     def sampled(logits, *arguments):
-        raise model.UserError("the model's logits are not finite")
-    model.sample_token = sampled
+        raise decoding.UserError("the model's logits are not finite")
+    decoding.sample_token = sampled
 """
 NO_DATA = """
 import shards

@@ -32,7 +32,7 @@ def state(tiny_data, byte_tokenizer):
     """The checkpoint of a run on tiny_data, its weights large enough for losses that differ."""
     torch.manual_seed(0)
     tok = load_tokenizer(str(byte_tokenizer))
-    model = GPT(GPTConfig(T, 384, tok.n_vocab, n_layer=1, n_head=2, n_embd=16))
+    model = GPT(GPTConfig(block_size=T, vocab_size=384, n_vocab=tok.n_vocab, n_layer=1, n_head=2, n_embd=16))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

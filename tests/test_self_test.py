@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from device import check_first_loss, resolve_device, self_test
-from model import GPT, GPTConfig, plain_attention
+from kernels import plain_attention
+from model import GPT, GPTConfig
 
 SDPA = F.scaled_dot_product_attention
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -224,28 +225,3 @@ def test_first_losses_that_others_published():
     assert check_first_loss(13.0, 50304, 256)  # run A
     assert all(check_first_loss(loss, 50257, 768) for loss in (math.nan, 0.0, 9.0))
     assert check_first_loss(10.8 + 1.7, 50257, 8192) == []  # a wide model is that far from guessing evenly
-
-
-@pytest.mark.parametrize(("T", "S", "is_causal"), [(8, 8, True), (8, 8, False), (1, 8, False), (3, 8, False)])
-def test_plain_attention_is_sdpa(T, S, is_causal):
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 16, generator=generator).requires_grad_() for n in (T, S, S))
-    mask = torch.ones(T, S, dtype=torch.bool).tril(S - T) if 1 < T < S else None
-    ours, theirs = (attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-                    for attention in (plain_attention, SDPA))
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-    for a, b in zip(torch.autograd.grad(ours.sum(), (q, k, v)), torch.autograd.grad(theirs.sum(), (q, k, v))):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        half = plain_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, is_causal=is_causal)
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), ours, atol=3e-2, rtol=3e-2)
-
-
-def test_plain_attention_drops_weights():
-    q = k = torch.zeros(1, 1, 64, 4)
-    torch.manual_seed(0)
-    y = plain_attention(q, k, torch.ones(1, 1, 64, 4), dropout_p=0.25)  # 64 equal weights
-    kept = y[..., 0] * 64 * 0.75  # how many of the 64 weights of a row are left
-    torch.testing.assert_close(kept, kept.round(), atol=1e-3, rtol=0)
-    assert 0.72 < kept.mean() / 64 < 0.78

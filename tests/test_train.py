@@ -36,6 +36,8 @@ STEP_LINE = re.compile(r"step (\d+) \| loss: \d+\.\d{6} \| lr: \d\.\d\de-\d\d \|
                        r"dt: \d+\.\d\dms \| tok/sec: \d+\.\d\d \| mfu: (n/a|\d+\.\d%) \| "
                        r"eta: \d+:\d\d:\d\d")
 
+SHAPE = {"block_size": 64, "vocab_size": 384, "n_vocab": 257, "n_layer": 2, "n_head": 2, "n_embd": 32}
+
 
 def load_get_lr():
     """The schedule, taken out of the script, which is never imported."""
@@ -99,7 +101,7 @@ def test_each_step_trains_on_the_loaders_batch(flags, tmp_path, tiny_data):
     """At learning rate 0 the model stays as it was drawn, so each step's loss says which tokens it saw."""
     train(flags, log_dir=tmp_path, max_lr=0, min_lr=0, dropout=0)
     torch.manual_seed(1337)
-    model = GPT(GPTConfig(64, 384, 257, 2, 2, 32))
+    model = GPT(GPTConfig(**SHAPE))
     loader = WindowLoader(TokenStream(tiny_data, "train"), 64, 512, 1337, 257)
     batches = [map(torch.from_numpy, loader.batch(step, 0, 8)) for step in range(12)]
     with torch.no_grad():
@@ -214,7 +216,7 @@ def test_gradient_norms_of_layers_are_those_of_the_first_batch(flags, tmp_path, 
     train(flags, log_dir=tmp_path, dropout=0, max_steps=5, grad_norm_interval=4, grad_clip=0.01,
           norm_position=norm_position)
     torch.manual_seed(1337)
-    model = GPT(GPTConfig(64, 384, 257, 2, 2, 32, 0.0, norm_position))
+    model = GPT(GPTConfig(**SHAPE, norm_position=norm_position))
     x, y = WindowLoader(TokenStream(tiny_data, "train"), 64, 512, 1337, 257).batch(0, 0, 8)
     model(torch.tensor(x, dtype=torch.long), torch.tensor(y, dtype=torch.long)).backward()
     expected = {}

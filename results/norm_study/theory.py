@@ -37,7 +37,8 @@ def as_in_the_theorem(model):
 def last_norm(norm_position, n_layer, seed, start):
     """L2 norm of the gradient of the last block's mlp.c_proj; start(model) changes the weights before."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(T, V, V, n_layer, 2, C, 0.0, norm_position))
+    model = GPT(GPTConfig(block_size=T, vocab_size=V, n_vocab=V, n_layer=n_layer, n_head=2, n_embd=C,
+                          norm_position=norm_position))
     start(model)
     idx, targets = torch.randint(0, V, (2, B, T))
     model(idx, targets).backward()

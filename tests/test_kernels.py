@@ -1,4 +1,4 @@
-"""The loss over chunks of rows, and what is computed otherwise when compiled, against torch's own."""
+"""Each kernel against its counterpart in torch."""
 
 import json
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, attention_on_cpu, gelu, linear_cross_entropy
+from kernels import Linear, attention_on_cpu, gelu, linear_cross_entropy, plain_attention
+from model import GPT, GPTConfig
 
 N, C, V = 100, 24, 331
 
@@ -212,6 +213,32 @@ def test_attention_with_scores_in_memory_drops_weights():
     assert abs(y.mean().item() - 1.0) < 0.02 and y[:, :, 0].unique().numel() == 2
 
 
+@pytest.mark.parametrize(("T", "S", "is_causal"), [(8, 8, True), (8, 8, False), (1, 8, False), (3, 8, False)])
+def test_plain_attention_is_sdpa(T, S, is_causal):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16, generator=generator).requires_grad_() for n in (T, S, S))
+    mask = torch.ones(T, S, dtype=torch.bool).tril(S - T) if 1 < T < S else None
+    ours, theirs = (attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+                    for attention in (plain_attention, F.scaled_dot_product_attention))
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    upstream = torch.randn(2, 3, T, 16, generator=generator)
+    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), upstream) for y in (ours, theirs))):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = plain_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, is_causal=is_causal)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), ours, atol=3e-2, rtol=3e-2)
+
+
+def test_plain_attention_drops_weights():
+    q = k = torch.zeros(1, 1, 64, 4)
+    torch.manual_seed(0)
+    y = plain_attention(q, k, torch.ones(1, 1, 64, 4), dropout_p=0.25)  # 64 equal weights
+    kept = y[..., 0] * 64 * 0.75  # how many of the 64 weights of a row are left
+    torch.testing.assert_close(kept, kept.round(), atol=1e-3, rtol=0)
+    assert 0.72 < kept.mean() / 64 < 0.78
+
+
 def test_gelu_is_the_tanh_form(monkeypatch):
     x = torch.linspace(-12, 12, 1001)
     expected = F.gelu(x, approximate="tanh")
@@ -219,6 +246,21 @@ def test_gelu_is_the_tanh_form(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(gelu(x), expected, atol=1e-6, rtol=1e-6)
     assert gelu(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 1), (3, 5), (4, 4), (17,)])
+@pytest.mark.parametrize(("C", "V"), [(24, 1), (24, 2), (24, 60), (24, 61), (24, 0), (0, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_torchs_whatever_the_number_of_rows(rows, C, V, bias):
+    torch.manual_seed(0)
+    layer, x = Linear(C, V, bias=bias), torch.randn(*rows, C)
+    with torch.no_grad():
+        y = layer(x)
+        torch.testing.assert_close(y, F.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+    assert y.is_contiguous() and layer(x).requires_grad
 
 
 def train_ten_steps(forward, model, dtype):
