@@ -10,10 +10,13 @@ size.
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bpe import Tokenizer
 from configurator import UserError
+from device import Device
 from kernels import product_dtype
 from model import GPT, GPTConfig
 
@@ -97,6 +100,18 @@ def generate(model: GPT, prompts: torch.Tensor | list[torch.Tensor], max_new_tok
             yield ids, logits
     finally:
         model.train(was_training)
+
+
+@torch.compiler.set_stance("force_eager")
+def sample_texts(model: GPT, tok: Tokenizer, dev: Device, prompt: str, num_samples: int, max_new_tokens: int,
+                 seed: int) -> list[str]:
+    """`num_samples` continuations of a prompt, each until its end-of-text: what a training run prints."""
+    idx = dev.to_device(np.concatenate(([tok.eot], tok.encode(prompt))).astype(np.int64))  # (T,)
+    with dev.changing_shapes(), dev.autocast():
+        steps = generate(model, idx.repeat(num_samples, 1), max_new_tokens, temperature=0.9, top_k=50,
+                         generator=torch.Generator(dev.device).manual_seed(seed))
+        rows = torch.stack([ids for ids, _ in steps], dim=1).tolist()  # (num_samples, max_new_tokens)
+    return [prompt + tok.decode(row[:row.index(tok.eot)] if tok.eot in row else row) for row in rows]
 
 
 def context_start(n: int, block_size: int) -> int:

@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -306,6 +307,19 @@ def is_out_of_memory(error: Exception) -> bool:
     words = ("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|"
              "Storage size calculation overflowed")
     return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
+
+
+def explain_out_of_memory(name: str, advice: str) -> None:
+    """From now on, running out of memory ends the script with a line that says what to type: `advice`."""
+    exit_with_message = sys.excepthook  # configurator's
+
+    def explain(kind, error, trace):
+        if is_out_of_memory(error):
+            error = UserError(f"out of memory on {name}; type {advice}; analyze_compute.py computes what a "
+                              f"setting needs, --dry_run measures it")
+        exit_with_message(type(error), error, trace)
+
+    sys.excepthook = explain
 
 
 def _built_for_gpus():

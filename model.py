@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
@@ -226,6 +227,24 @@ class GPT(nn.Module):
             optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay,
                                                adjust_lr_fn="match_rms_adamw"))
         return optimizers
+
+    def grad_norms(self) -> dict[str, float]:
+        """{"norm_h0": L2 norm, ...} of the gradients of each block and of each module outside the blocks.
+
+        Their squares add up to that of all. If the model is sharded, all processes call this together.
+        """
+        grads = {}
+        for name, parameter in self.named_parameters():
+            if parameter.grad is not None:
+                layer = name.removeprefix("transformer.").replace("h.", "h", 1).partition(".")[0]
+                grads.setdefault(f"norm_{layer}", []).append(parameter.grad)
+        norms = {layer: torch.nn.utils.get_total_norm(some) for layer, some in grads.items()}
+        return {layer: (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+                for layer, norm in norms.items()}
+
+    def weight_bits(self) -> int:
+        """Sum of the bits of all weights: one flipped bit changes it."""
+        return sum(p.detach().view(torch.int32).sum(dtype=torch.int64) for p in self.parameters()).item()
 
     def num_params(self) -> int:
         """Parameters, the tied matrix counted once: 124,439,808 for GPT-2 small at vocab_size 50,257."""
