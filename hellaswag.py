@@ -146,8 +146,8 @@ def _download(setting):
 
 
 def examples_for_training(data: str, tokenizer: Tokenizer, ranks: Ranks) -> "Examples | None":
-    """The examples of `data` or of the public file, by completion; None, after a warning, if the latter cannot
-    be downloaded: that must not end a run of days."""
+    """The examples of `data` or of the public file, by completion; None, after a warning, if the latter
+    cannot be downloaded: that must not end a run of days."""
     try:
         path = find_data(data, "hellaswag_data")
     except UserError as error:  # on all processes alike

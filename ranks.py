@@ -177,8 +177,9 @@ class StopRequests:
         if name == "SIGINT" and (self.step is None or again):
             signal.default_int_handler(number, frame)
         if self.ranks.master and not self.signals:
-            answer = (f"stopped by {name} before the first step: there is nothing to save" if self.step is None
-                      else f"{name}: finishing step {self.step}, then saving")
+            answer = f"{name}: finishing step {self.step}, then saving"
+            if self.step is None:
+                answer = f"stopped by {name} before the first step: there is nothing to save"
             os.write(2, f"\n{answer}\n".encode())  # print may be what the signal has interrupted
         if self.step is None:
             os._exit(0)

@@ -2,7 +2,7 @@
 The record of a run: what it measured and how it was started, in its log_dir, and on the screen.
 
     record = RunLog("log", ranks.launcher)              # looks at the folder; writes nothing yet
-    record.claim()                                      # no second run in this folder while this process lives
+    record.claim()                                      # no second run in this folder meanwhile
     record.open(start_step, config, facts)              # cuts the log back to the checkpoint
     record.log(step, train=3.21, lr=6e-4)
 

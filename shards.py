@@ -191,7 +191,8 @@ class TokenStream:
         """`prepare` is the command that builds the folder: the message names it if the folder is missing."""
         self.folder = folder = Path(data_dir)
         if not folder.is_dir():
-            raise UserError(f"data_dir={data_dir} is not there; build it: {prepare}, or type --data_dir=FOLDER")
+            raise UserError(f"data_dir={data_dir} is not there; build it: {prepare}, or name another folder "
+                            f"with --data_dir")
         self.manifest = read_manifest(folder)
         if self.manifest is None and (builds := _find(folder, BUILD_NAME)):
             command = read_json(folder / builds[0][0], {"command": str})["command"]

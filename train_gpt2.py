@@ -21,7 +21,6 @@ micro-batch). So the run is the same on any number of processes, and resuming ch
 import contextlib
 import functools
 import math
-import sys
 import time
 import warnings
 import zlib
@@ -227,7 +226,7 @@ else:
 if attention == "plain":
     raw_model.use_attention(plain_attention)
 # a device that leaks future tokens trains to a wonderful loss, so the model is tested on it first
-if problems := sum(ranks.gather(self_test(raw_model, dev)), []):
+if problems := [problem for found in ranks.gather(self_test(raw_model, dev)) for problem in found]:
     ranks.fail(f"self-test on {dev.name}: {'; '.join(problems)}; this device computes wrong numbers: type "
                f"--attention=plain, or try --dtype=float32, another torch, or --device=cpu")
 if fsdp:  # a forward without a backward leaves the embeddings gathered

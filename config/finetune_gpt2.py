@@ -2,8 +2,8 @@
 #     python train_gpt2.py config/finetune_gpt2.py
 #     python generate.py --checkpoint=log_finetune
 # Shape and vocabulary come with the weights. Two epochs are many for a small text: watch the val loss; the
-# best checkpoint is kept (--checkpoint=log_finetune:best). Validation needs a window: with a tenth of the text
-# and block_size=1024 that is a text of 50 kB; --block_size=256 needs a quarter of it.
+# best checkpoint is kept (--checkpoint=log_finetune:best). Validation needs a window: with a tenth of the
+# text and block_size=1024 that is a text of 50 kB; --block_size=256 needs a quarter of it.
 init_from = "gpt2"  # or gpt2-medium, gpt2-large, gpt2-xl, a folder of Hugging Face's, a checkpoint
 prepare = "python fineweb.py --input=my_text.txt --data_dir=my_text --val_fraction=0.1"
 data_dir = "my_text"

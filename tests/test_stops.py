@@ -239,12 +239,12 @@ model.GPT.forward = bad
     assert list(read_log(tmp_path / "log", "skipped_window")["skipped_window"]) == [2]
 
 
-def test_a_restart_passes_over_a_damaged_checkpoint(flags, tmp_path):
-    damage = f"open({str(tmp_path / 'log' / 'ckpt_0000008.pt')!r}, 'r+b').truncate(2000)"
-    script = fault(tmp_path, 4 * 10 + 1, f"{damage}; {signal_self('SIGKILL')}")
+def test_a_restart_passes_over_a_corrupt_checkpoint(flags, tmp_path):
+    corrupt = f"open({str(tmp_path / 'log' / 'ckpt_0000008.pt')!r}, 'r+b').truncate(2000)"
+    script = fault(tmp_path, 4 * 10 + 1, f"{corrupt}; {signal_self('SIGKILL')}")
     done = attempt(flags, 1, script, ["--max-restarts=1"], python=sys.executable, log_dir=tmp_path / "log")
     assert done.returncode == 0, done.stderr
-    assert "ckpt_0000008.pt: damaged" in done.stderr and "starting at 4" in done.stdout
+    assert "ckpt_0000008.pt: corrupt" in done.stderr and "starting at 4" in done.stdout
 
 
 def start_node(flags, port, script, nnodes="2"):
