@@ -243,7 +243,7 @@ def test_a_restart_passes_over_a_damaged_checkpoint(flags, tmp_path):
     script = fault(tmp_path, 4 * 10 + 1, f"{damage}; {signal_self('SIGKILL')}")
     done = attempt(flags, 1, script, ["--max-restarts=1"], python=sys.executable, log_dir=tmp_path / "log")
     assert done.returncode == 0, done.stderr
-    assert "ckpt_0000008.pt: damaged" in done.stderr and "starting at 4" in done.stdout
+    assert "ckpt_0000008.pt: corrupt" in done.stderr and "starting at 4" in done.stdout
 
 
 def start_node(flags, port, script, nnodes="2"):

@@ -258,12 +258,12 @@ def test_damaged_checkpoint_on_resume(flags, tmp_path):
     newest.write_bytes(newest.read_bytes()[:-1000])
     done = attempt(flags, log_dir=tmp_path, max_steps=8, resume="true")
     assert done.returncode == 0 and "starting at 4" in done.stdout
-    assert "ckpt_0000008.pt: damaged" in done.stderr and "trying the one before" in done.stderr
+    assert "ckpt_0000008.pt: corrupt" in done.stderr and "trying the previous one" in done.stderr
     assert len(losses(tmp_path)) == 8
     for path in list_checkpoints(tmp_path):
         path.write_bytes(b"nothing")
     done = attempt(flags, log_dir=tmp_path, resume="true")
-    assert done.returncode == 2 and "damaged" in done.stderr
+    assert done.returncode == 2 and "corrupt" in done.stderr
 
 
 def test_a_diverged_model_is_never_saved(flags, tmp_path):
