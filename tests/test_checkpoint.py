@@ -211,12 +211,12 @@ def test_the_default_is_the_run_that_was_written_to_last(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="make demo"):
         newest_checkpoint()
-    for time, place in enumerate(("log_a/ckpt_9.pt", "log_b/ckpt_2.pt", "log_c/ckpt_3.pt.1.tmp")):
+    for time, place in enumerate(("log_b/ckpt_9.pt", "log_a/ckpt_2.pt", "log_c/ckpt_3.pt.1.tmp")):
         path = tmp_path / place
         path.parent.mkdir()
         path.touch()
         os.utime(path, (time, time))
-    assert newest_checkpoint() == Path("log_b")
+    assert newest_checkpoint() == Path("log_a")
 
 
 @pytest.mark.parametrize("load", [load_checkpoint, load_any])
@@ -239,7 +239,7 @@ def test_the_best_can_be_named(state, tmp_path, monkeypatch, load):
     flip_a_bit(Path("log/ckpt_0000004.pt"))  # never another one in its place
     refused("log:best", r"ckpt_0000004\.pt: corrupt")
     Path("log/ckpt_0000004.pt").unlink()
-    refused("log:best", r"ckpt_0000004\.pt, which log/ckpt_0000008\.pt records as the best, is gone")
+    refused("log:best", r"log/ckpt_0000004\.pt is gone, the best one by log/ckpt_0000008\.pt")
     refused("log/ckpt_0000008.pt:best", "not there")
     for best in ({}, {"best": None}):
         save_checkpoint("log", 16, {**state, "step": 16, **best})
@@ -274,7 +274,7 @@ def test_the_newest_and_the_best_are_on_disk_and_no_more(tmp_path):
     (tmp_path / "ckpt_0000009.tmp").write_bytes(b"of one by an older version")
     (tmp_path / "ckpt_mine.tmp").write_bytes(b"the user's own")
     (tmp_path / "ckpt_0000021.pt").mkdir()
-    writer, steps = CheckpointWriter(tmp_path, keep=2), [1, 2, 3, 1000, 10_000_000]  # order is by number
+    writer, steps = CheckpointWriter(tmp_path, keep=2), [1, 2, 3, 9_999_999, 10_000_000]  # order is by number
     for i, step in enumerate(steps):
         writer.save(step, {}, min(step, 2))
         writer.wait()
@@ -283,7 +283,7 @@ def test_the_newest_and_the_best_are_on_disk_and_no_more(tmp_path):
         assert names(tmp_path) == sorted([*kept, "ckpt_0000021.pt", "ckpt_mine.tmp"])
     writer.save(5, {}, None)  # of a run that began again: the newest are kept, and nothing is the best
     writer.wait()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_0001000.pt", "ckpt_10000000.pt"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_9999999.pt", "ckpt_10000000.pt"]
 
 
 def test_what_is_written_is_the_state_at_the_time_of_save(tmp_path, monkeypatch):
