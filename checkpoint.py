@@ -80,8 +80,7 @@ class ForeignCheckpoint(UserError):
 def training_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict:
     """{"model", "optimizers"} of a checkpoint: the live tensors of the bare GPT, DTensors if it is sharded.
 
-    Optimizer state goes by the parameters' names: their numbers depend on how the groups are cut. (torch's
-    get_optimizer_state_dict does that too, but makes a step where there is no state yet.)
+    Optimizer state goes by the parameters' names, as their numbers depend on how the groups are cut.
     """
     weights = model.state_dict()  # first: under fully_shard this puts the sharded parameters back in place
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -175,9 +174,14 @@ class CheckpointWriter:
                 return type(value)(to_host(item, (*place, i)) for i, item in enumerate(value))
             if not isinstance(value, torch.Tensor):
                 return value
-            if id(value) not in copies:
-                full = value.full_tensor() if isinstance(value, DTensor) else value
-                copies[id(value)] = self._copy(full.detach(), place) if self.master else None
+            if id(value) in copies:
+                return copies[id(value)]
+            full = (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+            buffer = self._buffers.get(place)
+            if self.master and (buffer is None or (buffer.shape, buffer.dtype) != (full.shape, full.dtype)):
+                # pageable memory: what torch pins is rounded up to powers of 2, which can be twice the state
+                buffer = self._buffers[place] = torch.empty_like(full, device="cpu")
+            copies[id(value)] = buffer.copy_(full) if self.master else None
             return copies[id(value)]
 
         state = to_host(state)
@@ -186,7 +190,7 @@ class CheckpointWriter:
             self._thread.start()
 
     def wait(self) -> None:
-        """Return when the last write is done; raise what went wrong in it: a UserError if it was the disk."""
+        """Return when the last write is done; raise its error, a UserError if it was the disk."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -197,13 +201,6 @@ class CheckpointWriter:
     def failed(self) -> bool:
         """Whether the write in the background has failed; does not wait."""
         return self._error is not None
-
-    def _copy(self, tensor, place):
-        buffer = self._buffers.get(place)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            # pageable memory: what torch pins is rounded up to powers of 2, which can be twice the state
-            buffer = self._buffers[place] = torch.empty_like(tensor, device="cpu")
-        return buffer.copy_(tensor)
 
     def _write(self, step, state, best_step):
         try:
@@ -258,6 +255,11 @@ def list_checkpoints(log_dir: str | Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir() == (path.suffix == "")), key=step_of)
 
 
+def _candidates(path):
+    itself = path.is_file() or (path.is_dir() and re.fullmatch(r"ckpt_\d+", path.name))
+    return [path] if itself else list_checkpoints(path)
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     return int(path.stem.removeprefix("ckpt_"))
@@ -283,12 +285,6 @@ def split_best(path: str | Path) -> tuple[Path, bool]:
     if path.name.endswith(":best") and not path.exists():
         return Path(str(path).removesuffix(":best")), True
     return path, False
-
-
-def _candidates(path):
-    if path.is_file() or (path.is_dir() and re.fullmatch(r"ckpt_\d+", path.name)):
-        return [path]
-    return list_checkpoints(path)
 
 
 # ---- loading
@@ -320,12 +316,11 @@ def _load(name):
         return found, state
 
     if not state.get("best"):
-        raise UserError(f"checkpoint {name}: {found} records no best one: no validation came before it; take "
-                        f"the newest, {path}")
+        raise UserError(f"checkpoint {name}: {found} records no best one; take the newest, {path}")
     best = path / f"ckpt_{state['best']['step']:07d}.pt"
     if not best.exists():
-        raise UserError(f"checkpoint {name}: {best}, which {found} records as the best, is gone; take the "
-                        f"newest, {path}")
+        raise UserError(f"checkpoint {name}: {best} is gone, the best one by {found}; take "
+                        f"the newest, {path}")
     return best, state if best == found else _load_file(best)
 
 
@@ -428,7 +423,7 @@ def build_model(state: dict, name: str) -> GPT:
 
 
 def check_finite(weights: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
-    """Raises UserError, which speaks of `name`, where one of the (name, tensor) pairs has nan or infinity."""
+    """Raises UserError, which speaks of `name`, where a tensor of the (name, tensor) pairs is not finite."""
     wrong = [(key, tensor) for key, tensor in weights  # aminmax: ten times as fast as isfinite, and keeps nan
              if tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor.detach())))]
     if wrong:
@@ -464,10 +459,8 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict:
 def checkpoint_tokenizer(state: dict) -> Tokenizer:
     """The tokenizer a checkpoint was trained with: its own rank file, or GPT-2's."""
     saved, ranks = state["tokenizer"], state["tokenizer"]["rank_file"]
-    if ranks is None:
-        tokenizer = load_tokenizer("gpt2")
-    else:
-        tokenizer = tokenizer_from_ranks(ranks.to(torch.uint8).numpy().tobytes(), saved["name"])
+    tokenizer = load_tokenizer("gpt2") if ranks is None else tokenizer_from_ranks(
+        ranks.to(torch.uint8).numpy().tobytes(), saved["name"])
     if tokenizer.sha256 != saved["sha256"]:
         raise UserError(f"the checkpoint's tokenizer {saved['name']}: its rank file has sha256 "
                         f"{tokenizer.sha256}, wanted {saved['sha256']}; use another checkpoint")

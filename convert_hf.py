@@ -17,9 +17,8 @@ What comes out is what `GPT2LMHeadModel` and `GPT2TokenizerFast` load:
     vocab.json, merges.txt, tokenizer.json, tokenizer_config.json
 It tokenises like ours, except that <|endoftext|> in a text is the special id there, and ordinary text here.
 generate.py puts it before a prompt, as training does before a document; transformers does not: type it there.
-The same model comes in again bit by bit. A model that is not GPT-2 is refused: Post-LN, or a changed model.py,
-of which a forward pass is compared with GPT-2's definition. Pruned heads come out as heads of zeros: the same
-logits.
+The same model comes in again bit by bit. Pruned heads come out as heads of zeros: the same logits. A model
+that is not GPT-2 is refused: Post-LN, or one of a changed model.py whose tensors or logits are not GPT-2's.
 
 What comes in needs GPT-2's architecture and a byte-level vocabulary whose last id is <|endoftext|>; whatever
 differs is refused by name. Without tokenizer files, 50,257 ids are GPT-2's.
@@ -569,12 +568,12 @@ def _tensors_out(config, weights):
             continue
         if name == "transformer.wte.weight":
             tensor = tensor[: config.n_vocab]
-        if ".attn.c_attn." in name:
+        if config.heads and ".attn.c_attn." in name:
             # (3, nh * hs) rows, and behind those of Q, of K and of V zeros for the heads that are gone
             parts = tensor.unflatten(0, (3, -1))
             missing = config.n_embd - parts.size(1)
             tensor = torch.cat((parts, parts.new_zeros(3, missing, *parts.shape[2:])), dim=1).flatten(0, 1)
-        if name.endswith("attn.c_proj.weight"):
+        if config.heads and name.endswith("attn.c_proj.weight"):
             missing = config.n_embd - tensor.size(1)
             tensor = torch.cat((tensor, tensor.new_zeros(config.n_embd, missing)), dim=1)
         if name.endswith(CONV1D):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_ranks import accept, build, refuse, state_of, train
+from checkpoint_ranks import accept, build, state_of, train
 from training import PYTHON, start_by_hand
 
 import checkpoint
@@ -211,12 +211,12 @@ def test_the_default_is_the_run_that_was_written_to_last(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="make demo"):
         newest_checkpoint()
-    for time, place in enumerate(("log_a/ckpt_9.pt", "log_b/ckpt_2.pt", "log_c/ckpt_3.pt.1.tmp")):
+    for time, place in enumerate(("log_b/ckpt_9.pt", "log_a/ckpt_2.pt", "log_c/ckpt_3.pt.1.tmp")):
         path = tmp_path / place
         path.parent.mkdir()
         path.touch()
         os.utime(path, (time, time))
-    assert newest_checkpoint() == Path("log_b")
+    assert newest_checkpoint() == Path("log_a")
 
 
 @pytest.mark.parametrize("load", [load_checkpoint, load_any])
@@ -239,7 +239,7 @@ def test_the_best_can_be_named(state, tmp_path, monkeypatch, load):
     flip_a_bit(Path("log/ckpt_0000004.pt"))  # never another one in its place
     refused("log:best", r"ckpt_0000004\.pt: corrupt")
     Path("log/ckpt_0000004.pt").unlink()
-    refused("log:best", r"ckpt_0000004\.pt, which log/ckpt_0000008\.pt records as the best, is gone")
+    refused("log:best", r"log/ckpt_0000004\.pt is gone, the best one by log/ckpt_0000008\.pt")
     refused("log/ckpt_0000008.pt:best", "not there")
     for best in ({}, {"best": None}):
         save_checkpoint("log", 16, {**state, "step": 16, **best})
@@ -274,7 +274,7 @@ def test_the_newest_and_the_best_are_on_disk_and_no_more(tmp_path):
     (tmp_path / "ckpt_0000009.tmp").write_bytes(b"of one by an older version")
     (tmp_path / "ckpt_mine.tmp").write_bytes(b"the user's own")
     (tmp_path / "ckpt_0000021.pt").mkdir()
-    writer, steps = CheckpointWriter(tmp_path, keep=2), [1, 2, 3, 1000, 10_000_000]  # order is by number
+    writer, steps = CheckpointWriter(tmp_path, keep=2), [1, 2, 3, 9_999_999, 10_000_000]  # order is by number
     for i, step in enumerate(steps):
         writer.save(step, {}, min(step, 2))
         writer.wait()
@@ -283,7 +283,7 @@ def test_the_newest_and_the_best_are_on_disk_and_no_more(tmp_path):
         assert names(tmp_path) == sorted([*kept, "ckpt_0000021.pt", "ckpt_mine.tmp"])
     writer.save(5, {}, None)  # of a run that began again: the newest are kept, and nothing is the best
     writer.wait()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_0001000.pt", "ckpt_10000000.pt"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_9999999.pt", "ckpt_10000000.pt"]
 
 
 def test_what_is_written_is_the_state_at_the_time_of_save(tmp_path, monkeypatch):
@@ -505,18 +505,21 @@ def test_optimizer_state_of_another_shape_is_refused(tmp_path):
     refused(lambda muon, adamw: muon.clear())
 
 
-MISFITS = [({"n_layer": 3}, accept, "[8, 20] parameters, wanted [12, 28]"),
-           ({"muon": False}, accept, "[8, 20] parameters, wanted [28]"),
-           ({}, refuse, "is not wanted")]
+def refuse(values):
+    raise UserError(f"step {values['step']} is not wanted")
 
 
-@pytest.mark.parametrize(("settings", "check", "words"), MISFITS)
+@pytest.mark.parametrize(("settings", "check", "words"), [
+    ({"n_layer": 3}, accept, r"\[8, 20\] parameters, wanted \[12, 28\]"),
+    ({"muon": False}, accept, r"\[8, 20\] parameters, wanted \[28\]"),
+    ({"block_size": 8}, accept, r"weights do not fit this model: transformer\.wpe\.weight"),
+    ({}, refuse, "step 1 is not wanted"),
+])
 def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, settings, check, words):
     writable(tmp_path, 1)
     model, optimizers = build(seed=1, **settings)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=words):
         load_into(tmp_path, model, optimizers, check)
-    assert words in str(error.value)
     assert_same_tensors(model.state_dict(), build(seed=1, **settings)[0].state_dict())
 
 
@@ -535,7 +538,7 @@ def launch(n_processes, *scenarios):
     words = " then ".join(scenarios).split(" ")
     line = [PYTHON, ROOT / "tests" / "checkpoint_ranks.py", *words]
     processes = start_by_hand([line] * n_processes)
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0] * n_processes, outputs
     return [json.loads(line) for line in outputs[0][0].splitlines()]
 
@@ -551,10 +554,15 @@ def sharded(tmp_path_factory):
     writer = CheckpointWriter(top / "one", keep=2)
     writer.save(3, state_of(3, model, optimizers), None)
     writer.wait()
-    two = launch(2, f"resume {top}/two -", f"resume {top}/one_two {top}/one", f"fail {top}/fail",
-                 f"misfit {top}/two")
+    two = launch(2, f"resume {top}/two -", f"resume {top}/one_two {top}/one", f"fail {top}/fail")
     four = launch(4, f"resume {top}/one_four {top}/one", f"resume {top}/two_four {top}/two")
-    return top, dict(zip(("two", "one_two", "fail", "misfit", "one_four", "two_four"), two + four))
+    return top, dict(zip(("two", "one_two", "fail", "one_four", "two_four"), two + four))
+
+
+def stored_tensors(log_dir):
+    """(name, CRC) of each, in the order of the file."""
+    with zipfile.ZipFile(log_dir / "ckpt_0000003.pt") as archive:
+        return [(member.filename, member.CRC) for member in archive.infolist() if "/data/" in member.filename]
 
 
 def test_any_number_of_processes_resumes_what_any_other_saved(sharded):
@@ -567,31 +575,15 @@ def test_any_number_of_processes_resumes_what_any_other_saved(sharded):
         for state in (one, other):
             del state["model"], state["optimizers"]
         assert one == other
-        one, other = (zipfile.ZipFile(Path(top, name, "ckpt_0000003.pt")).infolist()
-                      for name in (copied, original))
-        assert [m.CRC for m in one if "/data/" in m.filename] == [m.CRC for m in other if "/data/" in m.filename]
+        assert stored_tensors(top / copied) == stored_tensors(top / original)
     for name in ("one", "two"):
         model, optimizers = build(seed=1)
         assert load_into(top / name, model, optimizers, accept)["step"] == 3
         assert_same_tensors(training_state(model, optimizers), load_checkpoint(top / name))
+        assert_same_tensors(load_model(top / name)[0].state_dict(), model.state_dict())
         losses = train(model, optimizers, 3, 6)
         for other in ("two", "one_two", "one_four", "two_four"):
             assert returned[other] == pytest.approx(losses, rel=1e-5)
-
-
-def test_generation_from_what_a_sharded_model_saved(sharded):
-    model, _ = load_model(sharded[0] / "two")
-    alone, optimizers = build()
-    train(alone, optimizers, 0, 3)
-    tokens = torch.arange(16)[None]
-    torch.testing.assert_close(model(tokens), alone.eval()(tokens), rtol=0, atol=5e-3)
-
-
-def test_sharded_models_refuse_what_does_not_fit(sharded):
-    for outcomes, (_, _, words) in zip(sharded[1]["misfit"], MISFITS):
-        assert len(outcomes) == 2
-        for message, unchanged in outcomes:
-            assert words in message and unchanged
 
 
 def test_a_full_disk_under_fsdp_is_the_masters_and_hangs_nobody(sharded):

@@ -1,6 +1,7 @@
 """To Hugging Face and back: transformers is the oracle for logits and ids, the way back is bit for bit."""
 
 import errno
+import functools
 import json
 import os
 import shlex
@@ -115,6 +116,9 @@ def test_transformers_computes_the_same_logits(exported, transformers, kind):
     got, wanted = logits(theirs.eval(), idx), logits(build_model(state, "x"), idx)
     assert got.shape == wanted.shape == (2, 32, n_vocab)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    sizes = (state["model_config"][key] for key in ("n_layer", "n_head"))
+    by_definition = convert_hf.hf_logits(load_file(folder / "model.safetensors"), *sizes, idx)
+    torch.testing.assert_close(got, by_definition, rtol=0, atol=1e-5)
     assert theirs.dtype == torch.float32 and theirs.lm_head.weight is theirs.transformer.wte.weight
     assert config.resid_pdrop == config.attn_pdrop == config.embd_pdrop == state["model_config"]["dropout"]
     assert config.bos_token_id == config.eos_token_id == n_vocab - 1
@@ -175,10 +179,39 @@ def test_post_ln_is_refused(tmp_path, tokenizers):
     assert not (tmp_path / "out").exists()
 
 
+class RMSNorm(torch.nn.RMSNorm):
+    def __init__(self, width, bias=True):
+        super().__init__(width)
+        if bias:
+            self.bias = torch.nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        return super().forward(x) + getattr(self, "bias", 0)
+
+
+@pytest.mark.parametrize(("name", "change", "words"), [
+    ("gelu", lambda x: x.relu().square(), "other logits"),
+    ("LayerNorm", RMSNorm, "other logits"),
+    ("LayerNorm", functools.partial(RMSNorm, bias=False), r"h\.0\.ln_1\.bias: none, GPT-2 has \(16,\)"),
+    ("Linear", functools.partial(Linear, bias=False), r"h\.0\.attn\.c_attn\.bias: none"),
+])
+def test_a_changed_model_is_refused(tmp_path, tokenizers, monkeypatch, name, change, words):
+    """By its tensors, or by a forward pass: transformers would compute something else with them."""
+    monkeypatch.setattr(f"model.{name}", change)
+    state = random_state(tokenizers["bytes"])
+    with pytest.raises(UserError, match=f"{words}.*undo the change"):
+        export_hf(state, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_folder_is_refused(tmp_path, tokenizers):
     state = random_state(tokenizers["bytes"])
     (tmp_path / "mine").mkdir()
     export_hf(state, tmp_path / "mine")  # empty: as good as new
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "ckpt_0000000.pt.4711.tmp").touch()
+    convert_hf.check_out_dir(tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed")
     before = files_of(tmp_path / "mine")
     with pytest.raises(UserError, match=r"not empty.*--out_dir=ANOTHER"):
         export_hf(state, tmp_path / "mine")
@@ -683,7 +716,7 @@ def test_a_flipped_bit_of_a_peers_checkpoint_is_noticed(peers, tmp_path):
     with pytest.raises(UserError, match=r"damaged, checksum of .* is wrong"):
         load_any(tmp_path / "ckpt.pt")
     (tmp_path / "ckpt.pt").write_bytes(data[:-1000])
-    with pytest.raises(UserError, match="damaged or not one of ours"):
+    with pytest.raises(UserError, match="corrupt, or not a checkpoint"):
         load_any(tmp_path / "ckpt.pt")
 
 
@@ -851,7 +884,7 @@ def test_load_any_of_our_own(tmp_path, tokenizers):
 @pytest.mark.parametrize(("make", "words"), [
     (None, "not there; give one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder"),
     ([], "got an empty one; name a file in it, another folder, or"),
-    ("model.safetensors", "damaged or not one of ours"),
+    ("model.safetensors", "corrupt, or not a checkpoint"),
     (["model.safetensors", "log.txt"], r"wanted a folder with config.json .* got log.txt, model.safetensors"),
 ])
 def test_load_any_of_nothing(tmp_path, make, words):

@@ -387,9 +387,8 @@ def test_where_the_report_goes(tmp_path, state, monkeypatch, tiny_data):
     (tmp_path / "plots" / "a.csv").unlink()
     with pytest.raises(UserError, match=r"plots/a\.svg is there already"):
         report(monkeypatch, tmp_path, ("checkpoint", str(tmp_path)), ("out", "plots/a.svg"))
-    (tmp_path / "ckpt_0000070").mkdir()  # of a sharded model: nothing may be added to its files
-    for name, folder in (("ckpt_0000070", tmp_path), ("gpt2", Path()), (".", Path())):
-        monkeypatch.setattr(plot_log, "checkpoint", name if name != "ckpt_0000070" else str(tmp_path / name))
+    for name, folder in ((f"{tmp_path}:best", tmp_path), ("gpt2", Path()), (".", Path())):
+        monkeypatch.setattr(plot_log, "checkpoint", name)
         assert plot_log.find_model()[1] == folder
 
 

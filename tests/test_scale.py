@@ -1,21 +1,8 @@
 """More than one process, more than one card's memory: however the work is split, the numbers are the same."""
 
-import subprocess
-
 import pytest
 import torch
-from training import (
-    ENVIRONMENT,
-    PYTHON,
-    ROOT,
-    attempt,
-    fault,
-    losses,
-    read_log,
-    signal_self,
-    train,
-    with_fault,
-)
+from training import attempt, fault, losses, read_log, signal_self, train, with_fault
 
 import checkpoint
 from checkpoint import list_checkpoints, load_checkpoint
@@ -54,23 +41,15 @@ def test_fsdp_equals_ddp(flags, tmp_path, questions):
         torch.testing.assert_close(other["model"][name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_sharded_checkpoints_fit_any_number_of_processes(flags, tmp_path):
+def test_checkpoints_fit_any_number_of_processes(flags, tmp_path):
     """4 steps each by fsdp on 2, one process alone, fsdp on 4, ddp on 2: the run of one process."""
     train(flags, log_dir=tmp_path / "one", max_steps=16)
     flags |= {"log_dir": tmp_path / "many", "keep_checkpoints": 9}
-    sharded = tmp_path / "many" / "ckpt_0000004"
     for last, processes, parallel in ((4, 2, "fsdp"), (8, 1, "ddp"), (12, 4, "fsdp"), (16, 2, "ddp")):
         # told to stop in its fourth step, but for the last; not by max_steps, where the cosine ends
         script = fault(tmp_path, 4 * 4 // processes if last < 16 else 0, signal_self("SIGTERM"))
         train(flags, processes, script, parallel=parallel, resume="true", max_steps=16)
         assert [checkpoint.step_of(path) for path in list_checkpoints(tmp_path / "many")][-1] == last
-        if last == 4:
-            assert sharded.is_dir()
-            assert len(list(sharded.glob("*.distcp"))) == 2
-            text = subprocess.run([PYTHON, str(ROOT / "generate.py"), f"--checkpoint={sharded}",
-                                   "--prompt=def", "--max_new_tokens=3"], capture_output=True, text=True,
-                                  env=ENVIRONMENT)
-            assert text.returncode == 0 and "def" in text.stdout, text.stderr
     assert_same_run(tmp_path / "many", tmp_path / "one")
 
 
