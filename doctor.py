@@ -179,9 +179,9 @@ def check_network(ranks, dev, n_hosts: int) -> tuple[str, list[str], list[str]]:
     speed = min(on_every_rank(ranks, "the bandwidth check", fix, measure_bandwidth, ranks, dev, group))
     seconds = 2 * (ranks.world_size - 1) / ranks.world_size * GRADIENT_MB / 1000 / speed
     slow = f"{speed:.3g} GB/s is slow, expected {SLOW_GB_S[kind]:g} or more; {fix}"
-    return (f"all-reduce  {'wrong' if wrong else 'sums of integers are exact'}\n"
-            f"bandwidth   {speed:.3g} GB/s: the gradients of GPT-2 124M take {seconds:.2g} s",
-            wrong, [slow] if speed < SLOW_GB_S[kind] else [])
+    lines = (f"all-reduce  {'wrong' if wrong else 'sums of integers are exact'}\n"
+             f"bandwidth   {speed:.3g} GB/s: the gradients of GPT-2 124M take {seconds:.2g} s")
+    return lines, wrong, [slow] if speed < SLOW_GB_S[kind] else []
 
 
 # ---- the folders --------------------------------------------------------------------

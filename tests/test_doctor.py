@@ -88,8 +88,7 @@ def test_healthy_machines_pass(tmp_path):
 
 
 @pytest.mark.parametrize(("fault", "words"), [
-    ("one share is left out", r"all-reduce of 1 x torch.float32 on rank 0, \S+: 1 wrong sums, the first 0 "
-                              r"instead of 1; .*GLOO_SOCKET_IFNAME.*\nWRONG: all-reduce .* on rank 1"),
+    ("one share is left out", r"all-reduce .* rank 0, .*the first 0 instead of 1; .*\nWRONG: .* on rank 1, "),
     ("another result", r"all-reduce of 1 x torch.float32 on rank 1, .* the first 2 instead of 1; check"),
     ("hang", r"the all-reduce hangs: rank 1 did not come back \(.*\); check the firewall"),
     ("exception", r"the all-reduce failed on rank 1, \S+: NCCL error: unhandled system error; check"),
