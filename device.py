@@ -38,8 +38,8 @@ TOLERANCE = {torch.float32: 4e-3, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # Dense peaks in TFLOP/s of 16-bit matrix products that accumulate in float32, by the driver's name of a card.
 # From the vendors' data sheets and architecture papers: half of a figure "with sparsity", a quarter for Ada
 # workstation cards, whose figure is FP8 besides. GeForce: 4 FLOPs per CUDA core and clock, at the boost clock
-# of the product page (white papers: 71 for the RTX 3090, 165.2 for the 4090, 209.5 for the 5090); for a laptop
-# that is the highest clock of a range, which it reaches only with the power for it.
+# of the product page (white papers: 71 for the RTX 3090, 165.2 for the 4090, 209.5 for the 5090). A laptop's
+# is the highest clock of a range, which it reaches only with the power for it.
 PEAK_TFLOPS = {
     "NVIDIA B200": 2250.0, "NVIDIA GH200 480GB": 989.4, "NVIDIA H200": 989.4, "NVIDIA H200 NVL": 835.5,
     "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H100 NVL": 835.5, "NVIDIA H100 PCIe": 756.4,

@@ -48,7 +48,7 @@ from tqdm import tqdm
 import checkpoint
 import hellaswag
 from bpe import load_tokenizer, tokenizer_from_ranks
-from configurator import Between, OneOf, PathName, UserError, configure, end_launcher
+from configurator import Between, OneOf, PathName, UserError, configure, report_failure
 from convert_hf import load_any
 from device import check_first_loss, is_out_of_memory, resolve_device, self_test
 from files import locked, read_jsonl, read_text, write_atomically
@@ -670,13 +670,14 @@ def give_up(reason):
             writer.wait()
     newest = checkpoint.list_checkpoints(log_dir)[-1:]
     ranks.shutdown()
-    end_launcher()
     if start and step == start_step:
-        sys.exit(f"error: {reason}, before the first step: the weights of {source} are damaged; name others "
-                 f"with --init_from, or try --dtype=float32")
-    sys.exit(f"error: {reason}; stopped. " + (
-        f"Last good checkpoint: {newest[0]}. Continue from it with --resume and a lower --max_lr, or try "
-        f"--dtype=float32" if newest else "There is no checkpoint yet; try a lower --max_lr, or float32"))
+        report_failure(f"{reason}, before the first step: the weights of {source} are damaged; name others with "
+                       f"--init_from, or try --dtype=float32")
+    else:
+        report_failure(f"{reason}; stopped. " + (
+            f"Last good checkpoint: {newest[0]}. Continue from it with --resume and a lower --max_lr, or try "
+            f"--dtype=float32" if newest else "There is no checkpoint yet; try a lower --max_lr, or float32"))
+    sys.exit(1)
 
 
 def layer_norms():
