@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 
 from configurator import Between, OneOf, PathName, UserError, annotations_of, configure
-from device import GEFORCE, PEAK_TFLOPS
+from device import PEAK_TFLOPS
 from device import peak_tflops as known_peak  # peak_tflops is a setting
 from files import read_text, write_atomically
 from model import GPT, GPTConfig
@@ -424,9 +424,9 @@ def check_settings(settings: dict) -> tuple[GPTConfig, int, list[str]]:
     """(model, sequences of a step, names of GPUs) of the settings. Raises UserError for what cannot be."""
     names = [name.strip() for name in settings["gpus"].split(",") if name.strip()]
     for name in names:
-        if name not in PEAK_TFLOPS and name not in GEFORCE:
-            known = [full for full in (*GEFORCE, *PEAK_TFLOPS) if name.lower() in full.lower()]
-            raise UserError(f"gpus: {name!r} is not in device.py's tables; "
+        if name not in PEAK_TFLOPS:
+            known = [full for full in PEAK_TFLOPS if name.lower() in full.lower()]
+            raise UserError(f"gpus: {name!r} is not in device.py's table; "
                             f"try {', '.join(known) or '--peak_tflops=VALUE'}")
     for path in (Path(settings["out_dir"], name) for name in NAMES):
         if settings["out_dir"] and path.exists():

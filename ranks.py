@@ -56,8 +56,8 @@ class Ranks:
         return self.by_torchrun and os.getppid() != self.parent
 
     def connect(self, device: torch.device, limit: float = 0) -> None:
-        """Join the others. Raises TemporaryError, naming those that have not come within LIMIT_SECONDS; or
-        within `limit` seconds, which then holds for every operation of the group as well."""
+        """Join the others. Raises TemporaryError, naming those that have not come within LIMIT_SECONDS, or
+        within `limit` seconds where that is given."""
         if not self.many:
             return
         shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, not rank 0's
@@ -87,8 +87,7 @@ class Ranks:
             on_gpu = device.type == "cuda"
             self._device = device if on_gpu else self._device
             dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=self.rank,
-                                    world_size=self.world_size, device_id=device if on_gpu else None,
-                                    timeout=timedelta(seconds=limit) if limit else None)
+                                    world_size=self.world_size, device_id=device if on_gpu else None)
         except RuntimeError as error:  # torch's DistError is one
             raise TemporaryError(f"{me} could not join the others at {host}:{port} ({first_line(error)}); "
                                  f"read what rank 0 says") from error

@@ -10,6 +10,7 @@ import time
 import pytest
 from training import (
     ENVIRONMENT,
+    PYTHON,
     ROOT,
     attempt,
     command,
@@ -171,6 +172,50 @@ def test_what_fails_on_one_process_ends_all(flags, tmp_path, breaks, words):
     assert [returncode for returncode, _, _ in ends] == [2, 2], ends
     assert all(words in stderr for _, _, stderr in ends), ends
     assert all("Traceback" not in stderr for _, _, stderr in ends), ends
+
+
+# ---- who says it, under torchrun ----------------------------------------------------
+
+SCRIPT = """
+import os, signal, sys, torch
+sys.path.insert(0, {root!r})
+from configurator import UserError, configure
+from ranks import Ranks
+def fail():
+    raise UserError("no such model")
+def fail_on_rank_1():
+    if ranks.rank == 1:
+        open("/nowhere/shard")
+case = ""
+configure(globals())
+signal.signal(signal.SIGTERM, lambda *ignored: None)  # as in the loop of train_gpt2.py
+ranks = Ranks()
+if case == "before they meet":
+    fail()
+if case == "on rank 1 before they meet" and ranks.rank == 1:
+    fail()
+ranks.connect(torch.device("cpu"))
+ranks.on_all({{"on all": fail, "on rank 1": fail_on_rank_1}}[case])
+"""
+
+
+@pytest.mark.parametrize(("case", "restarts", "said"), [
+    ("before they meet", 0, "no such model"),
+    ("on rank 1 before they meet", 0, "no such model"),
+    ("on all", 2, "no such model"),
+    ("on rank 1", 0, "rank 1: /nowhere/shard: No such file or directory; name another path, or fix this one"),
+])
+def test_one_process_speaks_and_torchrun_repeats_it(tmp_path, case, restarts, said):
+    """At the end of the screen; a mistake is not tried again."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=str(ROOT)), encoding="utf-8")
+    done = attempt({"case": case}, 2, script, [f"--max-restarts={restarts}"],
+                   python=sys.executable if restarts else PYTHON)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and lines.count(f"error: {said}") == 1, done.stderr
+    assert "Traceback" not in done.stderr.partition(f"error: {said}")[0], done.stderr
+    if restarts == 0:
+        assert lines[-2] == f"  traceback : error: {said}", done.stderr
 
 
 # ---- two runs in one folder ------------------------------------------------------

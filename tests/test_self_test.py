@@ -37,97 +37,62 @@ def test_a_healthy_device_passes(monkeypatch, device, dtype, shape, attention):
     assert self_test(make_model(dev.device, **shape), dev, attention) == []
 
 
+def generators(dev):
+    """The states of the global random generators."""
+    return [torch.get_rng_state(), np.random.get_state()[1], random.getstate(),
+            *([torch.cuda.get_rng_state()] if dev.type == "cuda" else [])]
+
+
 @pytest.mark.parametrize("device", ["cpu", ON_CUDA])
 def test_it_leaves_no_trace(device):
     dev = resolve_device(device)
     model = make_model(dev.device)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    states = [torch.get_rng_state(), np.random.get_state()[1], random.getstate()]
-    states += [torch.cuda.get_rng_state()] if dev.type == "cuda" else []
+    states = generators(dev)
     for training in (True, False):
         model.train(training)
         self_test(model, dev)
         assert {module.training for module in model.modules()} == {training}
-    after = [torch.get_rng_state(), np.random.get_state()[1], random.getstate()]
-    after += [torch.cuda.get_rng_state()] if dev.type == "cuda" else []
-    assert all(a == b if isinstance(a, tuple) else np.array_equal(a, b) for a, b in zip(states, after))
+    assert all(a == b if isinstance(a, tuple) else np.array_equal(a, b)
+               for a, b in zip(states, generators(dev)))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.is_grad_enabled()
 
 
-def masked(q, k, v, sees):
-    """Attention with which query t sees key s where sees(t, s)."""
-    t = torch.arange(q.size(2), device=q.device)
-    return SDPA(q, k, v, attn_mask=sees(t[:, None], t[None, :]))
+def attention(fault):
+    """`fault(q, k, v)` with the signature of SDPA."""
+    def call(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+        return fault(q, k, v)
+    return call
 
 
-def no_mask(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    return SDPA(q, k, v)
+def sees(rule):
+    """Attention in which query t of T sees key s where rule(t, s, T)."""
+    def masked(q, k, v):
+        t = torch.arange(q.size(2), device=q.device)
+        return SDPA(q, k, v, attn_mask=rule(t[:, None], t[None, :], q.size(2)))
+    return masked
 
 
-def no_mask_in_16_bit(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    return SDPA(q, k, v, is_causal=q.dtype == torch.float32)  # pytorch #195910
+def one_head(q, k, v):
+    return torch.cat((SDPA(q, k, v, is_causal=True)[:, :-1], SDPA(q, k, v)[:, -1:]), dim=1)
 
 
-def no_mask_without_autograd(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    return SDPA(q, k, v, is_causal=torch.is_grad_enabled())
-
-
-def no_mask_with_autograd(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    return SDPA(q, k, v, is_causal=not torch.is_grad_enabled())
-
-
-def next_token(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    return masked(q, k, v, lambda t, s: s <= t + 1)
-
-
-def next_token_early(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    return masked(q, k, v, lambda t, s: (s <= t) | ((s == t + 1) & (t == 15)))
-
-
-def next_token_late(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    return masked(q, k, v, lambda t, s: (s <= t) | ((s == t + 1) & (t == 30)))
-
-
-def last_token(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    return masked(q, k, v, lambda t, s: (s <= t) | (s == q.size(2) - 1))
-
-
-def last_token_late(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    return masked(q, k, v, lambda t, s: (s <= t) | ((s == q.size(2) - 1) & (t >= 16)))
-
-
-def a_tile_of_the_diagonal(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    return masked(q, k, v, lambda t, s: s < t // 16 * 16 + 16)
-
-
-def one_head(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    y = SDPA(q, k, v, is_causal=True)
-    return torch.cat((y[:, :-1], SDPA(q, k, v)[:, -1:]), dim=1)
-
-
-def not_a_number(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+def not_a_number(q, k, v):
     y = SDPA(q, k, v, is_causal=True).clone()
     y[0, 0, 0, 0] = math.nan
     return y
 
 
-def as_if_contiguous(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+def as_if_contiguous(q, k, v):
     q, k, v = (x.as_strided(x.shape, x.contiguous().stride()) for x in (q, k, v))  # pytorch #181133
     return SDPA(q, k, v, is_causal=True)
 
 
-def wrong_scale(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    return SDPA(q, k, v, is_causal=True, scale=1 / q.size(3))
-
-
-def scale_of_a_padded_head(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    return SDPA(q, k, v, is_causal=True, scale=(q.size(3) + 8) ** -0.5)
-
-
-def zeros(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    return SDPA(q, k, v, is_causal=True) * 0
+def wrong_only_with_autograd(q, k, v):
+    y = SDPA(q, k, v, is_causal=True)
+    return y + y.detach() if torch.is_grad_enabled() else y  # with the right gradients
 
 
 class HalfGradient(torch.autograd.Function):
@@ -140,45 +105,54 @@ class HalfGradient(torch.autograd.Function):
         return gradient / 2
 
 
-def wrong_only_with_autograd(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    y = SDPA(q, k, v, is_causal=True)
-    return y + y.detach() if torch.is_grad_enabled() else y  # with the right gradients
-
-
-def wrong_gradient(part):
-    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-        q, k, v = (HalfGradient.apply(x) if name == part else x for name, x in zip("qkv", (q, k, v)))
-        return SDPA(q, k, v, is_causal=True)
-
-    return attention
-
-
-LEAKS = [no_mask, no_mask_without_autograd, no_mask_with_autograd, next_token, next_token_early,
-         next_token_late, last_token, last_token_late, a_tile_of_the_diagonal, one_head, not_a_number]
-FAULTS = [*LEAKS, as_if_contiguous, wrong_scale, scale_of_a_padded_head, zeros, wrong_only_with_autograd,
-          wrong_gradient("q"), wrong_gradient("k"), wrong_gradient("v")]
+no_mask = attention(SDPA)
+no_mask_in_16_bit = attention(lambda q, k, v: SDPA(q, k, v, is_causal=q.dtype == torch.float32))  # #195910
+LEAKS = {
+    "no mask": SDPA,
+    "no mask without autograd": lambda q, k, v: SDPA(q, k, v, is_causal=torch.is_grad_enabled()),
+    "no mask with autograd": lambda q, k, v: SDPA(q, k, v, is_causal=not torch.is_grad_enabled()),
+    "next token": sees(lambda t, s, T: s <= t + 1),
+    "next token, early": sees(lambda t, s, T: (s <= t) | ((s == t + 1) & (t == 15))),
+    "next token, late": sees(lambda t, s, T: (s <= t) | ((s == t + 1) & (t == 30))),
+    "last token": sees(lambda t, s, T: (s <= t) | (s == T - 1)),
+    "last token, late": sees(lambda t, s, T: (s <= t) | ((s == T - 1) & (t >= 16))),
+    "a tile of the diagonal": sees(lambda t, s, T: s < t // 16 * 16 + 16),
+    "one head": one_head,
+    "not a number": not_a_number,
+}
+FAULTS = LEAKS | {
+    "as if contiguous": as_if_contiguous,
+    "wrong scale": lambda q, k, v: SDPA(q, k, v, is_causal=True, scale=1 / q.size(3)),
+    "scale of a padded head": lambda q, k, v: SDPA(q, k, v, is_causal=True, scale=(q.size(3) + 8) ** -0.5),
+    "zeros": lambda q, k, v: SDPA(q, k, v, is_causal=True) * 0,
+    "wrong only with autograd": wrong_only_with_autograd,
+    "half the gradient of q": lambda q, k, v: SDPA(HalfGradient.apply(q), k, v, is_causal=True),
+    "half the gradient of k": lambda q, k, v: SDPA(q, HalfGradient.apply(k), v, is_causal=True),
+    "half the gradient of v": lambda q, k, v: SDPA(q, k, HalfGradient.apply(v), is_causal=True),
+}
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_CUDA])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("attention", FAULTS)
-def test_wrong_attention_is_caught(device, dtype, attention):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_attention_is_caught(device, dtype, fault):
     dev = resolve_device(device, dtype)
-    failures = self_test(make_model(dev.device, n_layer=1), dev, attention)  # the model is healthy
+    failures = self_test(make_model(dev.device, n_layer=1), dev, attention(FAULTS[fault]))  # a healthy model
     assert failures and all("attention differs" in failure for failure in failures)
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_CUDA])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("attention", LEAKS)
-def test_a_model_that_sees_the_future_is_caught(monkeypatch, device, dtype, attention):
+@pytest.mark.parametrize("leak", LEAKS)
+def test_a_model_that_sees_the_future_is_caught(monkeypatch, device, dtype, leak):
     dev = resolve_device(device, dtype)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention(LEAKS[leak]))
     failures = self_test(make_model(dev.device), dev, SDPA)  # what is tried by itself is healthy
     assert failures and all("change the logits before them" in failure for failure in failures)
     ways = {failure.split(",")[0] for failure in failures}
-    assert ways == {no_mask_without_autograd: {"without autograd"}, no_mask_with_autograd: {"with autograd"}
-                    }.get(attention, {"with autograd", "without autograd"})
+    only = leak.removeprefix("no mask ")
+    assert ways == ({only} if only in ("with autograd", "without autograd")
+                    else {"with autograd", "without autograd"})
 
 
 @pytest.mark.parametrize(("dtype", "healthy"), [("float32", True), ("bfloat16", False), ("float16", False)])
