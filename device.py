@@ -226,6 +226,20 @@ def explain_out_of_memory(name: str, advice: str) -> None:
     sys.excepthook = explain
 
 
+def _best_device(local_rank):
+    """What `auto` means. Prints a line if a GPU is there that cannot be used."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    if local_rank == 0 and not _built_for_gpus() and shutil.which("nvidia-smi"):
+        print(f"device: cpu, the GPU is not used: torch {torch.__version__} is built without CUDA; "
+              f"install it as pytorch.org/get-started says", flush=True)
+    if local_rank == 0 and torch.xpu.is_available():
+        print("device: cpu, the Intel GPU is not used: Intel GPUs are not supported", flush=True)
+    return "cpu"
+
+
 def _built_for_gpus():
     return torch.version.cuda is not None or torch.version.hip is not None
 

@@ -20,7 +20,6 @@ import socket
 import sys
 import time
 from collections import Counter
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist

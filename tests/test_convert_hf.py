@@ -40,6 +40,7 @@ from checkpoint import (
 from configurator import UserError
 from convert_hf import derive_merges, export_hf, import_hf, load_any
 from decoding import generate
+from kernels import Linear
 from model import GPT, GPTConfig
 from train_bpe import count_documents, train_ranks
 
