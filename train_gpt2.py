@@ -397,6 +397,7 @@ if verify_data or (val_stream.manifest and not dry_run):  # this process's share
     if verify_data:
         verifying.join()
 ranks.on_all(raise_failure)
+unigram = ranks.on_all(lambda: unigram_loss(train_loader, val_loader, n_val_windows) if ranks.master else 0.0)
 provenance = {"git": git_revision(), "torch": str(torch.__version__), "device": dev.name,
               "world_size": world_size}
 launchers = sorted(set(filter(None, ranks.gather(ranks.launcher))))
@@ -409,7 +410,6 @@ screen.say(f"data: {data_dir}: {len(train_stream):,} train tokens, an epoch is "
            f"val loss on the first {n_val_windows * T:,} of {len(val_stream):,} val tokens")
 screen.say(f"step: {batch_tokens:,} tokens = {grad_accum_steps} micro-steps of {B} x {T} "
            f"on {world_size} process(es); {max_steps:,} steps, starting at {start_step}")
-unigram = unigram_loss(train_loader, val_loader, n_val_windows) if ranks.master else math.nan
 screen.say(f"to beat: {math.log(tok.n_vocab):.4f} for guessing, {unigram:.4f} for a unigram model on the "
            f"same val tokens")
 if start_step == 0:
