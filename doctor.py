@@ -29,7 +29,6 @@ import torch.distributed as dist
 
 from configurator import Between, PathName, UserError, configure, report_failure
 from device import resolve_device
-from files import write_atomically
 from ranks import Ranks, by_value, first_line, name_ranks
 from shards import TokenStream
 
@@ -188,33 +187,30 @@ def check_network(ranks, dev, n_hosts: int) -> tuple[str, list[str], list[str]]:
 
 
 def check_log_dir(ranks) -> tuple[str, list[str]]:
-    """(a line, problems): what rank 0 writes beside log_dir must be what every rank reads there."""
+    """(a line, problems): the file that rank 0 makes beside log_dir must be there for every rank."""
     folder = Path(log_dir).absolute().parent
-    name, token, folder_0 = ranks.gather((f".doctor_{os.getpid()}", secrets.token_hex(16), str(folder)))[0]
+    name, folder_0 = ranks.gather((f".doctor_{secrets.token_hex(16)}", folder))[0]
 
-    def write():
+    def make():
         if ranks.master:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / name, token.encode())
+            (folder / name).touch()
 
-    def read():
+    def appears():
         give_up = time.monotonic() + 5  # NFS may take seconds to show a new file to other hosts
-        while time.monotonic() < give_up:
-            with contextlib.suppress(OSError):
-                if (folder / name).read_text(encoding="utf-8") == token:
-                    return ""
+        while not (folder / name).exists() and time.monotonic() < give_up:
             time.sleep(0.1)
-        return f"on {platform.node()} does not see in {folder} what rank 0 wrote to {folder_0}"
+        return (folder / name).exists(), platform.node(), folder
 
     fix = "give all ranks one writable --log_dir, absolute, on a shared file system"
+    on_every_rank(ranks, "writing beside log_dir", fix, make)
     try:
-        on_every_rank(ranks, "writing beside log_dir", fix, write)
-        views = on_every_rank(ranks, "reading beside log_dir", fix, read)
+        views = on_every_rank(ranks, "reading beside log_dir", fix, appears)
     finally:
         if ranks.master:
-            with contextlib.suppress(OSError):
-                (folder / name).unlink()
-    wrong = [f"rank {rank} {view}; {fix}" for rank, view in enumerate(views) if view]
+            (folder / name).unlink()
+    wrong = [f"rank {rank} on {host} does not see in {where} what rank 0 wrote to {folder_0}; {fix}"
+             for rank, (seen, host, where) in enumerate(views) if not seen]
     return f"log_dir     {'differs' if wrong else f'{folder_0} is one folder for every rank'}", wrong
 
 
@@ -225,13 +221,6 @@ def describe_data() -> str:
     streams = {split: TokenStream(data_dir, split) for split in ("train", "val")}
     return ", ".join(f"{split} {len(stream):,} tokens, fingerprint {stream.fingerprint}"
                      for split, stream in streams.items())
-
-
-def check_data(ranks) -> tuple[str, list[str]]:
-    """(a line, problems): every rank must find the same shards and manifest, or none of them any."""
-    views = on_every_rank(ranks, f"reading data_dir={data_dir}", "give a valid --data_dir", describe_data)
-    wrong = [f"data_dir={data_dir} differs: {by_value(views)}; give one --data_dir, or copy it to all nodes"]
-    return f"data_dir    {data_dir}: {views[0]} on rank 0", wrong if len(set(views)) > 1 else []
 
 
 def examine(ranks, dev, wrong: list[str]) -> None:
@@ -248,7 +237,9 @@ def examine(ranks, dev, wrong: list[str]) -> None:
     if ranks.many:
         say(*check_network(ranks, dev, n_hosts))
     say(*check_log_dir(ranks))
-    say(*check_data(ranks))
+    data = on_every_rank(ranks, f"reading data_dir={data_dir}", "give a valid --data_dir", describe_data)
+    differs = f"data_dir={data_dir} differs: {by_value(data)}; give one --data_dir, or copy it to all nodes"
+    say(f"data_dir    {data_dir}: {data[0]} on rank 0", [differs] if len(set(data)) > 1 else [])
     ranks.shutdown()
 
 
@@ -257,8 +248,10 @@ def main() -> None:
     dev = resolve_device(device, "float32", local_rank=ranks.local_rank)
     try:
         examine(ranks, dev, wrong)
-    except (RuntimeError, UserError) as error:  # RuntimeError: another process ended during a collective
-        wrong.append(str(error) if isinstance(error, UserError) else first_line(error))
+    except UserError as error:
+        wrong.append(str(error))
+    except RuntimeError as error:
+        wrong.append(f"another process has ended ({first_line(error)}); read what it says")
     if wrong:
         report_failure("\n".join([f"{len(wrong)} problem(s)", *(f"WRONG: {finding}" for finding in wrong)]))
     elif ranks.master:

@@ -671,8 +671,8 @@ def give_up(reason):
     newest = checkpoint.list_checkpoints(log_dir)[-1:]
     ranks.shutdown()
     if start and step == start_step:
-        report_failure(f"{reason}, before the first step: the weights of {source} are damaged; name others with "
-                       f"--init_from, or try --dtype=float32")
+        report_failure(f"{reason}, before the first step: the weights of {source} are damaged; name others "
+                       f"with --init_from, or try --dtype=float32")
     else:
         report_failure(f"{reason}; stopped. " + (
             f"Last good checkpoint: {newest[0]}. Continue from it with --resume and a lower --max_lr, or try "
