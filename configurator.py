@@ -226,14 +226,14 @@ def env_number(name: str, default: int) -> int:
 
 
 def report_failure(message: object, again: bool = False) -> None:
-    """Say on stderr why this process is about to end; `again`: the next try may succeed.
+    """Print why this process is about to end; `again`: another try may succeed.
 
-    What stops one process mostly stops all of them. Under torchrun the first of a machine speaks, the others
-    wait until torchrun ends them; its last words repeat the message. It starts nothing again that must fail.
+    Most errors hit all processes at once. Under torchrun the first process of each machine prints, while the
+    others wait to be terminated. torchrun repeats the message in its summary, and restarts only if `again`.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)  # the first process has no error, or torchrun has ended this one by now
+        time.sleep(3)  # still alive after this, it is the only one with an error
     # not sys.stderr: torch.distributed calls excepthook with a buffer there, which a SystemExit would lose
     print(f"error: {message}", file=sys.__stderr__, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -255,7 +255,7 @@ def end_launcher() -> None:
 
 
 def as_user_error(error: BaseException) -> BaseException:
-    """A full or failing disk as TemporaryError, and a UserError that came from one; others as they are."""
+    """A TemporaryError for a full or failing disk, or a UserError caused by one; else `error` itself."""
     if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_FULL):
         return TemporaryError(f"{error.filename or 'writing'}: {error.strerror}; name another path, or fix "
                               f"this one")

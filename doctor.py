@@ -29,7 +29,6 @@ import torch.distributed as dist
 
 from configurator import Between, PathName, UserError, configure, report_failure
 from device import resolve_device
-from files import write_atomically
 from ranks import Ranks, by_value, first_line, name_ranks
 from shards import TokenStream
 
@@ -61,16 +60,14 @@ def on_every_rank(ranks, what: str, fix: str, action, *arguments) -> list:
         results = ranks.gather((result, failure))
     except RuntimeError as error:
         absent = re.search(r"Ranks ([\d, ]+) failed to pass", str(error))
-        who = name_ranks([int(rank) for rank in absent[1].split(",")]) if absent else "a rank"
-        raise UserError(f"{what} hangs: {who} did not come back ({first_line(error)}); {fix}") from error
+        who = (name_ranks([int(rank) for rank in absent[1].split(",")]) if absent else
+               f"a rank, which rank 0 names ({first_line(error)}),")
+        raise UserError(f"{what} hangs: {who} did not come back from it; {fix}") from error
     failures = [f"{what} failed on rank {rank}, {failure}; {fix}"
                 for rank, (_, failure) in enumerate(results) if failure]
     if failures:
         raise UserError("\nWRONG: ".join(failures))
     return [result for result, _ in results]
-
-
-# ---- the ranks and their hosts ------------------------------------------------------
 
 
 def describe_rank(dev) -> dict:
@@ -103,11 +100,11 @@ def host_table(facts: list[dict]) -> str:
 def compare_ranks(facts: list[dict]) -> tuple[list[str], list[str]]:
     """(problems, notes) in the descriptions of all ranks."""
     wrong, notes, hosts = [], [], {}
-    for key, advice in {**dict.fromkeys(("torch", "cuda", "nccl", "python"), "install the same on all hosts"),
-                        "name": "every step waits for the slowest device"}.items():
+    for key in ("torch", "cuda", "nccl", "python", "name"):
         if len({f[key] for f in facts}) > 1:
-            findings = notes if key == "name" else wrong
-            findings.append(f"{key} differs: {by_value([f[key] for f in facts])}; {advice}")
+            advice = "every step waits for the slowest" if key == "name" else "install the same on all hosts"
+            (notes if key == "name" else wrong).append(
+                f"{key} differs: {by_value([f[key] for f in facts])}; {advice}")
     for rank, f in enumerate(facts):
         hosts.setdefault(f["host"], []).append(rank)
     for host, ranks in hosts.items():
@@ -128,42 +125,29 @@ def compare_ranks(facts: list[dict]) -> tuple[list[str], list[str]]:
     return wrong, notes
 
 
-# ---- the network --------------------------------------------------------------------
+def try_all_reduce(ranks, dev, group) -> tuple[str, float]:
+    """(what is wrong with its sums, its seconds for MESSAGE_MB).
 
-
-def check_all_reduce(ranks, dev, group) -> str:
-    """What is wrong with sums of integers that are exact in the dtype, whatever their order; "" if nothing.
-
-    Rank r gives (i + r) mod m at position i, with m so small that no partial sum needs more bits than the
-    dtype has: a share that is left out, added twice or misplaced changes a sum.
+    Rank r gives (i + r) mod m at position i, with m so small that float32 holds every partial sum exactly,
+    whatever the order: a share that is left out, added twice or misplaced changes a sum.
     """
-    finding = ""
-    for dtype in (torch.float32, torch.bfloat16) if dev.type == "cuda" else (torch.float32,):
-        m = max(2, min(1009, round(2 / torch.finfo(dtype).eps) // ranks.world_size))  # exact below 2 / eps
-        period = sum((torch.arange(m) + r) % m for r in range(ranks.world_size))
-        for n in (1, 1009, 2**18, 2**22):
-            i = torch.arange(n, device=dev.device if dev.type == "cuda" else "cpu")
-            got, expected = ((i + ranks.rank) % m).to(dtype), period.to(i)[i % m].to(dtype)
-            dist.all_reduce(got, group=group)
-            bad = (got != expected).nonzero()
-            if len(bad) and not finding:  # and go on, as the other ranks do
-                finding = (f"all-reduce of {n:,} x {dtype} on rank {ranks.rank}, {platform.node()}: "
-                           f"{len(bad):,} wrong sums, the first {got[bad[0]].item():g} instead of "
-                           f"{expected[bad[0]].item():g}")
-    return finding
-
-
-def measure_bandwidth(ranks, dev, group) -> float:
-    """GB/s of bus bandwidth, as nccl-tests define it: what each link carries, for any number of ranks."""
-    message = torch.zeros(MESSAGE_MB * 250_000, device=dev.device if dev.type == "cuda" else "cpu")
-    dist.all_reduce(message, group=group)  # the first one opens the connections
+    where, wrong = dev.device if dev.type == "cuda" else "cpu", ""
+    m = max(2, min(1009, 2**24 // ranks.world_size))
+    period = sum((torch.arange(m) + r) % m for r in range(ranks.world_size)).to(where)
+    for n in (1, 1009, MESSAGE_MB * 250_000):
+        i = torch.arange(n, device=where)
+        got, expected = ((i + ranks.rank) % m).float(), period[i % m].float()
+        dist.all_reduce(got, group=group)
+        bad = (got != expected).nonzero()
+        if len(bad) and not wrong:  # and go on, as the other ranks do
+            wrong = (f"all-reduce of {n:,} x float32 on rank {ranks.rank}, {platform.node()}: {len(bad):,} "
+                     f"wrong sums, the first {got[bad[0]].item():g} instead of {expected[bad[0]].item():g}")
     dev.synchronize()
     t0 = time.perf_counter()
-    for work in [dist.all_reduce(message, group=group, async_op=True) for _ in range(REPEATS)]:
+    for work in [dist.all_reduce(got, group=group, async_op=True) for _ in range(REPEATS)]:
         work.wait()
     dev.synchronize()
-    seconds = (time.perf_counter() - t0) / REPEATS
-    return 2 * (ranks.world_size - 1) / ranks.world_size * MESSAGE_MB / 1000 / seconds
+    return wrong, (time.perf_counter() - t0) / REPEATS
 
 
 def check_network(ranks, dev, n_hosts: int) -> tuple[str, list[str], list[str]]:
@@ -172,49 +156,44 @@ def check_network(ranks, dev, n_hosts: int) -> tuple[str, list[str], list[str]]:
     if dev.type == "cuda":
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a timeout raises instead of aborting
         backend, kind, fix = "nccl", "one host" if n_hosts == 1 else "hosts", f"{GPU_LINKS}; {NETWORK}"
-    # a group of its own: after a timeout it is of no more use
+    # in a group of its own, which is unusable after a timeout
     group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
-    sums = on_every_rank(ranks, "the all-reduce", fix, check_all_reduce, ranks, dev, group)
-    wrong = [f"{finding}; {fix}" for finding in sums if finding]
-    speed = min(on_every_rank(ranks, "the bandwidth check", fix, measure_bandwidth, ranks, dev, group))
-    seconds = 2 * (ranks.world_size - 1) / ranks.world_size * GRADIENT_MB / 1000 / speed
+    results = on_every_rank(ranks, "the all-reduce", fix, try_all_reduce, ranks, dev, group)
+    wrong, seconds = [f"{finding}; {fix}" for finding, _ in results if finding], max(t for _, t in results)
+    # bus bandwidth as nccl-tests define it: what each link carries, for any number of ranks
+    speed = 2 * (ranks.world_size - 1) / ranks.world_size * MESSAGE_MB / 1000 / seconds
     slow = f"{speed:.3g} GB/s is slow, expected {SLOW_GB_S[kind]:g} or more; {fix}"
     lines = (f"all-reduce  {'wrong' if wrong else 'sums of integers are exact'}\n"
-             f"bandwidth   {speed:.3g} GB/s: the gradients of GPT-2 124M take {seconds:.2g} s")
+             f"bandwidth   {speed:.3g} GB/s: the gradients of GPT-2 124M take "
+             f"{seconds * GRADIENT_MB / MESSAGE_MB:.2g} s")
     return lines, wrong, [slow] if speed < SLOW_GB_S[kind] else []
 
 
-# ---- the folders --------------------------------------------------------------------
-
-
 def check_log_dir(ranks) -> tuple[str, list[str]]:
-    """(a line, problems): what rank 0 writes beside log_dir must be what every rank reads there."""
+    """(a line, problems): the file that rank 0 makes beside log_dir must be there for every rank."""
     folder = Path(log_dir).absolute().parent
-    name, token, folder_0 = ranks.gather((f".doctor_{os.getpid()}", secrets.token_hex(16), str(folder)))[0]
+    name, folder_0 = ranks.gather((f".doctor_{secrets.token_hex(16)}", folder))[0]
 
-    def write():
+    def make():
         if ranks.master:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / name, token.encode())
+            (folder / name).touch()
 
-    def read():
+    def appears():
         give_up = time.monotonic() + 5  # NFS may take seconds to show a new file to other hosts
-        while time.monotonic() < give_up:
-            with contextlib.suppress(OSError):
-                if (folder / name).read_text(encoding="utf-8") == token:
-                    return ""
+        while not (folder / name).exists() and time.monotonic() < give_up:
             time.sleep(0.1)
-        return f"on {platform.node()} does not see in {folder} what rank 0 wrote to {folder_0}"
+        return (folder / name).exists(), platform.node(), folder
 
     fix = "give all ranks one writable --log_dir, absolute, on a shared file system"
+    on_every_rank(ranks, "writing beside log_dir", fix, make)
     try:
-        on_every_rank(ranks, "writing beside log_dir", fix, write)
-        views = on_every_rank(ranks, "reading beside log_dir", fix, read)
+        views = on_every_rank(ranks, "reading beside log_dir", fix, appears)
     finally:
         if ranks.master:
-            with contextlib.suppress(OSError):
-                (folder / name).unlink()
-    wrong = [f"rank {rank} {view}; {fix}" for rank, view in enumerate(views) if view]
+            (folder / name).unlink()
+    wrong = [f"rank {rank} on {host} does not see in {where} what rank 0 wrote to {folder_0}; {fix}"
+             for rank, (seen, host, where) in enumerate(views) if not seen]
     return f"log_dir     {'differs' if wrong else f'{folder_0} is one folder for every rank'}", wrong
 
 
@@ -225,13 +204,6 @@ def describe_data() -> str:
     streams = {split: TokenStream(data_dir, split) for split in ("train", "val")}
     return ", ".join(f"{split} {len(stream):,} tokens, fingerprint {stream.fingerprint}"
                      for split, stream in streams.items())
-
-
-def check_data(ranks) -> tuple[str, list[str]]:
-    """(a line, problems): every rank must find the same shards and manifest, or none of them any."""
-    views = on_every_rank(ranks, f"reading data_dir={data_dir}", "give a valid --data_dir", describe_data)
-    wrong = [f"data_dir={data_dir} differs: {by_value(views)}; give one --data_dir, or copy it to all nodes"]
-    return f"data_dir    {data_dir}: {views[0]} on rank 0", wrong if len(set(views)) > 1 else []
 
 
 def examine(ranks, dev, wrong: list[str]) -> None:
@@ -248,7 +220,9 @@ def examine(ranks, dev, wrong: list[str]) -> None:
     if ranks.many:
         say(*check_network(ranks, dev, n_hosts))
     say(*check_log_dir(ranks))
-    say(*check_data(ranks))
+    data = on_every_rank(ranks, f"reading data_dir={data_dir}", "give a valid --data_dir", describe_data)
+    differs = f"data_dir={data_dir} differs: {by_value(data)}; give one --data_dir, or copy it to all nodes"
+    say(f"data_dir    {data_dir}: {data[0]} on rank 0", [differs] if len(set(data)) > 1 else [])
     ranks.shutdown()
 
 
@@ -257,8 +231,10 @@ def main() -> None:
     dev = resolve_device(device, "float32", local_rank=ranks.local_rank)
     try:
         examine(ranks, dev, wrong)
-    except (RuntimeError, UserError) as error:  # RuntimeError: another process ended during a collective
-        wrong.append(str(error) if isinstance(error, UserError) else first_line(error))
+    except UserError as error:
+        wrong.append(str(error))
+    except RuntimeError as error:
+        wrong.append(f"another process has ended ({first_line(error)}); read what it says")
     if wrong:
         report_failure("\n".join([f"{len(wrong)} problem(s)", *(f"WRONG: {finding}" for finding in wrong)]))
     elif ranks.master:

@@ -12,7 +12,6 @@ A single process needs no group: everything here works without one.
 """
 
 import contextlib
-import math
 import os
 import platform
 import signal
@@ -55,8 +54,8 @@ class Ranks:
         return self.by_torchrun and os.getppid() != self.parent
 
     def connect(self, device: torch.device, limit: float = 0) -> None:
-        """Join the others. Raises TemporaryError, naming those that have not come within LIMIT_SECONDS, or
-        within `limit` seconds where that is given."""
+        """Join the others. Raises TemporaryError, with the names of those that have not come, after `limit`
+        seconds (default: LIMIT_SECONDS)."""
         if not self.many:
             return
         shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, not rank 0's
@@ -65,7 +64,8 @@ class Ranks:
                             "dead processes; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes")
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         me, keys = f"rank {self.rank} on {platform.node()}", [f"rank {r}" for r in range(self.world_size)]
-        store, start, note = None, time.monotonic(), NOTE_SECONDS
+        store, start, limit = None, time.monotonic(), limit or LIMIT_SECONDS
+        note = min(NOTE_SECONDS, limit)
         try:
             while store is None or not store.check(keys):  # a loop in Python, so that signals are handled
                 if store is None and (self.master or _listens(host, port)):
@@ -74,17 +74,20 @@ class Ranks:
                     if self.nodes == 1:  # after a restart torchrun's store still has the old addresses
                         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
                     store.set(keys[self.rank], "")
-                missing = [r for r, key in enumerate(keys) if not store.check([key])] if store else [0]
-                waited, whom = time.monotonic() - start, f"for {name_ranks(missing)} at {host}:{port}"
-                if missing and waited > (limit or LIMIT_SECONDS):
-                    raise TemporaryError(f"{me} waited {waited:.0f} s {whom}; start all {self.world_size} "
-                                         f"processes, and check MASTER_ADDR, MASTER_PORT and the firewall")
-                if missing and waited > note:
-                    print(f"{me} is waiting {whom}", file=sys.stderr, flush=True)
-                    note = math.inf
                 time.sleep(0.02)
+                waited = time.monotonic() - start
+                if waited < note:
+                    continue
+                missing = [r for r, key in enumerate(keys) if not store.check([key])] if store else [0]
+                whom = f"{name_ranks(missing)} at {host}:{port}"
+                if missing and waited > limit:
+                    raise TemporaryError(f"{me} waited {waited:.0f} s for {whom}; start all "
+                                         f"{self.world_size} processes, and check MASTER_ADDR, MASTER_PORT "
+                                         f"and the firewall")
+                print(f"{me} is waiting for {whom}", file=sys.stderr, flush=True)
+                note = limit
             on_gpu = device.type == "cuda"
-            self._device = device if on_gpu else self._device
+            self._device = device if on_gpu else torch.device("cpu")
             dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=self.rank,
                                     world_size=self.world_size, device_id=device if on_gpu else None)
         except RuntimeError as error:  # torch's DistError is one

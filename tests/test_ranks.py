@@ -25,7 +25,7 @@ from training import (
 from checkpoint import list_checkpoints, load_checkpoint
 from configurator import UserError
 from files import locked
-from ranks import Ranks
+from ranks import Ranks, by_value, name_ranks
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
 
@@ -90,6 +90,12 @@ def test_a_signal_while_waiting_for_the_others(flags, tmp_path):
     process.terminate()
     (_, _, err), = ends_of([process])
     assert process.returncode == 0 and "stopped by SIGTERM before the first step" in err
+
+
+def test_names_of_ranks():
+    assert [name_ranks(ranks) for ranks in ([3], [0, 1], [0, 1, 2, 5, 8, 9])] == [
+        "rank 3", "ranks 0-1", "ranks 0-2, 5, 8-9"]
+    assert by_value(["a", 1, "a"]) == "a on ranks 0, 2, but 1 on rank 1"
 
 
 # ---- processes that differ -------------------------------------------------------
@@ -180,7 +186,7 @@ SCRIPT = """
 import os, signal, sys, torch
 sys.path.insert(0, {root!r})
 from configurator import UserError, configure
-from ranks import Ranks
+from ranks import Ranks, by_value, name_ranks
 def fail():
     raise UserError("no such model")
 def fail_on_rank_1():

@@ -327,7 +327,8 @@ def test_nodes_that_do_not_share_the_log_dir(flags, tmp_path):
     nodes = start_by_hand([command(flags, log_dir="log", resume="true")] * 2, [tmp_path / r for r in "01"])
     for node in nodes:
         _, stderr = node.communicate(timeout=120)
-        assert node.returncode == 2 and "the newest checkpoint is ['ckpt_0000004.pt'] on rank 0, but [] on rank 1" in stderr, stderr
+        assert node.returncode == 2, stderr
+        assert "the newest checkpoint is ['ckpt_0000004.pt'] on rank 0, but [] on rank 1" in stderr, stderr
 
 
 def test_ids_beyond_the_vocabulary(flags, tmp_path):
