@@ -70,14 +70,6 @@ class GPTConfig:
         return self.n_head if self.heads is None else self.heads[layer]
 
 
-class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm that casts its weights to the dtype of x: fsdp gathers a block in 16 bits."""
-
-    def forward(self, x):
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -122,9 +114,9 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.pre_norm = config.norm_position == "pre"
-        self.ln_1 = LayerNorm(config.n_embd)
+        self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = LayerNorm(config.n_embd)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, mask=None):

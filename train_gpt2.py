@@ -218,6 +218,7 @@ if fsdp:  # each process keeps a part of every tensor, and gathers a block when 
     for block in raw_model.transformer.h:
         if dev.compile:
             block.compile(dynamic=False)
+        fully_shard([block.ln_1, block.ln_2], mesh=mesh)  # norms stay float32, as under autocast
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(raw_model, mesh=mesh)
 else:
@@ -225,8 +226,10 @@ else:
 
 if attention == "plain":
     raw_model.use_attention(plain_attention)
+
 # a device that leaks future tokens trains to a wonderful loss, so the model is tested on it first
-if problems := [problem for found in ranks.gather(self_test(raw_model, dev)) for problem in found]:
+tested = self_test(raw_model, dev, raw_model.transformer.h[0].attn.attention)
+if problems := [problem for found in ranks.gather(tested) for problem in found]:
     ranks.fail(f"self-test on {dev.name}: {'; '.join(problems)}; this device computes wrong numbers: type "
                f"--attention=plain, or try --dtype=float32, another torch, or --device=cpu")
 if fsdp:  # a forward without a backward leaves the embeddings gathered

@@ -192,8 +192,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
 @pytest.mark.parametrize(("name", "change", "words"), [
     ("gelu", lambda x: x.relu().square(), "other logits"),
-    ("LayerNorm", RMSNorm, "other logits"),
-    ("LayerNorm", functools.partial(RMSNorm, bias=False), r"h\.0\.ln_1\.bias: none, GPT-2 has \(16,\)"),
+    ("nn.LayerNorm", RMSNorm, "other logits"),
+    ("nn.LayerNorm", functools.partial(RMSNorm, bias=False), r"h\.0\.ln_1\.bias: none, GPT-2 has \(16,\)"),
     ("Linear", functools.partial(Linear, bias=False), r"h\.0\.attn\.c_attn\.bias: none"),
 ])
 def test_a_changed_model_is_refused(tmp_path, tokenizers, monkeypatch, name, change, words):
