@@ -261,6 +261,8 @@ def test_a_folder_of_an_older_version_is_refused_with_what_to_do(state, tmp_path
         for load in (load_checkpoint, load_any, lambda path: load_into(path, model, optimizers, accept)):
             with pytest.raises(UserError, match=r"ckpt_0000008: a folder, .* older version.*git checkout"):
                 load(path)
+    save_checkpoint(tmp_path, 8, {**state, "step": 8})  # made of it, as the message says
+    assert load_checkpoint(tmp_path)["step"] == 8
     for step in (12, 16, 20):  # and what is not read is not removed
         writer.save(step, state_of(step, model, optimizers), None)
     writer.wait()
