@@ -252,7 +252,8 @@ def is_temporary(name: str) -> bool:
 def list_checkpoints(log_dir: str | Path) -> list[Path]:
     """The checkpoints in a folder, oldest first: ckpt_*.pt, and the ckpt_*/ folders of older versions."""
     found = [path for path in Path(log_dir).glob("ckpt_*") if re.fullmatch(r"ckpt_\d+(\.pt)?", path.name)]
-    return sorted((path for path in found if path.is_dir() == (path.suffix == "")), key=step_of)
+    found = [path for path in found if path.is_dir() == (path.suffix == "")]
+    return sorted(found, key=lambda path: (step_of(path), path.suffix))
 
 
 def _candidates(path):
@@ -297,9 +298,10 @@ def _load(name):
     errors = []
     for found in reversed(_candidates(path)):
         if found.is_dir():
-            raise UserError(f"checkpoint {found}: a folder, written by an older version under fsdp; to get a "
-                            f"file, type `git checkout d2a1bca`, continue that run for a few steps with "
-                            f"--resume --parallel=ddp, and come back")
+            raise UserError(f"checkpoint {found}: a folder, written by an older version under fsdp; make it "
+                            f"a file: git checkout d2a1bca && python -c \"from checkpoint import *; state = "
+                            f"load_checkpoint('{found}'); save_checkpoint('{found.parent}', state['step'], "
+                            f"state)\" && git checkout -")
         try:
             state = _load_file(found)
             break
@@ -319,8 +321,8 @@ def _load(name):
         raise UserError(f"checkpoint {name}: {found} records no best one; take the newest, {path}")
     best = path / f"ckpt_{state['best']['step']:07d}.pt"
     if not best.exists():
-        raise UserError(f"checkpoint {name}: {best} is gone, the best one by {found}; take "
-                        f"the newest, {path}")
+        raise UserError(f"checkpoint {name}: {best} is gone, the best one by {found}; take the newest, "
+                        f"{path}")
     return best, state if best == found else _load_file(best)
 
 
