@@ -1,24 +1,24 @@
 """
-Sample text from a checkpoint, or say how likely a text is to it.
+Sample text from a checkpoint, or compute how likely a text is under it.
 
     python generate.py                                            # the newest checkpoint under log*/
-    python generate.py --checkpoint=log --prompt="def main(" --num_samples=3
+    python generate.py --checkpoint=log:best --prompt="def main(" --num_samples=3
     python generate.py --prompt=FILE:story.txt --temperature=0    # the prompt is a file's text; greedy
     echo "import os" | python generate.py --prompt=-              # the prompt is standard input
-    python generate.py --prompts=lines.txt                        # a prompt per line, all in one batch
+    python generate.py --prompts=lines.txt                        # one prompt per line, all in one batch
     python generate.py --text=book.txt                            # perplexity and bits per byte of a text
 
-Reads one checkpoint, ours or a Hugging Face GPT-2 (--checkpoint=gpt2), which is enough; writes nothing. The
-first sample appears as it is drawn, always as whole characters; the others, drawn in the same batch, follow.
-A sample ends at <|endoftext|> or after max_new_tokens. The same seed gives the same samples on the same
-device. In a prompt or a text, <|endoftext|> is ordinary text.
+--checkpoint is a file, a folder (its newest checkpoint), FOLDER:best (its lowest val loss), or a Hugging Face
+GPT-2 (gpt2). Nothing is written. The first sample is printed as it is drawn, in whole characters; the others
+of the batch follow. A sample ends at <|endoftext|> or after max_new_tokens. The same seed gives the same
+samples on the same device. In a prompt or a text, <|endoftext|> is ordinary text.
 
-A prompt longer than the context is legal: the model sees its last part only, between a half and a whole
-block_size of tokens, and a line on stderr says so (model.context_start).
+If a prompt is longer than the context, the model sees only its end, at least half a block_size, and a line on
+stderr says so.
 
---text scores a file of any length, as one document, in windows of block_size tokens that overlap: each token
-once, with at least block_size - stride tokens before it. --logprobs prints, of each sampled or scored token,
-ln of the model's own probability, before temperature, top_k and top_p.
+--text scores a file of any length as one document, in overlapping windows of block_size tokens: each token
+counts once, with at least block_size - stride tokens before it. --logprobs prints for each sampled or scored
+token ln of the model's own probability, before temperature, top_k and top_p.
 """
 
 import codecs
@@ -39,30 +39,29 @@ from decoding import check_sampling, context_start, generate
 from device import resolve_device
 from files import read_text
 
-checkpoint: PathName = ""  # a file, FOLDER (its newest), FOLDER:best, gpt2, ...; empty = newest of log*/
+checkpoint: PathName = ""  # a file, a folder, FOLDER:best, gpt2, ...; empty = the newest under log*/
 prompt = ""  # text, FILE:path, or - for standard input; empty = the beginning of a document
-prompts: PathName = ""  # a text file with a prompt per line, in place of prompt
+prompts: PathName = ""  # a text file with one prompt per line, instead of --prompt
 num_samples: Between(1, 10_000) = 2  # samples of each prompt, drawn as one batch
 max_new_tokens: Between(1, 1_000_000) = 200  # tokens per sample at most
 temperature: Between(0, 1000) = 0.8  # 0 = greedy; 1 = the model's own probabilities
-top_k: Between(0, 2**31) = 200  # keep the k likeliest tokens; 0 = all
-top_p: Between(0, 1) = 1.0  # more than 0: keep the likeliest tokens that together reach this probability
-text: PathName = ""  # a text file to score, in place of sampling
-stride: Between(0, 2**31) = 0  # tokens from one window of it to the next; 0 = half a block_size
+top_k: Between(0, 2**31) = 200  # sample among the k most likely tokens; 0 = all
+top_p: Between(0, 1) = 1.0  # sample among the most likely tokens that together reach this probability
+text: PathName = ""  # a text file to score, instead of sampling
+stride: Between(0, 2**31) = 0  # tokens between the starts of its windows; 0 = half a block_size
 logprobs = False  # print ln of the probability of each token
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
-dtype: OneOf("auto", "float32", "bfloat16", "float16") = "float32"  # enough for a small model
+dtype: OneOf("auto", "float32", "bfloat16", "float16") = "float32"  # fast enough for a small model
 seed: Between(0, 2**63 - 1) = 1337  # of the samples
 
 
 def read_prompts() -> list[str]:
-    """The prompts: of a file (prompts, or FILE:path), of standard input (-), or the setting itself."""
+    """The prompts, from --prompts, a file, standard input or the flag itself."""
     if prompts:
         lines = [line.rstrip("\r") for line in read_text(prompts).split("\n")]
         lines = [line for line in lines if line.strip()]
-        if not lines or prompt:
-            raise UserError(f"prompts={prompts}: got {len(lines)} lines with text and prompt={prompt!r}; "
-                            f"wanted one line or more, and no --prompt beside it")
+        if not lines:
+            raise UserError(f"prompts={prompts} has no line with text; name a file with one prompt per line")
         return lines
     if prompt == "-":
         try:
@@ -81,25 +80,26 @@ def encode_document(tok, text: str) -> np.ndarray:
 
 
 def print_logprobs(tok, tokens, logs) -> None:
-    """A line per token: ln of its probability, the probability, the token."""
+    """Print a line per token: ln of its probability, the probability, the token."""
     print(f"{'logprob':>10} {'prob':>7}  token")
     for token, log in zip(tokens, logs):
         data = tok.decode_bytes([token])
         try:
             data = data.decode()
         except UnicodeDecodeError:
-            pass  # part of a character is shown as bytes
+            pass  # part of a character: shown as bytes
         print(f"{log:10.4f} {math.exp(log):7.2%}  {data!r}")
 
 
 def sample(model, tok, dev, step: int, texts: list[str]) -> None:
-    """Print a continuation of each text, the first as it is drawn."""
-    batch = [dev.to_device(encode_document(tok, text)) for text in texts]  # a prompt (T_i,) for each row
+    """Print a continuation of each text, the first one as it is drawn."""
+    batch = [dev.to_device(encode_document(tok, text)) for text in texts]  # (T_b,) each
     longest = max(map(len, batch))
     hidden = context_start(longest, model.config.block_size)
     if hidden:
-        print(f"note: the {'longest ' if prompts else ''}prompt is {longest} tokens, the context "
+        print(f"note: the {'longest ' if prompts else ''}prompt has {longest} tokens and the context "
               f"{model.config.block_size}: the model does not see the first {hidden}", file=sys.stderr)
+
     generator = torch.Generator(dev.device).manual_seed(seed)
     rows, logs, clock = [[] for _ in texts], [[] for _ in texts], [time.perf_counter()]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
@@ -118,6 +118,7 @@ def sample(model, tok, dev, step: int, texts: list[str]) -> None:
             if all(row[-1] == tok.eot for row in rows):
                 break
     print(decoder.decode(b"", final=True))
+
     for i, (text, row, log) in enumerate(zip(texts, rows, logs), start=1):
         if i > 1:
             print(f"--- sample {i} of {len(texts)}\n{text}{tok.decode([t for t in row if t != tok.eot])}")
@@ -129,18 +130,17 @@ def sample(model, tok, dev, step: int, texts: list[str]) -> None:
 
 @torch.no_grad()
 def token_losses(model, ids: np.ndarray, stride: int, dev) -> np.ndarray:
-    """Nats of ids[1:], float32 (n - 1,), each given the tokens before it: at least block_size - stride of
-    them, where there are so many.
+    """Nats of ids[1:], float32 (n,), each token given at least the block_size - stride tokens before it.
 
-    Windows of block_size tokens begin `stride` apart (Hugging Face's documentation, "Perplexity of
-    fixed-length models"); of each, the tokens count that the one before it did not reach. The last ends with
-    the text.
+    Windows of block_size tokens start `stride` apart (Hugging Face's documentation, "Perplexity of
+    fixed-length models"), and each scores the tokens that earlier windows did not reach. The last window ends
+    with the text.
     """
     T, n = model.config.block_size, len(ids) - 1
     starts = np.array([*range(0, n - T, stride), max(0, n - T)])
-    reached = np.concatenate(([0], starts[:-1] + T))  # by the windows before
+    reached = np.concatenate(([0], starts[:-1] + T))  # by earlier windows
     losses = np.empty(n, np.float32)
-    rows = max(1, 2**14 // T)
+    rows = max(1, 2**14 // T)  # windows per batch
     for i in range(0, len(starts), rows):
         windows = starts[i:i + rows, None] + np.arange(min(T, n))  # (B, T)
         new = windows >= reached[i:i + rows, None]
@@ -152,16 +152,18 @@ def token_losses(model, ids: np.ndarray, stride: int, dev) -> np.ndarray:
 
 
 def score(model, tok, dev, content: str) -> None:
-    """Print perplexity and bits per byte of the file `text`."""
+    """Print perplexity and bits per byte of `content`, the text of the file."""
     T = model.config.block_size
     step = stride or max(1, T // 2)
     if step > T:
-        raise UserError(f"stride={stride} is more than the context of {T}, so tokens would be left out; "
-                        f"give --stride={T} or less")
+        raise UserError(f"stride={stride} exceeds the context of {T} tokens and would skip tokens; type "
+                        f"--stride={T} or less")
+
     ids = encode_document(tok, content)
     losses = token_losses(model, ids, step, dev)
     if logprobs:
         print_logprobs(tok, ids[1:].tolist(), (-losses).tolist())
+
     nats, n_bytes = float(losses.sum(dtype=np.float64)), len(content.encode())
     print(f"{text}: {nats / len(losses):.4f} nats per token, perplexity {math.exp(nats / len(losses)):.2f}, "
           f"{nats / math.log(2) / n_bytes:.4f} bits per byte; {len(losses):,} tokens, {n_bytes:,} bytes, "
@@ -169,14 +171,13 @@ def score(model, tok, dev, content: str) -> None:
 
 
 def main() -> None:
-    check_sampling(temperature, top_k, top_p)  # top_p=0 is not among its values
-    if text and (prompt or prompts):
-        raise UserError(f"text={text} is scored, and nothing is sampled: leave out --prompt and --prompts, "
-                        f"or leave out --text")
-    # before anything that takes time
-    texts = [read_text(text)] if text else read_prompts()
+    check_sampling(temperature, top_k, top_p)  # Between lets top_p=0 through
+    if sum(map(bool, (prompt, prompts, text))) > 1:
+        raise UserError("give only one of --prompt, --prompts and --text")
+    texts = [read_text(text)] if text else read_prompts()  # before anything slow
     if text and not texts[0]:
-        raise UserError(f"text={text}: got an empty file, wanted some text to score")
+        raise UserError(f"text={text} is an empty file; name one with text to score")
+
     dev = resolve_device(device, dtype)
     source = checkpoint or newest_checkpoint()
     state = load_any(source)

@@ -232,14 +232,15 @@ def test_special_tokens_in_a_prompt_are_text(folder):
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--checkpoint=nosuch"], "nosuch: not there; give one of gpt2,"),
-    (["--prompts=blank.txt"], "got 0 lines"),
-    (["--text=empty.txt"], "got an empty file"),
+    (["--prompts=blank.txt"], "prompts=blank.txt has no line with text"),
+    (["--text=empty.txt"], "is an empty file"),
     *((flag, words) for flag in (["--text=latin.txt"], ["--prompts=latin.txt"], ["--prompt=FILE:latin.txt"])
       for words in ("byte 3 is not UTF-8", "latin.txt")),
     *(([flag], "this text is UTF-16; convert it") for flag in (
         "--text=utf16.txt", "--prompts=utf16.txt", "--prompt=FILE:utf16.txt")),
     (["--text=."], ".: not a regular file"),
-    (["--text=blank.txt", "--prompt=a"], "leave out --prompt"),
+    *((["--prompts=blank.txt", flag], "only one of --prompt, --prompts and --text") for flag in (
+        "--prompt=a", "--text=blank.txt")), (["--text=blank.txt", "--prompt=a"], "only one of --prompt"),
     (["--text=blank.txt", "--stride=33"], "--stride=32 or less"),
     (["--stride=-1"], "stride=-1"),
     (["--temperature=-1"], "temperature=-1: wanted 0 to"),
