@@ -72,7 +72,7 @@ experiment-norm: $(RUN_STAMP)  ## Pre-LN against Post-LN: 36 short runs and 18 o
 	$(PYTHON) results/norm_study/run.py
 
 NPROC ?= $(shell $(PYTHON) -c 'import torch; print(max(1, torch.cuda.device_count()))')
-doctor: $(RUN_STAMP)  ## check GPUs, network, folders and clocks before a long run; NPROC=8 processes
+doctor: $(RUN_STAMP)  ## check GPUs, network and folders before a long run; NPROC=8 processes
 	$(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) doctor.py
 
 REF ?= reference/demo_cpu.log
