@@ -328,8 +328,8 @@ def self_test(model, dev: Device, attention=F.scaled_dot_product_attention) -> l
     return _test_causality(model, dev) + _test_attention(model.config, dev, attention)
 
 
-def check_first_loss(loss: float, n_vocab: int, n_embd: int) -> list[str]:
-    """What is wrong with the loss of a new Pre-LN model; [] within 1 nat of the expected loss.
+def check_first_loss(loss: float, n_vocab: int, n_embd: int) -> str:
+    """What is wrong with the loss of a new Pre-LN model; "" within 1 nat of the expected loss.
 
     A model that knows nothing gives every id nearly the same probability. Its loss is ln(n_vocab) plus half
     the variance of its logits, each a dot product of n_embd numbers of size 1 with as many of size 0.02. (A
@@ -337,9 +337,9 @@ def check_first_loss(loss: float, n_vocab: int, n_embd: int) -> list[str]:
     """
     expected = math.log(n_vocab) + 0.5 * 0.02**2 * n_embd
     if abs(loss - expected) < 1:
-        return []
-    return [(f"the loss before the first step is {loss:.2f}, wanted about {expected:.2f}, ln({n_vocab}) and "
-             f"a little more")]
+        return ""
+    return (f"the loss before the first step is {loss:.2f}, wanted about {expected:.2f}, ln({n_vocab}) and a "
+            f"little more")
 
 
 def _test_causality(model, dev):

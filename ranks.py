@@ -1,6 +1,6 @@
 """
-The processes of a run, started by torchrun or one alone: who they are, and what they do together. RANK and
-friends are read here (and by fineweb.py, which forms no group).
+The processes of a run, started by torchrun, or a single one: who they are, and what they do together. RANK
+and friends are read here (and by fineweb.py, which forms no group).
 
     ranks = Ranks()                            # from the environment, checked
     ranks.connect(dev.device)                  # NCCL on CUDA, gloo elsewhere
@@ -102,6 +102,10 @@ class Ranks:
         dist.all_reduce(sums)
         return sums.tolist()
 
+    def any(self, flag) -> bool:
+        """Whether `flag` is true on one process or more."""
+        return self.sum(bool(flag))[0] > 0
+
     def gather(self, value) -> list:
         """A plain value of each process, by rank, on all of them."""
         everyone = [value] * self.world_size
@@ -123,11 +127,12 @@ class Ranks:
             raise first if all(errors) else type(first)(f"rank {rank}: {first}")
         return result
 
-    def differing(self, value) -> list[int]:
-        """The ranks whose value is not the most common one, on all processes."""
+    def differing(self, value) -> str:
+        """"ranks 1, 3", whose value is not the most common one, or "" if all are equal; on all processes."""
         everyone = self.gather(value)
         usual = Counter(everyone).most_common(1)[0][0]
-        return [rank for rank, theirs in enumerate(everyone) if theirs != usual]
+        odd = [rank for rank, theirs in enumerate(everyone) if theirs != usual]
+        return name_ranks(odd) if odd else ""
 
     def fail(self, reason) -> None:
         """Raise UserError; called by all processes, for a reason that all of them see."""
@@ -163,8 +168,8 @@ class Ranks:
 class StopRequests:
     """SIGTERM and Ctrl-C, noted for the training loop, which finishes its step, saves, and exits with 0.
 
-    Before the loop (step is None) there is nothing to save: SIGTERM exits at once, with 0. So does a second
-    Ctrl-C, with 130, except under torchrun, which sends two by itself.
+    Before the loop (step is None) there is nothing to save: SIGTERM exits with 0 and Ctrl-C with 130. In the
+    loop a second Ctrl-C exits with 130, except on several processes: torchrun itself sends two.
     """
 
     def __init__(self, ranks: Ranks):

@@ -34,8 +34,8 @@ RESTART_PATIENCE = 120  # seconds; a file server keeps the lock of a machine tha
 
 
 class RunLog:
-    """The run in `log_dir`, if there is one, and the log of this one. `launcher` is Ranks.launcher; without
-    `writes` (on other processes than rank 0) it only looks.
+    """The run in `log_dir`, if there is one, and the log of this one. `launcher` is Ranks.launcher;
+    writes=False (all ranks but 0) only looks.
 
     exists: whether a run is there; a start that failed before its first step is none
     restarted: whether torchrun has started this process again: the latest start came from the same torchrun
@@ -57,8 +57,8 @@ class RunLog:
         self.restarted = launcher in latest.get("launchers", []) and latest["arguments"] == sys.argv[1:]
         self.exists = bool(list_checkpoints(log_dir)) or (
             self.path.is_file() and b" train " in self.path.read_bytes())
-        self.refusal = UserError(f"log_dir={log_dir} already holds a run; continue it with --resume, or "
-                                 f"choose --log_dir=ANOTHER")
+        self.occupied = (f"log_dir={log_dir} already holds a run; continue it with --resume, or choose "
+                         f"--log_dir=ANOTHER")
 
         self.error = None
         self._lock, self._locked = contextlib.ExitStack(), False
@@ -73,7 +73,7 @@ class RunLog:
         atexit.register(self._lock.close)
         self._locked = True
         if not self.exists and list_checkpoints(self.folder):  # a run that has come and gone since we looked
-            raise self.refusal
+            raise UserError(self.occupied)
 
     def open(self, start_step: int, config: dict, facts: dict) -> None:
         """Claim the folder, remove what came after the checkpoint of `start_step`, and begin to log.
@@ -92,7 +92,7 @@ class RunLog:
             print(f"no checkpoint in {self.folder}, starting at step 0; its log is now {old_log}", flush=True)
             self.path.rename(old_log)
             lines = []
-        kept = [line for line in lines if line.endswith("\n")  # a kill leaves half a line
+        kept = [line for line in lines if line.endswith("\n")  # a kill can leave an incomplete last line
                 and not (line.split(" ")[0].isdigit() and int(line.split(" ")[0]) >= start_step)]
         write_atomically(self.path, "".join(kept).encode())
 
@@ -152,8 +152,10 @@ class Screen:
         self.master, self.bar = master, None
 
     def say(self, text: str) -> None:
-        if self.master:
-            print(text, flush=True) if self.bar is None else self.bar.write(text)
+        if self.bar is not None:
+            self.bar.write(text)
+        elif self.master:
+            print(text, flush=True)
 
     def open_bar(self, start_step: int, max_steps: int) -> None:
         """Show progress as a bar, if this is a terminal."""
@@ -165,13 +167,13 @@ class Screen:
                   mfu: float | None, left: float) -> None:
         """Print a step, or update the bar; `left` is the seconds until the end."""
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{clock(left)} left, loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, "
-                                     f"{tok_s:,.0f} tok/s", refresh=False)
+            self.bar.set_postfix_str(f"{format_duration(left)} left, loss {loss:.4f}, lr {lr:.2e}, "
+                                     f"norm {norm:.2f}, {tok_s:,.0f} tok/s", refresh=False)
             self.bar.update()
             return
         self.say(f"step {step} | loss: {loss:.6f} | lr: {lr:.2e} | norm: {norm:.4f} | "
                  f"dt: {1000 * seconds:.2f}ms | tok/sec: {tok_s:.2f} | "
-                 f"mfu: {'n/a' if mfu is None else f'{mfu:.1%}'} | eta: {clock(left)}")
+                 f"mfu: {'n/a' if mfu is None else f'{mfu:.1%}'} | eta: {format_duration(left)}")
 
     def close_bar(self) -> None:
         if self.bar is not None:
@@ -179,12 +181,12 @@ class Screen:
             self.bar = None
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """3,723 -> 1:02:03"""
     return f"{round(seconds) // 3600}:{round(seconds) // 60 % 60:02d}:{round(seconds) % 60:02d}"
 
 
-def code_version() -> dict[str, str]:
+def source_hashes() -> dict[str, str]:
     """{file: hash} of the scripts."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
             for path in sorted(Path(__file__).parent.glob("*.py"))}

@@ -260,6 +260,14 @@ class TokenStream:
             return load_tokenizer("gpt2")
         return tokenizer_from_ranks(path.read_bytes(), self.manifest["tokenizer"]["name"])
 
+    def require_tokenizer(self, tok: Tokenizer) -> None:
+        """Raise UserError if the manifest names another vocabulary than `tok`."""
+        built_with = self.manifest["tokenizer"] if self.manifest else {"sha256": tok.sha256}
+        if built_with["sha256"] != tok.sha256:
+            theirs = built_with["name"]
+            raise UserError(f"{self.folder} was tokenized with {theirs!r}, not with {tok.name!r}; type "
+                            f"--tokenizer=FILE of {theirs!r}, or build the data again")
+
     def __len__(self) -> int:
         return self.ends[-1]
 
@@ -341,18 +349,19 @@ class WindowLoader:
         self.n_windows = (len(stream) - 1) // T
         self.windows_per_step = batch_tokens // T
         self.steps_per_epoch = self.n_windows / self.windows_per_step
-        self._step, self._ids = -1, np.zeros(0, dtype=np.int64)  # window_ids of the step last asked for
+        self._latest = -1, np.zeros(0, dtype=np.int64)  # a step and its window_ids
 
     def window_ids(self, step: int) -> np.ndarray:
         """The windows of a step, int64 (windows_per_step,). A step may cross from one epoch into the next."""
-        if step != self._step:
+        cached, ids = self._latest  # one object: two threads may ask for two steps
+        if step != cached:
             samples = step * self.windows_per_step + np.arange(self.windows_per_step)
             epochs, ids = samples // self.n_windows, samples % self.n_windows
             for epoch in range(epochs[0], epochs[-1] + 1) if self.shuffle else ():
                 chosen = epochs == epoch
                 ids[chosen] = permute(ids[chosen], self.n_windows, self.seed, epoch)
-            self._step, self._ids = step, ids
-        return self._ids
+            self._latest = step, ids
+        return ids
 
     def read_windows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of the windows `ids` (B,): x and y, int64 (B, T), y one token ahead of x."""

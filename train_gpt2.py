@@ -14,8 +14,9 @@ settings and versions of every start; and ckpt_*.pt. SIGTERM, Ctrl-C and --max_h
 and exit with 0; a worker that torchrun restarts continues by itself. The defaults are GPT-2 small on
 FineWeb-Edu: 19,073 steps of 524,288 tokens, 10.0B tokens.
 
-The tokens of a step depend on (seed, data, batch_tokens, T, step) alone, and dropout on (seed, step,
-micro-batch). So the run is the same on any number of processes, and resuming changes nothing.
+The tokens of a step depend only on (seed, data, batch_tokens, block_size, step), and dropout on (seed, step,
+micro-batch). So a resumed run continues as if never stopped, and with the same batch_size any number of
+processes gives the same run up to rounding.
 """
 
 import contextlib
@@ -43,19 +44,18 @@ from device import check_first_loss, explain_out_of_memory, resolve_device, self
 from kernels import plain_attention
 from model import GPT, GPTConfig
 from ranks import Ranks, StopRequests
-from runlog import RunLog, Screen, clock, code_version, git_revision
+from runlog import RunLog, Screen, format_duration, git_revision, source_hashes
 from shards import TokenStream, WindowLoader, unigram_loss, verify_in_background
 
 # ---- data and output
-DATA_DIR = "edu_fineweb10B"
-data_dir: PathName = DATA_DIR  # folder of token shards, *_train_*.npy|bin and *_val_*.npy|bin
-prepare = "make prepare"  # the command that builds data_dir, for the message where it is missing
+data_dir: PathName = ""  # folder of token shards; empty = edu_fineweb10B, or with eval_only the run's own
+prepare = "make prepare"  # the command that builds data_dir, shown if it is missing
 tokenizer: PathName = ""  # gpt2 or a rank file; empty = the rank file in data_dir, or gpt2 without one
-verify_data = False  # compare the sha256 of all shards with the manifest before the start, not beside it
+verify_data = False  # compare the sha256 of all shards with the manifest before step 0, not beside the run
 log_dir: PathName = "log"  # log.txt, runs.jsonl and checkpoints go here
 resume = False  # continue the run in log_dir from its newest valid checkpoint
 init_from: PathName = ""  # weights to start from, with their shape: a checkpoint, gpt2, a Hugging Face folder
-eval_only = False  # evaluate init_from, or log_dir's newest checkpoint, and exit; writes nothing
+eval_only = False  # val loss and HellaSwag of init_from, or log_dir's newest checkpoint; writes nothing
 dry_run = False  # two steps: memory, speed, time for the whole run; writes nothing
 tensorboard = False  # log to log_dir/tensorboard as well
 wandb = False  # log to Weights & Biases as well; a resumed run continues there
@@ -106,8 +106,8 @@ dtype: OneOf("auto", "float32", "bfloat16", "float16") = "auto"  # of matrix pro
 parallel: OneOf("ddp", "fsdp") = "ddp"  # fsdp: weights, gradients and moments are split over the processes
 activation_checkpointing = False  # compute each block twice instead of keeping its activations
 attention: OneOf("auto", "cudnn", "flash", "efficient", "math", "plain") = "auto"  # plain: written out
-loss_chunk: Between(0, 2**31) = 0  # rows of logits held at once; 0 = the fastest on the device, on a GPU all
-compile = True  # torch.compile the training step; off by itself, with a line, where it does not work
+loss_chunk: Between(0, 2**31) = 0  # rows of logits in memory at once; 0 = the fastest, on a GPU all
+compile = True  # torch.compile the training step; turned off, with a message, where it does not work
 peak_tflops: Between(0, 10**6) = 0.0  # dense peak of one device, for the MFU; 0 = device.py's table, or n/a
 deterministic = False  # the same log on every run on one machine: slower kernels on CUDA, no times in the log
 first_loss_check = True  # stop if the first loss is not that of a new GPT-2; off for other initialisations
@@ -121,9 +121,10 @@ if eval_only and dry_run:
 # ---- processes and device
 start_time = time.monotonic()
 ranks = Ranks()
-rank, world_size, ddp = ranks.rank, ranks.world_size, ranks.many
-fsdp = ddp and parallel == "fsdp"
-if ddp and ":" in device:
+rank, world_size, distributed = ranks.rank, ranks.world_size, ranks.many
+fsdp = distributed and parallel == "fsdp"
+ddp = distributed and not fsdp
+if distributed and ":" in device:
     raise UserError(f"device={device} is one device for {world_size} processes; type --device=cuda")
 dev = resolve_device(device, dtype, compile and not eval_only, ranks.local_rank, deterministic, attention)
 if fsdp and (optimizer == "muon" or dev.dtype == torch.float16):
@@ -132,59 +133,57 @@ if fsdp and (optimizer == "muon" or dev.dtype == torch.float16):
 stop = StopRequests(ranks)  # SIGTERM and Ctrl-C
 screen = Screen(ranks.master)
 ranks.connect(dev.device)
-ranks.require_equal("settings or code", {**config, **code_version()})
+ranks.require_equal("settings or code", {**config, **source_hashes()})
 
 # ---- log_dir: its run is continued by --resume or by a restart of torchrun, and never overwritten
 writes = not (dry_run or eval_only)
 record = ranks.on_all(RunLog, log_dir, ranks.launcher, writes and ranks.master, tensorboard, wandb)
-restarted, exists = ranks.sum(record.restarted, record.exists)  # all have looked before one writes
+restarted, exists = ranks.any(record.restarted), ranks.any(record.exists)  # before any of them writes
 if writes and exists and not (resume or restarted):
-    ranks.fail(record.refusal)
+    ranks.fail(record.occupied)
 if resume and not exists:
     screen.say(f"resume: there is no run in {log_dir} yet, starting at step 0")
-resume = bool((resume or restarted) and exists and writes)
+resume = (resume or restarted) and exists and writes
 if resume and not init_from:
     init_from = config["init_from"] = record.init_from
 
-# ---- weights to begin with, if there are any: their shape and tokenizer come with them
-start = start_crc = heads = None
+# ---- initial weights, if any are given: they determine the shape and the tokenizer
+initial = initial_crc = heads = None
 if init_from or eval_only:
-    # a resumed run has its own weights by now, and their source may be gone
+    # a resumed run takes shape and tokenizer from its own checkpoint: init_from may be gone by now
     source = log_dir if not init_from or (resume and checkpoint.list_checkpoints(log_dir)) else init_from
-    start = ranks.on_all(load_any, source)
-    checkpoint.check_finite(start["model"].items(), source)
-    heads = start["model_config"].get("heads")
-    shape = {key: value for key, value in start["model_config"].items() if key in config and key != "dropout"}
+    initial = ranks.on_all(load_any, source)
+    ranks.on_all(checkpoint.check_finite, initial["model"].items(), source)
+    model_config = initial["model_config"]
+    heads = model_config.get("heads")
+    shape = {key: value for key, value in model_config.items() if key in config and key != "dropout"}
     shape["block_size"] = min(block_size, shape["block_size"])  # positions can be left out, not invented
     screen.say("init: " + ", ".join(f"{key}={value}" for key, value in shape.items())
-               + f" as in {source}, step {start['step']}")
+               + f" as in {source}, step {initial['step']}")
     config.update(shape)
     globals().update(shape)
-    if eval_only and data_dir == DATA_DIR:
-        data_dir = start.get("config", config)["data_dir"]
+    data_dir = data_dir or (eval_only and initial.get("config", {}).get("data_dir"))
+data_dir = config["data_dir"] = data_dir or "edu_fineweb10B"
 B, T = batch_size, block_size
 
 # ---- data, tokenizer, accumulation
 val_stream = ranks.on_all(TokenStream, data_dir, "val", prepare)
 train_stream = val_stream if eval_only else ranks.on_all(TokenStream, data_dir, "train", prepare)
-if start:
-    tok = ranks.on_all(checkpoint.checkpoint_tokenizer, start)
-else:
-    tok = ranks.on_all(load_tokenizer, tokenizer) if tokenizer else ranks.on_all(val_stream.tokenizer)
-if start and tokenizer and load_tokenizer(tokenizer).sha256 != tok.sha256:
-    raise UserError(f"tokenizer={tokenizer} is not {tok.name!r}, which comes with the weights to begin with; "
-                    f"leave --tokenizer out")
-if val_stream.manifest and val_stream.manifest["tokenizer"]["sha256"] != tok.sha256:
-    other = val_stream.manifest["tokenizer"]["name"]
-    raise UserError(f"data_dir={data_dir} was tokenized with {other!r}, not with {tok.name!r}; build the "
-                    f"data again" + ("" if start else f", or type --tokenizer=FILE of {other!r}"))
-config["tokenizer"] = tok.name if start or not tokenizer else tokenizer
+tok = ranks.on_all(load_tokenizer, tokenizer) if tokenizer else None
+if initial:
+    named, tok = tok, ranks.on_all(checkpoint.checkpoint_tokenizer, initial)
+    if named and named.sha256 != tok.sha256:
+        raise UserError(f"tokenizer={tokenizer} is not {tok.name!r}, which comes with the initial weights; "
+                        f"leave out --tokenizer")
+tok = tok or ranks.on_all(val_stream.tokenizer)
+ranks.on_all(val_stream.require_tokenizer, tok)
+config["tokenizer"] = tok.name if initial or not tokenizer else tokenizer
 vocab_size = config["vocab_size"] = vocab_size or math.ceil(tok.n_vocab / 128) * 128
 
 micro_tokens = B * T * world_size
 batch_tokens = micro_tokens if eval_only else batch_tokens
-grad_accum_steps, left_over = divmod(batch_tokens, micro_tokens)
-if grad_accum_steps == 0 or left_over:
+grad_accum_steps, remainder = divmod(batch_tokens, micro_tokens)
+if grad_accum_steps == 0 or remainder:
     below = max(1, grad_accum_steps) * micro_tokens
     raise UserError(f"batch_tokens={batch_tokens} is not a multiple of batch_size * block_size * processes "
                     f"= {B} * {T} * {world_size} = {micro_tokens}; "
@@ -194,27 +193,27 @@ val_loader = WindowLoader(val_stream, T, B * T, seed, tok.n_vocab, shuffle=False
 n_val_windows = min(val_loader.n_windows, max(1, val_tokens // T))
 if num_epochs > 0:
     max_steps = config["max_steps"] = math.floor(num_epochs * train_loader.steps_per_epoch)
-if not eval_only and not warmup_steps <= max_steps > 0:
+if not eval_only and (max_steps < 1 or warmup_steps > max_steps):
     raise UserError(f"warmup_steps={warmup_steps}, max_steps={max_steps}: wanted 0 <= warmup_steps <= "
                     f"max_steps, and 1 step or more; an epoch is {train_loader.steps_per_epoch:.2f} steps")
 
 # ---- model, optimizers
 torch.manual_seed(seed)  # the same initial weights on every process and device
-smaller = next((b for b in range(B // 2, 0, -1) if grad_accum_steps * B % b == 0), 1)
-explain_out_of_memory(dev.name, f"--batch_size={smaller} (same tokens per step; now {B}), --loss_chunk="
+smaller_batch = next((b for b in range(B // 2, 0, -1) if grad_accum_steps * B % b == 0), 1)
+explain_out_of_memory(dev.name, f"--batch_size={smaller_batch} (same tokens per step; now {B}), --loss_chunk="
                                 f"{min(1024, max(1, B * T // 8))}, --activation_checkpointing, or a smaller "
                                 f"--block_size than {T}, --n_embd than {n_embd} or --n_layer than {n_layer}")
 raw_model = GPT(GPTConfig(block_size=T, vocab_size=vocab_size, n_vocab=tok.n_vocab, n_layer=n_layer,
                           n_head=n_head, n_embd=n_embd, dropout=dropout, norm_position=norm_position,
                           heads=heads))
 raw_model.activation_checkpointing = activation_checkpointing
-# under fsdp the loss is not compiled: all logits at once would take more memory than the model
+# fsdp computes the loss eagerly, where all logits at once would take more memory than the model
 raw_model.loss_chunk = loss_chunk or dev.loss_chunk or (4096 if fsdp else 0)
 if fsdp:  # each process keeps a part of every tensor, and gathers a block when it needs it
     mesh = init_device_mesh(dev.type, (world_size,))
     precision = MixedPrecisionPolicy(param_dtype=dev.dtype, reduce_dtype=torch.float32,
                                      cast_forward_inputs=False)
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # nobody changes it
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # never written to
     for block in raw_model.transformer.h:
         if dev.compile:
             block.compile(dynamic=False)
@@ -227,35 +226,36 @@ else:
 if attention == "plain":
     raw_model.use_attention(plain_attention)
 
-# a device that leaks future tokens trains to a wonderful loss, so the model is tested on it first
-tested = self_test(raw_model, dev, raw_model.transformer.h[0].attn.attention)
-if problems := [problem for found in ranks.gather(tested) for problem in found]:
+# attention that leaks future tokens gives a wonderful loss, so the device is tested first
+failed_here = self_test(raw_model, dev, raw_model.transformer.h[0].attn.attention)
+if problems := [problem for failed in ranks.gather(failed_here) for problem in failed]:
     ranks.fail(f"self-test on {dev.name}: {'; '.join(problems)}; this device computes wrong numbers: type "
                f"--attention=plain, or try --dtype=float32, another torch, or --device=cpu")
 if fsdp:  # a forward without a backward leaves the embeddings gathered
     raw_model.reshard()
-if start:
-    weights = start.pop("model")
+if initial:
+    weights = {**initial["model"]}
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
-    start_crc = zlib.crc32(weights["transformer.wte.weight"].numpy().tobytes())
+    initial_crc = zlib.crc32(weights["transformer.wte.weight"].numpy().tobytes())
     checkpoint.restore(raw_model, [], {"model": weights, "optimizers": []})
-    del weights  # which would stay in memory beside the model
 
-# evaluation, sampling and saving use raw_model; only the training step is compiled
+# three callables of the same weights: the training step, evaluation, and raw_model to sample and save
 model = raw_model
-if ddp and not fsdp:
-    model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True,
-                                    device_ids=[dev.device.index] if dev.type == "cuda" else None)
-replica = model  # which averages the gradients over the processes
+if ddp:
+    model = ddp_model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True,
+                                                device_ids=[dev.device.index] if dev.type == "cuda" else None)
 if dev.compile and not fsdp:  # around DDP, so that it cuts the graph where gradients can be sent early
     model = torch.compile(model, dynamic=False)
+eval_compiled = dev.compile and dev.type == "cuda"  # on a CPU compiling takes longer than it saves
+eval_model = torch.compile(raw_model, dynamic=False) if eval_compiled and not fsdp else raw_model
 optimizers = raw_model.configure_optimizers(optimizer, weight_decay, max_lr, (beta1, beta2), dev.fused)
 scaler = dev.grad_scaler()
 
 failures = []  # errors of this process's threads; the others learn of them at the end of the step
+SPIKE_WINDOW = 128  # good steps that a spike is compared with
 
 
-# ---- functions: the schedule, the numbers of a model, what is wrong with a step
+# ---- functions: the schedule, a batch, the val loss, what is wrong with a step
 def get_lr(step, schedule, warmup_steps, max_steps, max_lr, min_lr, decay_fraction):
     """Learning rate of a step: linear warm-up to max_lr at step `warmup_steps`, then down to min_lr.
 
@@ -287,6 +287,7 @@ def fetch_batch(step, micro_step):
 
 
 def raise_failure():
+    """Raise the first error of this process's threads or of its log, if there is one."""
     for error in (*failures, record.error):
         if error:
             raise error
@@ -297,15 +298,16 @@ def evaluate_loss(n_windows):
     """(nats per token, bits per byte) over the first windows of val; each process evaluates its part."""
     token_bytes = tok.token_bytes()
     losses, n_tokens, n_bytes = [], 0, 0
-    rows = B if raw_model.loss_chunk or eval_compiled else max(1, B // 4)  # eager logits take more memory
+    # training computes all logits at once in a compiled step, which takes less memory than eager code
+    rows = B if raw_model.loss_chunk or eval_compiled else max(1, B // 4)
     raw_model.eval()
     for first in range(0, n_windows, world_size * rows):
         ids = np.arange(first + rank * rows, min(first + (rank + 1) * rows, n_windows))
-        # compiled shapes are fixed; and fsdp gathers weights in every forward, so all processes take part
+        # a compiled model needs one shape, and fsdp every process in every forward: fill up, and ignore that
         width = rows if eval_compiled else max(1, len(ids))
         x, y = val_loader.read_windows(np.pad(ids, (0, width - len(ids))))
         n_tokens, n_bytes = n_tokens + y[:len(ids)].size, n_bytes + int(token_bytes[y[:len(ids)]].sum())
-        y[len(ids):] = -100
+        y[len(ids):] = -100  # ignored
         with dev.autocast(), torch.compiler.set_stance("default" if eval_compiled else "force_eager"):
             losses.append(eval_model(dev.to_device(x), dev.to_device(y), reduction="sum"))
     raw_model.train()
@@ -338,8 +340,6 @@ def give_up(reason):
 
 
 # ---- evaluate only
-eval_compiled = dev.compile and dev.type == "cuda"  # on a CPU compiling takes longer than it saves
-eval_model = torch.compile(raw_model, dynamic=False) if eval_compiled and not fsdp else raw_model
 examples = None
 if hellaswag_interval > 0 and not dry_run:
     examples = hellaswag.examples_for_training(hellaswag_data, tok, ranks)
@@ -351,31 +351,30 @@ for note in examples.notes if examples else ():
     screen.say(f"HellaSwag: {note}")
 if eval_only:
     val_loss, val_bpb = evaluate_loss(n_val_windows)
-    screen.say(f"step {start['step']} | val loss: {val_loss:.4f} | bits per byte: {val_bpb:.4f} | "
+    screen.say(f"step {initial['step']} | val loss: {val_loss:.4f} | bits per byte: {val_bpb:.4f} | "
                f"{n_val_windows * T:,} tokens of {data_dir}")
     if examples:
         score = hellaswag.evaluate(raw_model, examples, dev, B * T)
-        screen.say(f"step {start['step']} | {hellaswag.format_result(examples.protocol, score)}")
+        screen.say(f"step {initial['step']} | {hellaswag.format_result(examples.protocol, score)}")
     ranks.shutdown()
     ranks.exit()
 
 
 # ---- resume
-SPIKE_WINDOW = 128  # good steps that a spike is compared with
 # skipped steps, in all and in a row; [loss, gradient norm] of the last SPIKE_WINDOW good ones
 guard = {"skipped": 0, "in_row": 0, "recent": []}
-start_step, best, reached = 0, None, False
+start_step, best, target_reached = 0, None, False
 if resume:
     newest = [path.name for path in checkpoint.list_checkpoints(log_dir)[-1:]]
     ranks.require_equal(f"what they see in log_dir={log_dir}", {"the newest checkpoint": newest})
     ranks.on_all(record.claim)
     if newest:
-        now = {**config, **checkpoint.describe_model(raw_model), "data": train_stream.fingerprint,
-               "tokenizer": tok.sha256}
+        current = {**config, **checkpoint.describe_model(raw_model), "data": train_stream.fingerprint,
+                   "tokenizer": tok.sha256}
         saved = ranks.on_all(checkpoint.load_into, log_dir, raw_model, optimizers,
-                             functools.partial(checkpoint.require_same_run, now))
+                             functools.partial(checkpoint.require_same_run, current))
         start_step, best, guard = saved["step"], saved["best"], saved["guard"]
-        for line in (f"{log_dir}/ckpt_{start_step:07d}.pt", *checkpoint.changed_settings(saved, now)):
+        for line in (f"{log_dir}/ckpt_{start_step:07d}.pt", *checkpoint.changed_settings(saved, current)):
             screen.say(f"resume: {line}")
         if saved["scaler"] and scaler.is_enabled():  # empty unless the run that saved it was in float16
             scaler.load_state_dict(saved["scaler"])
@@ -384,11 +383,11 @@ if resume:
         if saved["val_data"] != [val_stream.fingerprint, n_val_windows]:
             screen.say("resume: the validation tokens have changed; the best val loss starts anew")
             best = None
-        reached = 0 < saved["train_loss"] <= target_loss
+        target_reached = target_loss > 0 and saved["train_loss"] <= target_loss
 ranks.require_equal("what they train on", {
     "the step to start at": start_step, f"the train tokens in data_dir={data_dir}": train_stream.fingerprint,
     f"the val tokens in data_dir={data_dir}": val_stream.fingerprint,
-    f"the weights in init_from={init_from}": start_crc})
+    f"the weights in init_from={init_from}": initial_crc})
 
 
 # ---- the last checks, then the first writes
@@ -400,7 +399,7 @@ if verify_data or (val_stream.manifest and not dry_run):  # this process's share
     if verify_data:
         verifying.join()
 ranks.on_all(raise_failure)
-unigram = ranks.on_all(lambda: unigram_loss(train_loader, val_loader, n_val_windows) if ranks.master else 0.0)
+unigram = ranks.on_all(unigram_loss, train_loader, val_loader, n_val_windows)
 provenance = {"git": git_revision(), "torch": str(torch.__version__), "device": dev.name,
               "world_size": world_size}
 launchers = sorted(set(filter(None, ranks.gather(ranks.launcher))))
@@ -418,7 +417,7 @@ screen.say(f"to beat: {math.log(tok.n_vocab):.4f} for guessing, {unigram:.4f} fo
 if start_step == 0:
     record.log(0, unigram=unigram)
 if dev.compile:
-    screen.say("compiling the training step, once: about a minute")
+    screen.say("compiling, once: about a minute")
 if dry_run:  # two real steps, and one batch of validation
     n_val_windows = min(n_val_windows, world_size * B)
     val_interval = hellaswag_interval = checkpoint_interval = sample_interval = 0
@@ -427,35 +426,34 @@ end_step = min(2, max_steps) if dry_run else max_steps
 # ---- the loop
 screen.open_bar(start_step, end_step)
 raw_model.train()
+flops_per_token, peak = raw_model.flops_per_token(T), peak_tflops or dev.peak_tflops()
 step_times, loss, stopping, out_of_time = [], math.inf, False, False
 for step in range(start_step, end_step + 1):  # one extra turn, to evaluate and save the final weights
-    last_step = step == end_step or reached
+    last_step = step == end_step or target_reached
     stopping = stopping and not last_step
-    stop.step = step
+    stop.step = step  # for its message
 
     # ---- evaluate: every process, fixed tokens, off the clock; whatever is saved is evaluated first
     checkpoint_due = last_step or (step > 0 and due(step, checkpoint_interval))
     evaluated = (checkpoint_due or due(step, val_interval)) and not stopping
     if evaluated:
         if different := ranks.differing(None if fsdp else raw_model.weight_bits()):
-            give_up(f"at step {step} the weights of rank {different} of {world_size} differ from the "
-                    f"others': other hardware, or a device whose memory fails")
+            give_up(f"at step {step} the weights of {different} of {world_size} differ from the others': "
+                    f"other hardware, or a device whose memory fails")
         val_loss, val_bpb = evaluate_loss(n_val_windows)
         record.log(step, val=val_loss, val_bpb=val_bpb)
         screen.say(f"step {step} | val loss: {val_loss:.4f} | bits per byte: {val_bpb:.4f}")
         if not math.isfinite(val_loss):
             give_up(f"val loss is {val_loss} at step {step}")
-        if checkpoint_due and (best is None or val_loss < best["val_loss"]):
-            best = {"step": step, "val_loss": val_loss}
-        stopping = ranks.sum(bool(stop.reason()))[0] > 0
+        stopping = not last_step and ranks.any(stop.reason())
     if examples and not stopping and (last_step or (step > 0 and due(step, hellaswag_interval))):
         score = hellaswag.evaluate(raw_model, examples, dev, B * T)
         record.log(step, hella=score.acc_norm, hella_acc=score.acc)
         screen.say(f"step {step} | {hellaswag.format_result(examples.protocol, score)}")
-        stopping = ranks.sum(bool(stop.reason()))[0] > 0
-    # no time for more, but nothing is saved that is not finite
-    if stopping and not evaluated and not math.isfinite(evaluate_loss(min(world_size, n_val_windows))[0]):
-        give_up(f"val loss is not finite at step {step}")
+        stopping = not last_step and ranks.any(stop.reason())
+    if stopping and not evaluated:  # no time for more, but weights that are not finite are never saved
+        if not math.isfinite(evaluate_loss(min(world_size, n_val_windows))[0]):
+            give_up(f"val loss is not finite at step {step}")
     if step > 0 and due(step, sample_interval) and not (last_step or stopping):
         for text in ranks.on_all(sample_texts, raw_model, tok, dev, prompt, num_samples, max_new_tokens,
                                  seed + step):
@@ -463,10 +461,12 @@ for step in range(start_step, end_step + 1):  # one extra turn, to evaluate and 
 
     # ---- checkpoint: at step s, s updates have been made
     if writes and (checkpoint_due or stopping) and step > start_step:
+        if evaluated and (best is None or val_loss < best["val_loss"]):
+            best = {"step": step, "val_loss": val_loss}
         ranks.on_all(writer.wait)  # for the previous one
         writer.save(step, {
             "step": step, "train_loss": loss, "val_loss": val_loss if evaluated else None, "best": best,
-            **checkpoint.training_state(raw_model, optimizers), "guard": {**guard},
+            **checkpoint.training_state(raw_model, optimizers), "guard": guard,
             "scaler": scaler.state_dict(), "config": config,
             "model_config": checkpoint.describe_model(raw_model),
             "tokenizer": checkpoint.describe_tokenizer(tok), "data": train_stream.fingerprint,
@@ -480,61 +480,61 @@ for step in range(start_step, end_step + 1):  # one extra turn, to evaluate and 
     dev.synchronize()
     t0 = time.perf_counter()
     lr = get_lr(step, schedule, warmup_steps, max_steps, max_lr, min_lr, decay_fraction)
-    losses = []  # of this process's micro-batches
+    micro_losses = []
     for micro_step in range(grad_accum_steps):
         x, y = next_batch.result()
-        following = (step, micro_step + 1) if micro_step + 1 < grad_accum_steps else (step + 1, 0)
-        next_batch = loading.submit(fetch_batch, *following)
-        if ddp and not fsdp:  # before the forward: there it is decided whether the backward averages
-            replica.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+        last_micro_step = micro_step == grad_accum_steps - 1
+        next_index = (step + 1, 0) if last_micro_step else (step, micro_step + 1)
+        next_batch = loading.submit(fetch_batch, *next_index)
+        if ddp:  # read in the forward: average gradients over the processes after the last micro-step only
+            ddp_model.require_backward_grad_sync = last_micro_step
         # a micro-batch has the same dropout masks whichever process computes it, and after a resume
         torch.manual_seed(zlib.crc32(f"dropout {seed} {step} {micro_step * world_size + rank}".encode()))
         with dev.autocast():
-            loss = model(x, y)
-        scaler.scale(loss / grad_accum_steps).backward()
-        losses.append(loss.detach())
+            micro_loss = model(x, y)
+        scaler.scale(micro_loss / grad_accum_steps).backward()
+        micro_losses.append(micro_loss.detach())
     for opt in optimizers:
         scaler.unscale_(opt)
     norms = raw_model.grad_norms() if due(step, grad_norm_interval) else {}  # before the clipping
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     norm = norm.full_tensor() if fsdp else norm
-    losses = torch.stack(losses).tolist()
-    # one exchange, so that all processes go on, skip or stop together; a nan of one is a nan for all
-    out_of_time = 0 < max_hours * 3600 <= time.monotonic() - start_time
-    loss, norm, n_stops, n_failed = ranks.sum(
-        sum(losses) / grad_accum_steps, norm.item(), bool(stop.reason()) or out_of_time,
+    micro_losses = torch.stack(micro_losses).tolist()
+    # one all-reduce, so that all processes take the same decision; a nan on one is a nan on all
+    out_of_time = max_hours > 0 and time.monotonic() - start_time >= max_hours * 3600
+    loss_sum, norm_sum, n_stops, n_failed = ranks.sum(
+        sum(micro_losses) / grad_accum_steps, norm.item(), bool(stop.reason()) or out_of_time,
         len(failures) + bool(record.error) + writer.failed())
-    if n_failed:  # on a process that could not read its data, or not write
+    if n_failed:  # on a process that could not read its data, or could not write
         break
-    loss, norm, stopping = loss / world_size, norm / world_size, n_stops > 0
-    # float16 finds its loss scale by trying: a scale that was too large is no fault of the step
+    loss, norm, stopping = loss_sum / world_size, norm_sum / world_size, n_stops > 0
+
+    # ---- is the step good? before the log has a step, a corrected model can still start in this log_dir
+    if first_loss_check and step == 0 and not initial and norm_position == "pre" and math.isfinite(loss):
+        if problem := check_first_loss(loss, vocab_size, n_embd):
+            ranks.fail(f"{problem}: the model does not start as GPT-2 does; look at what was changed in "
+                       f"model.py, try --dtype=float32, or if it is on purpose, --first_loss_check=false")
+    # float16: gradients that overflow mean that the loss scale is too large; the scaler lowers it
     scale = scaler.get_scale()
     overflow = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm) and scale > 1
     fault = "" if overflow else fault_of(loss, norm, guard["recent"], max_z_score)
     for opt in optimizers:
         for group in opt.param_groups:
             group["lr"] = lr
-        if not fault:  # after an overflow the scaler makes no step
+        if not fault:  # after an overflow the scaler itself makes no step
             scaler.step(opt)
         opt.zero_grad(set_to_none=True)
     scaler.update()
     dev.synchronize()
     dt = time.perf_counter() - t0  # seconds
 
-    # ---- the first loss, before the log has a step, so that a corrected model can start in this log_dir
-    if first_loss_check and step == 0 and not (start or fault) and norm_position == "pre":
-        for problem in check_first_loss(loss, vocab_size, n_embd):
-            ranks.fail(f"{problem}: the model does not start as GPT-2 does; look at what was changed in "
-                       f"model.py, try --dtype=float32, or if it is on purpose, --first_loss_check=false")
-
-    # ---- log: reads values, changes nothing but the decisions to skip and to stop
+    # ---- log
     step_times.append(dt)
     train_memory = dev.peak_memory()
     tok_s = batch_tokens / dt
-    peak = peak_tflops or dev.peak_tflops()
-    mfu = raw_model.flops_per_token(T) * tok_s / (peak * 1e12 * world_size) if peak else None
-    timed = {} if deterministic else {"tok_s": tok_s} if mfu is None else {"tok_s": tok_s, "mfu": mfu}
-    record.log(step, train=loss, lr=lr, norm=norm, **norms, **timed)
+    mfu = flops_per_token * tok_s / (peak * 1e12 * world_size) if peak else None
+    speed = {} if deterministic else {"tok_s": tok_s} if mfu is None else {"tok_s": tok_s, "mfu": mfu}
+    record.log(step, train=loss, lr=lr, norm=norm, **norms, **speed)
     median = float(np.median(step_times[1:][-100:] or step_times))  # the first step compiles
     screen.show_step(step, loss, lr, norm, dt, tok_s, mfu, (max_steps - 1 - step) * median)
     if overflow:
@@ -542,19 +542,19 @@ for step in range(start_step, end_step + 1):  # one extra turn, to evaluate and 
                    f"{scaler.get_scale():g}")
     elif fault:
         guard.update(skipped=guard["skipped"] + 1, in_row=guard["in_row"] + 1)
-        # where the worst micro-batch came from
-        everyone = np.nan_to_num(ranks.gather(losses), nan=math.inf)  # (world_size, grad_accum_steps)
-        worst_rank, worst_step = np.unravel_index(everyone.argmax(), everyone.shape)
-        window = int(train_loader.window_ids(step)[(worst_step * world_size + worst_rank) * B])
+        # the micro-batch with the highest loss, or nan, and where it came from
+        losses = np.nan_to_num(ranks.gather(micro_losses), nan=math.inf)  # (world_size, grad_accum_steps)
+        its_rank, its_step = np.unravel_index(losses.argmax(), losses.shape)
+        window = int(train_loader.window_ids(step)[(its_step * world_size + its_rank) * B])
         path, token = train_stream.locate(window * T)
         screen.say(f"step {step} | skipped: {fault}; {guard['in_row']} in a row, {guard['skipped']} in all; "
-                   f"data: rank {worst_rank}, micro-step {worst_step}, {path.name}:{token} ...")
+                   f"highest loss: rank {its_rank}, micro-step {its_step}, {path.name}:{token} ...")
         record.log(step, skipped=guard["skipped"], skipped_window=window)
         if guard["in_row"] >= max_bad_steps:
             give_up(f"{guard['in_row']} steps in a row were skipped, the last, {step}, for its {fault}")
     else:
         guard.update(in_row=0, recent=[*guard["recent"][1 - SPIKE_WINDOW:], [loss, norm]])
-        reached = 0 < loss <= target_loss
+        target_reached = target_loss > 0 and loss <= target_loss
     graphs = counters["stats"]["unique_graphs"]
     if step > start_step and graphs > graphs_before:
         screen.say(f"step {step} | recompiled: {graphs} graphs, {graphs_before} before")
@@ -569,7 +569,7 @@ if dry_run:
     screen.say(f"\ndry run: training needs {needs} of the {total} of {dev.name}, with validation {with_val}; "
                f"nothing was written")
     screen.say(f"{tok_s:,.0f} tok/s: {max_steps:,} steps of {batch_tokens:,} tokens take "
-               f"{clock(max_steps * dt)} on {world_size} process(es), without validation")
+               f"{format_duration(max_steps * dt)} on {world_size} process(es), without validation")
 else:
     why = stop.reason() or ("--max_hours" if out_of_time else "a signal to another process")
     screen.say(f"\n{f'stopped by {why}' if stopping else 'done'}: step {step}, {step * batch_tokens:,} tokens"

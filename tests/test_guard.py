@@ -52,7 +52,7 @@ def test_a_bad_loss_of_one_process_is_skipped_by_both(flags, tmp_path, tiny_data
     window = WindowLoader(stream, 64, 512, 1337, 257).window_ids(5)[6]
     path, token = stream.locate(int(window) * 64)
     assert log["skipped_window"] == {5: str(window)}
-    assert f"data: rank 1, micro-step 1, {path.name}:{token}" in out
+    assert f"highest loss: rank 1, micro-step 1, {path.name}:{token}" in out
     guard = load_checkpoint(tmp_path / "log")["guard"]
     assert guard["skipped"] == 1 and guard["in_row"] == 0 and len(guard["recent"]) == 8
 

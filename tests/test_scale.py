@@ -61,7 +61,8 @@ def test_bfloat16_on_two_processes(flags, tmp_path):
     for parallel in ("ddp", "fsdp"):
         train(flags, 2, log_dir=tmp_path / parallel, parallel=parallel)
         for stream, rel in (("train", 1e-4), ("val", 1e-4), ("norm", 1e-3)):
-            assert values(tmp_path / parallel, stream) == pytest.approx(values(tmp_path / "one", stream), rel=rel)
+            one = values(tmp_path / "one", stream)
+            assert values(tmp_path / parallel, stream) == pytest.approx(one, rel=rel), (parallel, stream)
     weights = load_checkpoint(tmp_path / "fsdp")["model"].values()
     assert {tensor.dtype for tensor in weights} == {torch.float32}
 
