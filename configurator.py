@@ -239,7 +239,8 @@ def report_failure(message: object, again: bool = False) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         when = int(time.time()) - 1  # torchrun prints the earliest failure last, as the root cause
         record = {"message": {"message": f"error: {message}", "extraInfo": {"timestamp": when}}}
-        Path(path).write_text(json.dumps(record), encoding="utf-8")
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(record), encoding="utf-8")
     if not again:
         end_launcher()
 

@@ -215,13 +215,13 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def explain_out_of_memory(name: str, advice: str) -> None:
     """From now on, running out of memory ends the script with a line that says what to type: `advice`."""
-    exit_with_message = sys.excepthook  # configurator's
+    previous_hook = sys.excepthook  # configurator's
 
     def explain(kind, error, trace):
         if is_out_of_memory(error):
             error = UserError(f"out of memory on {name}; type {advice}; analyze_compute.py computes what a "
                               f"setting needs, --dry_run measures it")
-        exit_with_message(type(error), error, trace)
+        previous_hook(type(error), error, trace)
 
     sys.excepthook = explain
 

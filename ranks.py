@@ -124,7 +124,7 @@ class Ranks:
             errors = self.gather(error)
             rank, first = next((rank, error) for rank, error in enumerate(errors) if error)
             self.shutdown()
-            raise first if all(errors) else type(first)(f"rank {rank}: {first}")
+            raise error or type(first)(f"rank {rank}: {first}")
         return result
 
     def differing(self, value) -> str:
@@ -147,8 +147,7 @@ class Ranks:
             if any(value != values[0] for value in values):
                 differences.append(f"{key} is {by_value(values)}")
         if differences:
-            self.shutdown()
-            raise UserError(f"processes differ in {what}: {'; '.join(differences)}; give all the same")
+            self.fail(f"processes differ in {what}: {'; '.join(differences)}; give all the same")
 
     def shutdown(self) -> None:
         """Leave the group once every process is done with it: gloo aborts one whose peers have left."""
@@ -169,17 +168,19 @@ class StopRequests:
     """SIGTERM and Ctrl-C, noted for the training loop, which finishes its step, saves, and exits with 0.
 
     Before the loop (step is None) there is nothing to save: SIGTERM exits with 0 and Ctrl-C with 130. In the
-    loop a second Ctrl-C exits with 130, except on several processes: torchrun itself sends two.
+    loop a second Ctrl-C exits with 130, except under torchrun, which may send two itself.
     """
 
-    def __init__(self, ranks: Ranks):
+    def __init__(self, ranks: Ranks, max_hours: float):
+        """max_hours: of this start; 0 = no limit."""
         self.ranks, self.step, self.signals = ranks, None, []
+        self.deadline = time.monotonic() + (3600 * max_hours or float("inf"))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
         name = signal.Signals(number).name
-        again = name in self.signals and not self.ranks.many
+        again = name in self.signals and not self.ranks.by_torchrun
         if name == "SIGINT" and (self.step is None or again):
             signal.default_int_handler(number, frame)
         if self.ranks.master and not self.signals:
@@ -191,9 +192,14 @@ class StopRequests:
             os._exit(0)
         self.signals.append(name)
 
-    def reason(self) -> str:
-        """Why this process should stop: the signal, or that torchrun has died; "" to go on."""
-        return self.signals[0] if self.signals else "the end of torchrun" if self.ranks.orphaned() else ""
+    def reason(self, first: bool = False) -> str:
+        """Why this process should stop: a signal, torchrun's death or the time; "" to go on. Before the first
+        step of a start the time does not count, or a start might make no step at all."""
+        if self.signals:
+            return self.signals[0]
+        if self.ranks.orphaned():
+            return "the end of torchrun"
+        return "--max_hours" if time.monotonic() >= self.deadline and not first else ""
 
 
 def name_ranks(ranks: list[int]) -> str:

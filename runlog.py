@@ -111,7 +111,9 @@ class RunLog:
         if self._file is None:
             return
         try:  # in one write
-            self._file.write("".join(f"{step} {name} {value:.8g}\n" for name, value in streams.items()))
+            self._file.write("".join(
+                f"{step} {name} {value if isinstance(value, int) else format(value, '.8g')}\n"
+                for name, value in streams.items()))
         except OSError as error:
             self.error = error
         if self._board:

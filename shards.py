@@ -258,15 +258,18 @@ class TokenStream:
         path = self.folder / RANK_FILE
         if self.manifest is None or not path.exists():
             return load_tokenizer("gpt2")
-        return tokenizer_from_ranks(path.read_bytes(), self.manifest["tokenizer"]["name"])
+        tok = tokenizer_from_ranks(path.read_bytes(), self.manifest["tokenizer"]["name"])
+        if tok.sha256 != self.manifest["tokenizer"]["sha256"]:
+            raise UserError(f"{path} is not the vocabulary {tok.name!r} that the manifest names; run "
+                            f"fineweb.py again, or name the file with --tokenizer=FILE")
+        return tok
 
-    def require_tokenizer(self, tok: Tokenizer) -> None:
-        """Raise UserError if the manifest names another vocabulary than `tok`."""
+    def require_tokenizer(self, tok: Tokenizer, cure: str = "") -> None:
+        """Raise UserError if the manifest names another vocabulary than `tok`; `cure` is what else helps."""
         built_with = self.manifest["tokenizer"] if self.manifest else {"sha256": tok.sha256}
         if built_with["sha256"] != tok.sha256:
-            theirs = built_with["name"]
-            raise UserError(f"{self.folder} was tokenized with {theirs!r}, not with {tok.name!r}; type "
-                            f"--tokenizer=FILE of {theirs!r}, or build the data again")
+            raise UserError(f"{self.folder} was tokenized with {built_with['name']!r}, not with "
+                            f"{tok.name!r}; {cure}build the data again")
 
     def __len__(self) -> int:
         return self.ends[-1]

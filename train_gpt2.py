@@ -20,7 +20,6 @@ processes gives the same run up to rounding.
 """
 
 import contextlib
-import functools
 import math
 import time
 import warnings
@@ -119,7 +118,6 @@ if eval_only and dry_run:
     raise UserError("--eval_only makes no step and --dry_run makes two; leave one of them out")
 
 # ---- processes and device
-start_time = time.monotonic()
 ranks = Ranks()
 rank, world_size, distributed = ranks.rank, ranks.world_size, ranks.many
 fsdp = distributed and parallel == "fsdp"
@@ -130,7 +128,7 @@ dev = resolve_device(device, dtype, compile and not eval_only, ranks.local_rank,
 if fsdp and (optimizer == "muon" or dev.dtype == torch.float16):
     raise UserError("parallel=fsdp splits the matrices that Muon needs whole, and has no loss scaling for "
                     "float16; type --parallel=ddp, or --optimizer=adamw and --dtype=bfloat16")
-stop = StopRequests(ranks)  # SIGTERM and Ctrl-C
+stop = StopRequests(ranks, max_hours)  # and SIGTERM, Ctrl-C
 screen = Screen(ranks.master)
 ranks.connect(dev.device)
 ranks.require_equal("settings or code", {**config, **source_hashes()})
@@ -161,8 +159,9 @@ if init_from or eval_only:
     screen.say("init: " + ", ".join(f"{key}={value}" for key, value in shape.items())
                + f" as in {source}, step {initial['step']}")
     config.update(shape)
-    globals().update(shape)
-    data_dir = data_dir or (eval_only and initial.get("config", {}).get("data_dir"))
+    globals().update(shape)  # n_layer, n_head, n_embd, block_size, vocab_size, norm_position
+    if eval_only and not data_dir:
+        data_dir = initial.get("config", {}).get("data_dir", "")
 data_dir = config["data_dir"] = data_dir or "edu_fineweb10B"
 B, T = batch_size, block_size
 
@@ -176,7 +175,7 @@ if initial:
         raise UserError(f"tokenizer={tokenizer} is not {tok.name!r}, which comes with the initial weights; "
                         f"leave out --tokenizer")
 tok = tok or ranks.on_all(val_stream.tokenizer)
-ranks.on_all(val_stream.require_tokenizer, tok)
+ranks.on_all(val_stream.require_tokenizer, tok, "" if initial else "type --tokenizer=FILE of that one, or ")
 config["tokenizer"] = tok.name if initial or not tokenizer else tokenizer
 vocab_size = config["vocab_size"] = vocab_size or math.ceil(tok.n_vocab / 128) * 128
 
@@ -199,10 +198,12 @@ if not eval_only and (max_steps < 1 or warmup_steps > max_steps):
 
 # ---- model, optimizers
 torch.manual_seed(seed)  # the same initial weights on every process and device
-smaller_batch = next((b for b in range(B // 2, 0, -1) if grad_accum_steps * B % b == 0), 1)
-explain_out_of_memory(dev.name, f"--batch_size={smaller_batch} (same tokens per step; now {B}), --loss_chunk="
-                                f"{min(1024, max(1, B * T // 8))}, --activation_checkpointing, or a smaller "
-                                f"--block_size than {T}, --n_embd than {n_embd} or --n_layer than {n_layer}")
+smaller_batch = next((b for b in range(B // 2, 0, -1) if grad_accum_steps * B % b == 0), None)
+cures = [f"--batch_size={smaller_batch} (same tokens per step; now {B})"] if smaller_batch else []
+cures += [] if 0 < loss_chunk <= 1024 else [f"--loss_chunk={min(1024, max(1, B * T // 8))}"]
+cures += [] if activation_checkpointing else ["--activation_checkpointing"]
+cures += [f"or a smaller --block_size than {T}, --n_embd than {n_embd} or --n_layer than {n_layer}"]
+explain_out_of_memory(dev.name, ", ".join(cures))
 raw_model = GPT(GPTConfig(block_size=T, vocab_size=vocab_size, n_vocab=tok.n_vocab, n_layer=n_layer,
                           n_head=n_head, n_embd=n_embd, dropout=dropout, norm_position=norm_position,
                           heads=heads))
@@ -228,7 +229,7 @@ if attention == "plain":
 
 # attention that leaks future tokens gives a wonderful loss, so the device is tested first
 failed_here = self_test(raw_model, dev, raw_model.transformer.h[0].attn.attention)
-if problems := [problem for failed in ranks.gather(failed_here) for problem in failed]:
+if problems := dict.fromkeys(problem for failed in ranks.gather(failed_here) for problem in failed):
     ranks.fail(f"self-test on {dev.name}: {'; '.join(problems)}; this device computes wrong numbers: type "
                f"--attention=plain, or try --dtype=float32, another torch, or --device=cpu")
 if fsdp:  # a forward without a backward leaves the embeddings gathered
@@ -238,6 +239,8 @@ if initial:
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
     initial_crc = zlib.crc32(weights["transformer.wte.weight"].numpy().tobytes())
     checkpoint.restore(raw_model, [], {"model": weights, "optimizers": []})
+    initial = {"step": initial["step"]}  # let go of the weights and of their file
+    del weights
 
 # three callables of the same weights: the training step, evaluation, and raw_model to sample and save
 model = raw_model
@@ -305,12 +308,17 @@ def evaluate_loss(n_windows):
         ids = np.arange(first + rank * rows, min(first + (rank + 1) * rows, n_windows))
         # a compiled model needs one shape, and fsdp every process in every forward: fill up, and ignore that
         width = rows if eval_compiled else max(1, len(ids))
-        x, y = val_loader.read_windows(np.pad(ids, (0, width - len(ids))))
+        try:
+            x, y = val_loader.read_windows(np.pad(ids, (0, width - len(ids))))
+        except (UserError, OSError) as error:
+            failures.append(error)
+            x, y = np.zeros((2, width, T), np.int64)  # for a loss that will not count
         n_tokens, n_bytes = n_tokens + y[:len(ids)].size, n_bytes + int(token_bytes[y[:len(ids)]].sum())
         y[len(ids):] = -100  # ignored
         with dev.autocast(), torch.compiler.set_stance("default" if eval_compiled else "force_eager"):
             losses.append(eval_model(dev.to_device(x), dev.to_device(y), reduction="sum"))
     raw_model.train()
+    ranks.on_all(raise_failure)
     loss_sum, n_tokens, n_bytes = ranks.sum(sum(torch.stack(losses).tolist()), n_tokens, n_bytes)
     return loss_sum / n_tokens, loss_sum / math.log(2) / n_bytes
 
@@ -335,11 +343,12 @@ def give_up(reason):
     with contextlib.suppress(UserError):  # a checkpoint that could not be written: `reason` is worse
         writer.wait()
     newest = checkpoint.list_checkpoints(log_dir)[-1:]
-    ranks.fail(f"{reason}. Last good checkpoint: {newest[0] if newest else 'none yet'}; continue from it "
-               f"with --resume and a lower --max_lr, or try --dtype=float32")
+    ranks.fail(f"{reason}. " + (f"Last good checkpoint: {newest[0]}; continue from it with --resume, a lower "
+                                f"--max_lr or --dtype=float32" if newest else
+                                "There is no checkpoint yet; try a lower --max_lr, or --dtype=float32"))
 
 
-# ---- evaluate only
+# ---- what every run evaluates and prints; --eval_only ends here
 examples = None
 if hellaswag_interval > 0 and not dry_run:
     examples = hellaswag.examples_for_training(hellaswag_data, tok, ranks)
@@ -350,6 +359,8 @@ screen.say(f"model: {n_layer} layers, {n_head} heads, {n_embd} wide: {raw_model.
 for note in examples.notes if examples else ():
     screen.say(f"HellaSwag: {note}")
 if eval_only:
+    if verify_data:
+        ranks.on_all(val_stream.verify, rank, world_size)
     val_loss, val_bpb = evaluate_loss(n_val_windows)
     screen.say(f"step {initial['step']} | val loss: {val_loss:.4f} | bits per byte: {val_bpb:.4f} | "
                f"{n_val_windows * T:,} tokens of {data_dir}")
@@ -372,7 +383,7 @@ if resume:
         current = {**config, **checkpoint.describe_model(raw_model), "data": train_stream.fingerprint,
                    "tokenizer": tok.sha256}
         saved = ranks.on_all(checkpoint.load_into, log_dir, raw_model, optimizers,
-                             functools.partial(checkpoint.require_same_run, current))
+                             lambda saved: checkpoint.require_same_run(current, saved))
         start_step, best, guard = saved["step"], saved["best"], saved["guard"]
         for line in (f"{log_dir}/ckpt_{start_step:07d}.pt", *checkpoint.changed_settings(saved, current)):
             screen.say(f"resume: {line}")
@@ -427,10 +438,10 @@ end_step = min(2, max_steps) if dry_run else max_steps
 screen.open_bar(start_step, end_step)
 raw_model.train()
 flops_per_token, peak = raw_model.flops_per_token(T), peak_tflops or dev.peak_tflops()
-step_times, loss, stopping, out_of_time = [], math.inf, False, False
+step_times, loss, stopping = [], math.inf, False
 for step in range(start_step, end_step + 1):  # one extra turn, to evaluate and save the final weights
     last_step = step == end_step or target_reached
-    stopping = stopping and not last_step
+    stopping = stopping and not last_step  # then it is finished, not stopped
     stop.step = step  # for its message
 
     # ---- evaluate: every process, fixed tokens, off the clock; whatever is saved is evaluated first
@@ -445,12 +456,15 @@ for step in range(start_step, end_step + 1):  # one extra turn, to evaluate and 
         screen.say(f"step {step} | val loss: {val_loss:.4f} | bits per byte: {val_bpb:.4f}")
         if not math.isfinite(val_loss):
             give_up(f"val loss is {val_loss} at step {step}")
-        stopping = not last_step and ranks.any(stop.reason())
+        stopping = not last_step and ranks.any(stop.reason(first=step == start_step))
     if examples and not stopping and (last_step or (step > 0 and due(step, hellaswag_interval))):
-        score = hellaswag.evaluate(raw_model, examples, dev, B * T)
+        try:
+            score = hellaswag.evaluate(raw_model, examples, dev, B * T)
+        except UserError as error:  # on all processes alike
+            give_up(error)
         record.log(step, hella=score.acc_norm, hella_acc=score.acc)
         screen.say(f"step {step} | {hellaswag.format_result(examples.protocol, score)}")
-        stopping = not last_step and ranks.any(stop.reason())
+        stopping = not last_step and ranks.any(stop.reason(first=step == start_step))
     if stopping and not evaluated:  # no time for more, but weights that are not finite are never saved
         if not math.isfinite(evaluate_loss(min(world_size, n_val_windows))[0]):
             give_up(f"val loss is not finite at step {step}")
@@ -460,9 +474,9 @@ for step in range(start_step, end_step + 1):  # one extra turn, to evaluate and 
             screen.say(f"> {text}")
 
     # ---- checkpoint: at step s, s updates have been made
+    if evaluated and step > 0 and (checkpoint_due or stopping) and (not best or val_loss < best["val_loss"]):
+        best = {"step": step, "val_loss": val_loss}
     if writes and (checkpoint_due or stopping) and step > start_step:
-        if evaluated and (best is None or val_loss < best["val_loss"]):
-            best = {"step": step, "val_loss": val_loss}
         ranks.on_all(writer.wait)  # for the previous one
         writer.save(step, {
             "step": step, "train_loss": loss, "val_loss": val_loss if evaluated else None, "best": best,
@@ -501,9 +515,8 @@ for step in range(start_step, end_step + 1):  # one extra turn, to evaluate and 
     norm = norm.full_tensor() if fsdp else norm
     micro_losses = torch.stack(micro_losses).tolist()
     # one all-reduce, so that all processes take the same decision; a nan on one is a nan on all
-    out_of_time = max_hours > 0 and time.monotonic() - start_time >= max_hours * 3600
     loss_sum, norm_sum, n_stops, n_failed = ranks.sum(
-        sum(micro_losses) / grad_accum_steps, norm.item(), bool(stop.reason()) or out_of_time,
+        sum(micro_losses) / grad_accum_steps, norm.item(), bool(stop.reason()),
         len(failures) + bool(record.error) + writer.failed())
     if n_failed:  # on a process that could not read its data, or could not write
         break
@@ -521,7 +534,7 @@ for step in range(start_step, end_step + 1):  # one extra turn, to evaluate and 
     for opt in optimizers:
         for group in opt.param_groups:
             group["lr"] = lr
-        if not fault:  # after an overflow the scaler itself makes no step
+        if not fault and not overflow:
             scaler.step(opt)
         opt.zero_grad(set_to_none=True)
     scaler.update()
@@ -533,8 +546,8 @@ for step in range(start_step, end_step + 1):  # one extra turn, to evaluate and 
     train_memory = dev.peak_memory()
     tok_s = batch_tokens / dt
     mfu = flops_per_token * tok_s / (peak * 1e12 * world_size) if peak else None
-    speed = {} if deterministic else {"tok_s": tok_s} if mfu is None else {"tok_s": tok_s, "mfu": mfu}
-    record.log(step, train=loss, lr=lr, norm=norm, **norms, **speed)
+    speed = {"tok_s": tok_s} | ({"mfu": mfu} if mfu else {})
+    record.log(step, train=loss, lr=lr, norm=norm, **norms, **({} if deterministic else speed))
     median = float(np.median(step_times[1:][-100:] or step_times))  # the first step compiles
     screen.show_step(step, loss, lr, norm, dt, tok_s, mfu, (max_steps - 1 - step) * median)
     if overflow:
@@ -553,7 +566,7 @@ for step in range(start_step, end_step + 1):  # one extra turn, to evaluate and 
         if guard["in_row"] >= max_bad_steps:
             give_up(f"{guard['in_row']} steps in a row were skipped, the last, {step}, for its {fault}")
     else:
-        guard.update(in_row=0, recent=[*guard["recent"][1 - SPIKE_WINDOW:], [loss, norm]])
+        guard.update(in_row=0, recent=[*guard["recent"], [loss, norm]][-SPIKE_WINDOW:])
         target_reached = target_loss > 0 and loss <= target_loss
     graphs = counters["stats"]["unique_graphs"]
     if step > start_step and graphs > graphs_before:
@@ -571,7 +584,7 @@ if dry_run:
     screen.say(f"{tok_s:,.0f} tok/s: {max_steps:,} steps of {batch_tokens:,} tokens take "
                f"{format_duration(max_steps * dt)} on {world_size} process(es), without validation")
 else:
-    why = stop.reason() or ("--max_hours" if out_of_time else "a signal to another process")
+    why = stop.reason() or "a signal to another process"
     screen.say(f"\n{f'stopped by {why}' if stopping else 'done'}: step {step}, {step * batch_tokens:,} tokens"
                + (f", {batch_tokens / np.median(step_times):,.0f} tok/s (median step)" if step_times else "")
                + (f", peak memory {train_memory / 1e9:.2f} GB" if step_times and train_memory else "")

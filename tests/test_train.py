@@ -356,7 +356,7 @@ def test_log_dir_that_is_a_file(flags, tmp_path):
     ({"batch_tokens": 500}, ["batch_tokens=500", "--batch_tokens=384 or 512"]),
     ({"batch_tokens": 64}, ["--batch_tokens=128 or 256"]),
     ({"block_size": 100_000, "batch_size": 1, "batch_tokens": 100_000}, ["block_size", "tokens"]),
-    ({"tokenizer": "gpt2"}, ["was tokenized with 'bytes', not with 'gpt2'", "--tokenizer=FILE"]),
+    ({"tokenizer": "gpt2"}, ["was tokenized with 'bytes', not with 'gpt2'; type --tokenizer=FILE"]),
     ({"n_embd": 33}, ["n_embd=33", "n_head=2"]),
     ({"vocab_size": 200}, ["vocab_size=200", "--vocab_size=384"]),
     ({"norm_position": "mid"}, ["wanted pre or post"]),
@@ -413,11 +413,11 @@ def test_data_brings_its_tokenizer(flags, tmp_path, tiny_data):
     with open(data_dir / RANK_FILE, "ab") as file:
         file.write(b"YWI= 256\n")
     done = attempt(flags, log_dir=tmp_path / "other", data_dir=data_dir)
-    assert done.returncode == 2 and "was tokenized with 'bytes', not with 'bytes'" in done.stderr, done.stderr
+    assert done.returncode == 2 and f"{RANK_FILE} is not the vocabulary" in done.stderr, done.stderr
     (data_dir / RANK_FILE).unlink()
     train(flags, log_dir=tmp_path / "other", data_dir=data_dir, tokenizer=named)
     done = attempt(flags, log_dir=tmp_path / "third", data_dir=data_dir)
-    assert done.returncode == 2 and "type --tokenizer=FILE of 'bytes'" in done.stderr, done.stderr
+    assert done.returncode == 2 and "type --tokenizer=FILE of that one" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(("change", "processes", "verify_data"), [
