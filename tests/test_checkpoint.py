@@ -250,7 +250,7 @@ def test_a_folder_of_an_older_version_is_refused_with_what_to_do(state, tmp_path
     save_checkpoint(tmp_path, 4, state)
     old = tmp_path / "ckpt_0000008"
     old.mkdir()
-    (old / "checksums.json").write_text("{}")
+    (old / "checksums.json").write_text("{}", encoding="utf-8")
     assert list_checkpoints(tmp_path)[-1] == old and holds_checkpoint(old)
     model, optimizers, writer = writable(tmp_path)
     for path in (tmp_path, old):
