@@ -198,12 +198,10 @@ if not eval_only and (max_steps < 1 or warmup_steps > max_steps):
 
 # ---- model, optimizers
 torch.manual_seed(seed)  # the same initial weights on every process and device
-smaller_batch = next((b for b in range(B // 2, 0, -1) if grad_accum_steps * B % b == 0), None)
-cures = [f"--batch_size={smaller_batch} (same tokens per step; now {B})"] if smaller_batch else []
-cures += [] if 0 < loss_chunk <= 1024 else [f"--loss_chunk={min(1024, max(1, B * T // 8))}"]
-cures += [] if activation_checkpointing else ["--activation_checkpointing"]
-cures += [f"or a smaller --block_size than {T}, --n_embd than {n_embd} or --n_layer than {n_layer}"]
-explain_out_of_memory(dev.name, ", ".join(cures))
+half = f"--batch_size={B // 2} (same tokens per step; now {B}), " if B > 1 else ""
+explain_out_of_memory(dev.name, f"{half}--loss_chunk={min(1024, max(1, B * T // 8))} or less, "
+                                f"--activation_checkpointing, or a smaller --block_size than {T}, --n_embd "
+                                f"than {n_embd} or --n_layer than {n_layer}")
 raw_model = GPT(GPTConfig(block_size=T, vocab_size=vocab_size, n_vocab=tok.n_vocab, n_layer=n_layer,
                           n_head=n_head, n_embd=n_embd, dropout=dropout, norm_position=norm_position,
                           heads=heads))
@@ -364,6 +362,8 @@ if eval_only:
     val_loss, val_bpb = evaluate_loss(n_val_windows)
     screen.say(f"step {initial['step']} | val loss: {val_loss:.4f} | bits per byte: {val_bpb:.4f} | "
                f"{n_val_windows * T:,} tokens of {data_dir}")
+    if not math.isfinite(val_loss):
+        ranks.fail(f"the val loss of {source} is not finite; try --dtype=float32, or an earlier checkpoint")
     if examples:
         score = hellaswag.evaluate(raw_model, examples, dev, B * T)
         screen.say(f"step {initial['step']} | {hellaswag.format_result(examples.protocol, score)}")
