@@ -245,9 +245,11 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int) -> int:
         """FLOPs of forward and backward per token at context T: 6 N + 12 n_layer n_embd T (less if pruned).
 
-        N counts every parameter but the position table, which is looked up, never multiplied. The attention
-        term takes no credit for causal masking (Chowdhery et al. 2022, "PaLM", appendix B).
+        N counts every parameter but the tables that are looked up, never multiplied: wpe, and wte where
+        lm_head is a matrix of its own. The attention term takes no credit for causal masking (Chowdhery et
+        al. 2022, "PaLM", appendix B).
         """
-        N = self.num_params() - self.transformer.wpe.weight.numel()
+        tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
+        N = self.num_params() - sum(table.numel() for table in tables if table is not self.lm_head.weight)
         heads = sum(self.config.heads_of(layer) for layer in range(self.config.n_layer))
         return 6 * N + 12 * heads * self.config.head_size * T
