@@ -236,7 +236,8 @@ if fsdp:  # a forward without a backward leaves the embeddings gathered
     raw_model.reshard()
 if start:
     weights = start.pop("model")
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
+    if "transformer.wpe.weight" in weights:  # a changed model.py may have none
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
     start_crc = zlib.crc32(weights["transformer.wte.weight"].numpy().tobytes())
     checkpoint.restore(raw_model, [], {"model": weights, "optimizers": []})
     del weights  # which would stay in memory beside the model
