@@ -26,7 +26,8 @@ from model import GPT, GPTConfig
 def build(sharded=False, seed=0, muon=True, n_layer=2, block_size=16):
     """(model, optimizers): Muon on the hidden matrices and AdamW on the rest, or AdamW alone."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size, 384, 257, n_layer, 2, 34))  # width 34 does not divide by 4 processes
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=384, n_vocab=257, n_layer=n_layer, n_head=2,
+                          n_embd=34))  # which does not divide by 4 processes
     if sharded:
         for block in model.transformer.h:
             fully_shard(block)
