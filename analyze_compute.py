@@ -455,8 +455,11 @@ def main(settings: dict) -> None:
     with torch.device("meta"):  # shapes without memory
         model = GPT(config)
     counted = sum(count_parameters(config).values()), 3 * sum(count_flops(config).values())
-    if counted != (model.num_params(), model.flops_per_token(config.block_size)):
-        raise RuntimeError(f"{counted} parameters and FLOPs are not the model's: a bug in analyze_compute.py")
+    own = model.num_params(), model.flops_per_token(config.block_size)
+    if counted != own:
+        raise UserError(f"model.py is not GPT-2: it has {own[0]:,} parameters and {own[1]:,} FLOPs per "
+                        f"token, not {counted[0]:,} and {counted[1]:,}; measure the memory and speed of a "
+                        f"changed model with python train_gpt2.py --dry_run")
     dtype = DTYPES[settings["dtype"]]
     how = {"width": dtype.itemsize} | {key: settings[key] for key in (
         "loss_chunk", "activation_checkpointing", "optimizer")}

@@ -260,7 +260,8 @@ def attention_patterns(attn, qkv: torch.Tensor, y: torch.Tensor) -> torch.Tensor
     distance, size = (again - y.float()).abs().max().item(), y.float().abs().max().item()
     if not distance <= TOLERANCE[y.dtype] * size:
         raise UserError(f"attention computed again for the analysis differs from the layer's own by "
-                        f"{distance:.2e}, of {size:.2e}; try --dtype=float32 or --device=cpu")
+                        f"{distance:.2e}, of {size:.2e}; try --dtype=float32 or --device=cpu, or, if "
+                        f"model.py attends in another way (RoPE, QK-norm), change attention_patterns too")
     return patterns
 
 

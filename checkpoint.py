@@ -440,9 +440,15 @@ def _check_shapes(state, name):
     weights = dict(state["model"])  # a copy: `assign` would stay in the metadata of the original
     try:
         with torch.device("meta"):
-            GPT(GPTConfig(**state["model_config"])).load_state_dict(weights, strict=True, assign=True)
+            model = GPT(GPTConfig(**state["model_config"]))
+            tied = model.lm_head.weight is model.transformer.wte.weight
+            model.load_state_dict(weights, strict=True, assign=True)
+        head, wte = weights["lm_head.weight"], weights["transformer.wte.weight"]
+        if tied and not (head.is_set_to(wte) or torch.equal(head, wte)):
+            raise UserError("lm_head.weight is not transformer.wte.weight, and in model.py they are one")
     except (RuntimeError, TypeError, UserError) as error:
-        raise UserError(f"checkpoint {name}: its tensors do not fit its own model_config: {error}") from error
+        raise UserError(f"checkpoint {name}: its tensors do not fit its own model_config; if model.py has "
+                        f"changed, use the model.py that it was trained with: {error}") from error
 
 
 # ---- what a checkpoint keeps of a model and a tokenizer

@@ -8,6 +8,9 @@ GPT-2: its configuration, the model and its loss, optimizer groups, and counts o
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. Layers are named as
 in OpenAI's release, so that its weights load by name (its matrices are stored transposed).
 
+To change the model, edit this file: README.md, "Change the model", has examples. Training, checkpoints and
+generation use the names transformer.wte, transformer.h, attn.attention and lm_head, fsdp also ln_1 and ln_2.
+
 Shapes: B batch, T tokens, C n_embd, nh n_head, hs head size C/nh, S tokens attended to (cached + T), V
 vocab_size.
 """
@@ -245,9 +248,11 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int) -> int:
         """FLOPs of forward and backward per token at context T: 6 N + 12 n_layer n_embd T (less if pruned).
 
-        N counts every parameter but the position table, which is looked up, never multiplied. The attention
-        term takes no credit for causal masking (Chowdhery et al. 2022, "PaLM", appendix B).
+        N counts every parameter but the tables that are looked up, never multiplied: wpe, and wte where
+        lm_head is a matrix of its own. The attention term takes no credit for causal masking (Chowdhery et
+        al. 2022, "PaLM", appendix B).
         """
-        N = self.num_params() - self.transformer.wpe.weight.numel()
+        tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
+        N = self.num_params() - sum(table.numel() for table in tables if table is not self.lm_head.weight)
         heads = sum(self.config.heads_of(layer) for layer in range(self.config.n_layer))
         return 6 * N + 12 * heads * self.config.head_size * T

@@ -234,7 +234,8 @@ if fsdp:  # a forward without a backward leaves the embeddings gathered
     raw_model.reshard()
 if initial:
     weights = {**initial["model"]}
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
+    if "transformer.wpe.weight" in weights:  # a changed model.py may have none
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
     initial_crc = zlib.crc32(weights["transformer.wte.weight"].numpy().tobytes())
     checkpoint.restore(raw_model, [], {"model": weights, "optimizers": []})
     initial = {"step": initial["step"]}  # let go of the weights and of their file

@@ -354,6 +354,13 @@ def test_every_config_is_analyzed(path, monkeypatch):
     assert ("the data decide" in out.getvalue()) == (chosen["num_epochs"] > 0)
 
 
+def test_a_changed_model_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(GPT, "num_params", lambda model: 1_000_000)
+    with pytest.raises(UserError, match=r"has 1,000,000 parameters .* not 124,475,904 .*--dry_run"):
+        study.main(settings_of())
+
+
 def test_time_and_cost(monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     chosen = settings_of("--mfu=0.5", "--dollars_per_hour=3", "--max_steps=1000", "--peak_tflops=100")

@@ -308,7 +308,8 @@ def test_patterns_equal_their_definition_and_the_layers_output(counts, norm_posi
         np.testing.assert_allclose(study.attention_patterns(attn, qkv, y).numpy(),
                                    patterns_by_definition(attn, qkv), atol=1e-5)
         for tampered in (y * 1.02, y + 0.02 * y.abs().max(), y.roll(1, dims=1), torch.full_like(y, math.nan)):
-            with pytest.raises(UserError, match=r"differs from the layer's own.*--dtype=float32"):
+            words = r"differs from the layer's own.*--dtype=float32.*change attention_patterns"
+            with pytest.raises(UserError, match=words):
                 study.attention_patterns(attn, qkv, tampered)
         seen.append((layer, qkv, y))
 

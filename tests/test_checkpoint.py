@@ -201,6 +201,13 @@ def test_a_wrong_model_config_is_refused_before_memory_is_taken(state, tmp_path,
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
+def test_a_matrix_of_its_own_in_lm_head_is_not_overwritten_by_the_tied_one(state, tmp_path):
+    """From a changed model.py: its names and shapes are those of the tied model."""
+    state["model"]["lm_head.weight"] = state["model"]["lm_head.weight"] + 1
+    with pytest.raises(UserError, match=r"lm_head\.weight is not transformer\.wte\.weight"):
+        load_checkpoint(save_checkpoint(tmp_path, 1, state))
+
+
 # ---- which one
 def test_the_default_is_the_run_that_was_written_to_last(tmp_path, monkeypatch):
     """Never what a killed write left."""

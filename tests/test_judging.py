@@ -125,6 +125,29 @@ def test_fine_tuning_begins_with_the_weights(tuned, judged):
     assert losses(log_dir)[0] < 5  # where random weights have ln 384 = 5.95
 
 
+NO_WPE = """
+import pathlib, sys, types
+source = pathlib.Path(sys.path[0], "model.py").read_text(encoding="utf-8")
+for part in ('"wpe": nn.Embedding(config.block_size, config.n_embd),', " + self.transformer.wpe(position)"):
+    assert source.count(part) == 1
+    source = source.replace(part, "")
+model = sys.modules["model"] = types.ModuleType("model")
+exec(source, vars(model))
+"""
+
+
+def test_a_changed_model_without_wpe_trains_and_begins_with_its_own_weights(flags, tmp_path):
+    script = with_fault(tmp_path, NO_WPE)
+    flags |= {"max_steps": 2, "warmup_steps": 0}
+    train(flags, 1, script, log_dir=tmp_path / "one")
+    train(flags, 1, script, log_dir=tmp_path / "two", init_from=tmp_path / "one", block_size=32)
+    state = torch.load(tmp_path / "two" / "ckpt_0000002.pt")
+    assert "transformer.wpe.weight" not in state["model"] and state["model_config"]["block_size"] == 32
+    assert losses(tmp_path / "two")[0] < losses(tmp_path / "one")[0] - 0.3
+    done = attempt(flags, log_dir=tmp_path / "three", init_from=tmp_path / "one")  # with model.py as it is
+    assert done.returncode == 2 and "model.py" in done.stderr and "wpe" in done.stderr
+
+
 def test_a_fine_tuned_run_resumes_without_its_source(tuned, tmp_path):
     flags, log_dir, _ = tuned
     short = {**flags, "max_steps": 6, "log_dir": tmp_path / "log"}

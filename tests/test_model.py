@@ -44,6 +44,16 @@ def test_counts_of_run_a():
     assert model.flops_per_token(256) == 6 * 16_037_376 + 12 * 4 * 256 * 256
 
 
+def test_a_table_that_is_only_looked_up_costs_no_flops():
+    """In a changed model: without wpe, as with RoPE, and with an lm_head of its own."""
+    model = make_model()
+    flops = model.flops_per_token(16)
+    del model.transformer["wpe"]
+    assert model.flops_per_token(16) == flops
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    assert model.flops_per_token(16) == flops
+
+
 def copy_to_huggingface(model):
     """transformers' GPT2LMHeadModel with our weights: same names, matrices transposed."""
     transformers = pytest.importorskip("transformers")
