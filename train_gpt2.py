@@ -154,7 +154,7 @@ if init_from or eval_only:
     ranks.on_all(checkpoint.check_finite, initial["model"].items(), source)
     model_config = initial["model_config"]
     heads = model_config.get("heads")
-    shape = {key: value for key, value in model_config.items() if key in config and key != "dropout"}
+    shape = {key: model_config[key] for key in config if key in model_config and key != "dropout"}
     shape["block_size"] = min(block_size, shape["block_size"])  # positions can be left out, not invented
     screen.say("init: " + ", ".join(f"{key}={value}" for key, value in shape.items())
                + f" as in {source}, step {initial['step']}")

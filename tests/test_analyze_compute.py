@@ -288,11 +288,10 @@ def test_presets_fit_their_cards(gigabytes, monkeypatch):
     memory = count_memory(config, preset["batch_size"], 2, preset["loss_chunk"],
                           preset["activation_checkpointing"])
     assert memory.peak < memory.card < 0.9 * gigabytes * 2**30  # a desktop needs some of it
-    header = (ROOT / name).read_text(encoding="utf-8").replace("\n# ", " ")
-    stated = re.search(r"Computed .* a peak of ([\d,]+) MiB, .* ([\d,]+) of the card's ([\d,]+) MiB", header)
-    wanted = (memory.peak / 2**20, memory.card / 2**20, gigabytes * 1024)
-    assert [int(n.replace(",", "")) for n in stated.groups()] == [round(n) for n in wanted]
-    assert f" {preset['batch_size']} sequences and {preset['loss_chunk']:,} rows of logits at" in header
+    row = re.search(rf"^\| `{name}` \|(.*)\|$", (ROOT / "RESULTS.md").read_text(encoding="utf-8"), re.M)[1]
+    numbers = [int(n.replace(",", "")) for n in re.findall(r" ([\d,]+) (?=\||$)", row)]
+    peaks = (memory.peak / 2**20, memory.card / 2**20, gigabytes * 1024)
+    assert numbers == [preset["batch_size"], preset["loss_chunk"], *map(round, peaks)]
 
 
 # ---- run A

@@ -163,7 +163,7 @@ def test_a_fine_tuned_run_resumes_without_its_source(tuned, tmp_path):
 
 @pytest.mark.parametrize(("overrides", "words"), [
     ({"eval_only": "true"}, "not there"),
-    ({"init_from": "RUN", "tokenizer": "OTHER"}, "leave --tokenizer out"),
+    ({"init_from": "RUN", "tokenizer": "OTHER"}, "leave out --tokenizer"),
 ])
 def test_weights_that_do_not_fit(flags, judged, tmp_path, overrides, words):
     (tmp_path / "other.tiktoken").write_bytes(flags["tokenizer"].read_bytes() + b"YWI= 256\n")

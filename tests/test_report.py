@@ -331,7 +331,7 @@ def test_the_val_loss_is_the_runs_own(flags, tmp_path, byte_tokenizer):
     assert float(val["bits_per_byte"]) == pytest.approx(float(log["val_bpb"][12]), rel=1e-6)
     assert float(val["unigram"]) == pytest.approx(float(log["unigram"][0]), rel=1e-6)
     judged = attempt(flags, eval_only="true", log_dir=log_dir)
-    assert f"val loss {float(val['loss']):.4f} nats per token" in judged.stdout
+    assert f"val loss: {float(val['loss']):.4f} |" in judged.stdout
     assert f"on {int(val['n_tokens']):,} tokens" in judged.stdout
     gaps = [row["key"] for row in rows if row["kind"] == "log" and row["split"] == "gap"]
     assert gaps == ["0", "4", "8", "12"]
@@ -409,7 +409,7 @@ def test_mistakes_are_named(tmp_path, state, monkeypatch, tiny_data, byte_tokeni
     for flag in (("model_size", "124M"), ("log", "log.txt"), ("val_baseline", True)):
         refused("log, model_size and val_baseline are for figures of logs", flag)
     refused("out=a.csv: wanted a figure; type --out=FIGURE.png", ("out", "a.csv"))
-    refused("nosuch has no val shards", ("data_dir", "nosuch"))
+    refused("data_dir=nosuch is not there", ("data_dir", "nosuch"))
 
     def write_data(folder, sha256, n_val):
         files = [write_shard(folder / f"other_{split}_000000.npy", np.arange(n, dtype=np.uint16))
