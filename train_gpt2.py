@@ -362,7 +362,7 @@ if eval_only:
         ranks.on_all(val_stream.verify, rank, world_size)
     val_loss, val_bpb = evaluate_loss(n_val_windows)
     screen.say(f"step {initial['step']} | val loss: {val_loss:.4f} | bits per byte: {val_bpb:.4f} | "
-               f"{n_val_windows * T:,} tokens of {data_dir}")
+               f"on {n_val_windows * T:,} tokens of {data_dir}")
     if not math.isfinite(val_loss):
         ranks.fail(f"the val loss of {source} is not finite; try --dtype=float32, or an earlier checkpoint")
     if examples:
