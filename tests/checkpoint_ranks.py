@@ -57,7 +57,7 @@ def train(model, optimizers, first, last):
 
 
 def state_of(step, model, optimizers, **changed):
-    """All that train_gpt2.py writes; the tokenizer is only named."""
+    """As train_gpt2.py writes it, without a rank file."""
     return {"step": step, "train_loss": 1.5, "val_loss": None, "best": {"step": step, "val_loss": 2.5},
             **training_state(model, optimizers), "scaler": {},
             "guard": {"skipped": 0, "in_row": 0, "recent": [[1.5, float(step)]]},
@@ -69,11 +69,11 @@ def state_of(step, model, optimizers, **changed):
 
 
 def accept(values):
-    """Of a caller that has nothing against what it is shown."""
+    """The check of a caller that accepts any checkpoint."""
 
 
 def in_turn(action, *arguments):
-    """What action(*arguments) returns or raises, on one process at a time: it cannot wait for others."""
+    """What action(*arguments) returns or raises, on one process at a time: a collective would hang."""
     for turn in range(dist.get_world_size()):
         if turn == dist.get_rank():
             try:
@@ -85,7 +85,7 @@ def in_turn(action, *arguments):
 
 
 def resume(folder, source):
-    """Train 3 steps, or load them from `source`; save and spoil the weights; losses of 3 steps more."""
+    """Train 3 steps, or load them from `source`; save; the losses of 3 more steps."""
     model, optimizers = build(sharded=True, seed=0 if source == "-" else 1)
     if source == "-":
         train(model, optimizers, 0, 3)
@@ -115,7 +115,7 @@ def fail(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         writer.save(step, state_of(step, model, optimizers), None)
         if step == 2:
-            writer.save(step, state_of(step, model, optimizers), None)  # not a word in here
+            writer.save(step, state_of(step, model, optimizers), None)  # raises nothing
         seen.append(in_turn(writer.wait))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     everyone = [None] * dist.get_world_size()
@@ -133,4 +133,4 @@ if __name__ == "__main__":
             print(json.dumps(outcome), flush=True)
     dist.barrier()
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads outlive their group, and now and then abort a process that ends the long way
+    os._exit(0)  # gloo's threads outlive their group, and sometimes abort a process that exits normally

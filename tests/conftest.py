@@ -1,10 +1,14 @@
-"""Puts the scripts on the path and finds the shared data: unset, tests that need it skip; set, its absence
-fails."""
+"""Puts the scripts on the path, and makes the data and the runs that tests share.
+
+If GPT2_SHARED_DATA is not set, tests of real data are skipped; if it is, the data must be there.
+"""
 
 import base64
+import functools
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import sysconfig
@@ -13,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# two test files run at a time: with more threads they would wait for each other's at every small product
+# two test files run at a time: more threads than one each would wait for each other at every small product
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+pytest.register_assert_rewrite("training")
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +83,25 @@ def flags(base_flags):
 
 
 @pytest.fixture(scope="session")
+def shared_run(base_flags, tmp_path_factory):
+    """shared_run(**overrides): the log_dir of that run, made once for all tests; a test may change a copy."""
+    from training import train
+
+    @functools.cache
+    def run(**overrides):
+        log_dir = tmp_path_factory.mktemp("shared_run") / "log"
+        train(base_flags, log_dir=log_dir, **overrides)
+        return log_dir
+    return run
+
+
+@pytest.fixture
+def four_steps(shared_run, tmp_path):
+    """The log_dir of a run of 4 steps, for a test to change."""
+    return shutil.copytree(shared_run(max_steps=4), tmp_path / "four_steps")
+
+
+@pytest.fixture(scope="session")
 def questions(tmp_path_factory):
     """Thirty questions in HellaSwag's format."""
     words = "the a cat dog sat ran on under mat tree and then it was red".split()
@@ -104,7 +128,7 @@ def encoding():
 
 
 # the files whose tests start many processes: first, or the last of them would run alone at the end
-SLOWEST = ["train", "scale", "judging", "run_options", "stops", "checkpoint", "norm_study", "guard"]
+SLOWEST = ["train", "scale", "evaluation", "run_options", "stops", "checkpoint", "norm_study", "guard"]
 
 
 def pytest_collection_modifyitems(items):

@@ -55,13 +55,13 @@ def test_prompts_of_different_lengths_are_continued_as_alone(use_cache, norm_pos
 
 
 def test_rounding_hardly_ever_changes_what_top_p_draws():
-    """Of many ids of nearly equal probability; in the order of probability, a digit would swap neighbours."""
+    """Among ids of nearly equal probability: were they sorted, a rounding error would swap neighbours."""
     generator = torch.Generator().manual_seed(0)
     logits = 0.3 * torch.randn(1000, 5000, generator=generator)
     rounded = logits + 1e-5 * torch.randn(1000, 5000, generator=generator)
     one, other = (sample_token(some, 1.0, 0, 0.95, torch.Generator().manual_seed(1))
                   for some in (logits, rounded))
-    assert (one != other).float().mean() < 0.02  # in the order of probability 0.05
+    assert (one != other).float().mean() < 0.02  # sorted by probability: 0.05
 
 
 def test_logits_that_are_not_finite_are_an_error():
@@ -89,7 +89,7 @@ def test_the_logits_that_come_with_a_token_are_those_it_was_drawn_from():
 
 
 def test_ten_thousand_tokens_of_a_random_model_decode():
-    """GPT-2's vocabulary, 47 rows of padding, and a random model that likes all of them."""
+    """GPT-2's vocabulary, 47 rows of padding, and a random model to which all ids are likely."""
     tok = load_tokenizer()
     model = make_model(vocab_size=50304, n_vocab=tok.n_vocab, n_layer=1, n_embd=8)
     tokens = drawn(generate(model, torch.full((100, 1), tok.eot), 100, temperature=3.0, top_k=0))
@@ -118,7 +118,7 @@ def test_context_start_is_a_window_that_always_fits():
 def test_padding_ids_are_never_sampled():
     model = make_model(vocab_size=128, n_vocab=61)
     with torch.no_grad():
-        # padding rows that would win
+        # padding rows that would dominate the softmax
         model.transformer.wte.weight[61:] = 10.0 * model.transformer.wte.weight[:1]
         assert model(random_ids(1, 4)).shape == (1, 4, 61)
     tokens = torch.cat([token for token, _ in generate(model, random_ids(16, 2), 100, temperature=5.0)])

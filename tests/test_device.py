@@ -1,4 +1,4 @@
-"""The resolver of device, dtype and compile, on hardware that is there and hardware that is only claimed."""
+"""The resolver of device, dtype and compile, on this machine and on simulated ones."""
 
 import contextlib
 import os
@@ -16,8 +16,8 @@ import device as device_module
 from configurator import UserError
 from device import PEAK_TFLOPS, Device, peak_tflops, resolve_device
 
-# What torch and the system say on each machine. sm: compute capability; bf16: the flag of the CPU's
-# instructions; compiler: what torch.compile answers there, None where it works
+# What torch and the system report on each machine. sm: compute capability; bf16: the flag of the CPU's
+# instructions; compiler: the error of torch.compile there, None where it works
 NO_TRITON = "Cannot find a working triton installation.\nMore lines follow."
 NO_MSVC = "Compiler: cl is not found."
 MACHINES = {
@@ -78,7 +78,7 @@ ROWS = [line.split(maxsplit=3) for line in TABLE.strip().splitlines()[1:]]
 
 
 def fake_machine(monkeypatch, name, sm=0, hip=None, mps=False, bf16="", compiler=None, count=2):
-    """Make torch and the system say what they say on that machine; tensors for its GPU stay here. Returns two
+    """Make torch and the system report what they do on that machine; its tensors stay on the CPU. Returns two
     lists: the functions that torch.compile is called with, and the precisions set for float32 products."""
     precision = []
     if not name.startswith("linux"):
@@ -102,7 +102,7 @@ def fake_machine(monkeypatch, name, sm=0, hip=None, mps=False, bf16="", compiler
     monkeypatch.setattr(device_module.shutil, "which", lambda command: None)
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda n, device: ones(n))
-    # these are the process's settings: noted, not made
+    # settings of the process: recorded, not made
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     monkeypatch.setattr(device_module, "sdpa_kernel", lambda order, set_priority: contextlib.nullcontext())
@@ -153,7 +153,7 @@ def test_table_of_platforms(monkeypatch, capsys, machine, wanted, device, rest):
     (90, "auto", "CUDNN_ATTENTION"), (90, "flash", "FLASH_ATTENTION"), (80, "math", "MATH"),
     (80, "auto", None), (120, "auto", None)])
 def test_attention_and_memory_on_cuda(monkeypatch, sm, attention, first):
-    """The wanted kernel is tried first and all others after it; the user's own allocator settings stay."""
+    """The named kernel is tried first and all others after it; the user's own allocator settings stay."""
     orders = []
     fake_machine(monkeypatch, "linux", sm=sm)
     monkeypatch.setattr(device_module, "sdpa_kernel", lambda order, set_priority: orders.append(
@@ -169,15 +169,11 @@ def test_attention_and_memory_on_cuda(monkeypatch, sm, attention, first):
     assert resolve_device("cpu", attention=attention).type == "cpu" and not orders
 
 
-def test_only_the_first_process_prints(monkeypatch, capsys):
+def test_which_gpu(monkeypatch, capsys):
+    """Only the first process prints."""
     fake_machine(monkeypatch, "windows", sm=89, compiler=NO_TRITON)
-    dev = resolve_device("cuda", compile=True, local_rank=1)
+    dev = resolve_device("auto", compile=True, local_rank=1)
     assert dev.device == torch.device("cuda", 1) and not dev.compile and capsys.readouterr().out == ""
-
-
-def test_which_gpu(monkeypatch):
-    fake_machine(monkeypatch, "linux", sm=90)
-    assert resolve_device("auto", local_rank=1).device == torch.device("cuda", 1)
     assert resolve_device("cuda:0").device == torch.device("cuda", 0)
     with pytest.raises(UserError, match="GPU 5, but torch sees 2"):
         resolve_device("cuda:5")
@@ -244,14 +240,9 @@ def test_compile_works_here(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_to_device_keeps_values():
-    array = np.arange(6, dtype=np.int64).reshape(2, 3)
-    assert torch.equal(resolve_device("cpu").to_device(array), torch.arange(6).view(2, 3))
-
-
 @pytest.fixture
 def reproducible_again(monkeypatch):
-    """Undoes what a process normally keeps for good."""
+    """Undoes what a process otherwise keeps."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     with torch._inductor.config.patch(deterministic=False):
@@ -261,18 +252,15 @@ def reproducible_again(monkeypatch):
 
 
 def test_deterministic_sets_every_switch(reproducible_again):
+    resolve_device("cpu")
+    assert not torch.are_deterministic_algorithms_enabled() and not torch._inductor.config.deterministic
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     precision = torch.get_float32_matmul_precision()
     resolve_device("cpu", deterministic=True)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch._inductor.config.deterministic
     assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert torch.get_float32_matmul_precision() == precision
-
-
-def test_not_deterministic_unless_asked(reproducible_again):
-    resolve_device("cpu")
-    assert not torch.are_deterministic_algorithms_enabled() and not torch._inductor.config.deterministic
-    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 @pytest.mark.parametrize(("device", "dtype", "words"), [
@@ -312,10 +300,10 @@ def test_deterministic_gradients_on_cuda(compile):
     assert out.stdout.split() == ["True"], out.stdout + out.stderr
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_as_it_is():
-    dev = resolve_device("auto")
-    assert dev.type == "cuda" and dev.dtype != torch.float32
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])])
+def test_to_device_keeps_values(device):
+    dev = resolve_device("auto" if device == "cuda" else device)
+    assert dev.type == device and (device == "cpu" or dev.dtype != torch.float32)
     array = np.arange(6, dtype=np.int64).reshape(2, 3)
     assert torch.equal(dev.to_device(array).cpu(), torch.arange(6).view(2, 3))

@@ -1,4 +1,4 @@
-"""doctor.py: healthy machines pass, and every fault that is put in is found and named."""
+"""doctor.py: healthy machines pass, and every injected fault is found and named."""
 
 import re
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from training import ENVIRONMENT, PYTHON, ROOT, attempt, command, start_by_hand
+from training import ENVIRONMENT, PYTHON, ROOT, attempt, command, finish, start_by_hand
 
 import doctor
 from doctor import compare_ranks
@@ -50,8 +50,7 @@ def examine(folder, fault="", folders=None, absent=None, **settings):
     if fault == "hang":
         processes[0].wait(timeout=100)
         processes.pop(1).kill()
-    outputs = [process.communicate(timeout=100) for process in processes]
-    return [(process.returncode, *output) for process, output in zip(processes, outputs)]
+    return finish(processes)
 
 
 def alone(*flags):
@@ -95,7 +94,7 @@ def test_a_fault_on_rank_1_is_named(tmp_path, fault, words):
 
 
 def test_folders_that_are_not_shared(tmp_path):
-    """Two working directories, as on nodes that share no file system."""
+    """Two working directories, as on nodes without a shared file system."""
     for node, tokens in (("a", 1000), ("b", 999)):
         make_data(tmp_path / node / "data", tokens)
     (code, out, error), (code_1, _, _) = examine(tmp_path, folders=[tmp_path / "a", tmp_path / "b"],

@@ -1,4 +1,4 @@
-"""The sampling script: prompts, seeds, streaming, scoring a text, and what a wrong flag says."""
+"""The sampling script: prompts, seeds, streaming, scoring a text, and the errors of wrong flags."""
 
 import contextlib
 import io
@@ -106,8 +106,8 @@ def test_a_prompt_longer_than_the_context_sees_its_end_only(folder):
 
 
 def test_prompts_of_a_file_are_one_batch(folder):
-    """Greedy, each is continued as it is alone, whatever its length beside the others."""
-    lines = ["a", "abc\x0cdef\u2028ghi", "x" * 45]  # what Python, and nobody else, takes for ends of lines
+    """Each is continued greedily as it is alone, whatever the lengths of the others."""
+    lines = ["a", "abc\x0cdef\u2028ghi", "x" * 45]  # these end a line for str.splitlines only
     (folder / "prompts.txt").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode())
     flags = ["--temperature=0", "--num_samples=1", "--max_new_tokens=40"]
     out = samples(folder, "--prompts=prompts.txt", *flags)
@@ -117,17 +117,17 @@ def test_prompts_of_a_file_are_one_batch(folder):
         assert alone.split("\n", 1)[1] == part
 
 
-def save_speaker(folder, tok, text, end):
-    """A checkpoint of a model that says the bytes of `text`, by position, and EOT at position `end`."""
+def save_model_of(folder, tok, text, end):
+    """A checkpoint of a model that generates the bytes of `text`, by position, and EOT at position `end`."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=257, n_vocab=257, n_layer=1, n_head=1, n_embd=64))
-    said = [*text.encode()]
+    ids = [*text.encode()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         model.transformer.wte.weight.normal_()
         model.transformer.ln_f.weight.fill_(20.0)  # an id's logit is its similarity to the position's vector
-        for position, token in enumerate([*said[:end], tok.eot, *said[end:]]):
+        for position, token in enumerate([*ids[:end], tok.eot, *ids[end:]]):
             model.transformer.wpe.weight[position] = 100 * model.transformer.wte.weight[token]
     save_checkpoint(folder, 0, {
         "step": 0, "model": model.state_dict(), "model_config": describe_model(model),
@@ -135,8 +135,8 @@ def save_speaker(folder, tok, text, end):
 
 
 def test_it_stops_at_the_end_of_the_text(tmp_path, byte_tokenizer):
-    """A model that says a, the two bytes of é, EOT and then c: whole characters, and nothing after EOT."""
-    save_speaker(tmp_path, load_tokenizer(str(byte_tokenizer)), "aéc", 3)
+    """The model generates a, the two bytes of é, EOT, c: complete characters, and nothing after EOT."""
+    save_model_of(tmp_path, load_tokenizer(str(byte_tokenizer)), "aéc", 3)
     out = samples(tmp_path, f"--checkpoint={tmp_path}", "--temperature=0", "--max_new_tokens=10")
     assert out == "--- step 0, sample 1 of 2\naé\n--- sample 2 of 2\naé\n"
     out = samples(tmp_path, f"--checkpoint={tmp_path}", "--temperature=0", "--logprobs", "--num_samples=1")
@@ -152,7 +152,7 @@ def read_logprobs(out):
 
 
 def test_logprobs_are_the_models_own(folder):
-    """Not those after temperature and top_k: the sum over a sample is what --text and the model say of it."""
+    """Before temperature and top_k: their sum over a sample is its loss by --text and by the model."""
     out = samples(folder, "--prompt=", "--num_samples=2", "--logprobs", "--max_new_tokens=9", "--top_k=5",
                   "--checkpoint=log_b")
     model, _ = load_model(folder / "log_b")
@@ -167,7 +167,7 @@ def test_logprobs_are_the_models_own(folder):
 
 
 def slow_losses(model, ids, stride):
-    """Nats of ids[1:]: each token's window looked for, and its loss computed, one by one."""
+    """Nats of ids[1:]: the window of each token and its loss, one by one."""
     T, losses = model.config.block_size, []
     starts = sorted({*range(0, max(1, len(ids) - 1 - T), stride), max(0, len(ids) - 1 - T)})
     for target in range(1, len(ids)):
@@ -216,7 +216,7 @@ def load_rank_file(folder):
 
 def test_each_sample_ends_at_its_own_end_of_text(tmp_path, byte_tokenizer):
     """Two prompts, whose ends the same model of positions says two steps apart."""
-    save_speaker(tmp_path, load_tokenizer(str(byte_tokenizer)), "aabcd", 5)
+    save_model_of(tmp_path, load_tokenizer(str(byte_tokenizer)), "aabcd", 5)
     (tmp_path / "prompts.txt").write_text("x\nxyz\n", encoding="utf-8")
     for first, flags in enumerate(([], ["--logprobs"])):
         out = samples(tmp_path, f"--checkpoint={tmp_path}", "--temperature=0", "--prompts=prompts.txt",
@@ -262,13 +262,13 @@ def test_mistakes_are_named(folder, flags, words):
 
 @pytest.mark.parametrize("flag", ["--prompt=FILE:nosuch.txt", "--prompts=nosuch.txt", "--text=nosuch.txt"])
 def test_a_missing_file_is_named(folder, flag):
-    """configure's hook makes a line and exit code 2 of it."""
+    """configure's hook turns it into a line and exit code 2."""
     with pytest.raises(FileNotFoundError, match=r"nosuch\.txt"):
         run(folder, flag)
 
 
-def test_a_mark_in_front_of_a_text_is_no_part_of_it(folder, monkeypatch):
-    """Some editors write one; a prompt, a line of prompts and a text are the same with it as without."""
+def test_a_byte_order_mark_is_not_part_of_a_text(folder, monkeypatch):
+    """Some editors write one: a prompt, a line of prompts and a text are the same with and without it."""
     flags = ["--temperature=0", "--num_samples=1", "--max_new_tokens=5"]
     for name, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
         (folder / f"{name}.txt").write_bytes(mark + b"abc")

@@ -1,4 +1,4 @@
-"""The model against transformers' GPT-2, closed forms, and itself computed another way."""
+"""The model against transformers' GPT-2, closed forms, and other ways to compute the same."""
 
 import math
 
@@ -79,12 +79,12 @@ def test_logits_and_loss_equal_transformers():
         expected = theirs(idx, labels=idx)
         torch.testing.assert_close(model(idx), expected.logits[..., :61], atol=1e-5, rtol=1e-5)
         in_training = model.train()(idx[:, :-1], idx[:, 1:])
-        judged = model.eval()(idx[:, :-1], idx[:, 1:])
+        evaluated = model.eval()(idx[:, :-1], idx[:, 1:])
     torch.testing.assert_close(in_training, expected.loss, atol=1e-5, rtol=1e-5)
-    # judged without the padding ids, as it is after an export
+    # evaluated without the padding ids, as after an export
     without = F.cross_entropy(expected.logits[:, :-1, :61].reshape(-1, 61), idx[:, 1:].reshape(-1))
-    torch.testing.assert_close(judged, without, atol=1e-5, rtol=1e-5)
-    assert judged < in_training - 0.01
+    torch.testing.assert_close(evaluated, without, atol=1e-5, rtol=1e-5)
+    assert evaluated < in_training - 0.01
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
@@ -199,7 +199,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_layers_may_have_fewer_heads():
-    """A head whose columns in c_proj are 0 says nothing: left out, the logits are the same, cached or not."""
+    """A head whose columns in c_proj are 0 adds nothing: without it the logits are equal, cached or not."""
     dense, pruned = make_model(), make_model(heads=(2, 0, 1), seed=1)
     for parameter in (*dense.parameters(), *pruned.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)
@@ -229,7 +229,7 @@ def test_layers_may_have_fewer_heads():
 
 
 def test_rows_may_share_a_prefix():
-    """A mask and positions of the caller's: two continuations behind one context, in one row."""
+    """With the caller's mask and positions: two continuations of one context in one row."""
     model, idx = make_model(), random_ids(1, 13)
     context, one, two = idx[:, :5], idx[:, 5:8], idx[:, 8:]
     segment = torch.tensor([0] * 5 + [1] * 3 + [2] * 5)

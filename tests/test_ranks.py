@@ -1,4 +1,4 @@
-"""Processes that do not find each other, that differ, that fail alone, that are left behind."""
+"""Processes that do not find each other, that differ, that fail alone, that lose their launcher."""
 
 import os
 import re
@@ -15,9 +15,12 @@ from training import (
     attempt,
     command,
     fault,
+    finish,
     free_port,
     losses,
-    start_by_hand,
+    on_forward,
+    run_by_hand,
+    start_rank,
     train,
     with_fault,
 )
@@ -28,16 +31,6 @@ from files import locked
 from ranks import Ranks, by_value, name_ranks
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
-
-
-def ends_of(processes):
-    """[(exit code, stdout, stderr)] of processes of one group, none of which may hang."""
-    try:
-        texts = [process.communicate(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *text) for process, text in zip(processes, texts)]
 
 
 # ---- the environment -------------------------------------------------------------
@@ -67,29 +60,24 @@ def test_an_environment_that_makes_no_sense(monkeypatch, environment, words):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_peer_that_does_not_come(flags, tmp_path, rank):
-    """A closed port for rank 1, a missing process for rank 0: a line says who is missing, then it ends."""
+    """A closed port for rank 1, a missing process for rank 0: a line names the missing one, then it exits."""
     script = with_fault(tmp_path, "import ranks\nranks.NOTE_SECONDS, ranks.LIMIT_SECONDS = 0.2, 3")
     port = free_port()
-    done = subprocess.run(
-        command(flags, 1, script, log_dir=tmp_path / "log"), capture_output=True, text=True, timeout=200,
-        env={**ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": str(port),
-             "MASTER_ADDR": "127.0.0.1"})
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    whom = f"for rank {1 - rank} at 127.0.0.1:{port}"
-    assert re.search(rf"rank {rank} on \S+ is waiting {whom}\n", done.stderr), done.stderr
-    assert re.search(rf"error: rank {rank} on \S+ waited 3 s {whom}; start all 2 processes", done.stderr)
+    process = start_rank(command(flags, 1, script, log_dir=tmp_path / "log"), rank, 2, port)
+    (returncode, _, err), = finish([process])
+    assert returncode == 2 and "Traceback" not in err, err
+    peer = f"for rank {1 - rank} at 127.0.0.1:{port}"
+    assert re.search(rf"rank {rank} on \S+ is waiting {peer}\n", err), err
+    assert re.search(rf"error: rank {rank} on \S+ waited 3 s {peer}; start all 2 processes", err), err
 
 
 def test_a_signal_while_waiting_for_the_others(flags, tmp_path):
     script = with_fault(tmp_path, "import ranks\nranks.NOTE_SECONDS = 0.2")
-    process = subprocess.Popen(
-        command(flags, 1, script, log_dir=tmp_path / "log"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**ENVIRONMENT, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
-                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
+    process = start_rank(command(flags, 1, script, log_dir=tmp_path / "log"), 0, 2, free_port())
     assert any("is waiting for" in line for line in process.stderr)
     process.terminate()
-    (_, _, err), = ends_of([process])
-    assert process.returncode == 0 and "stopped by SIGTERM before the first step" in err
+    (returncode, _, err), = finish([process])
+    assert returncode == 0 and "stopped by SIGTERM before the first step" in err
 
 
 def test_names_of_ranks():
@@ -102,7 +90,7 @@ def test_names_of_ranks():
 
 
 def test_settings_and_code_must_be_the_same(flags, tmp_path):
-    """Rank 1 has another max_lr, and another model.py: both are named, and nobody trains."""
+    """Rank 1 has another max_lr and another model.py: both are named, and neither trains."""
     repository = tmp_path / "other"
     repository.mkdir()
     for path in ROOT.glob("*.py"):
@@ -111,7 +99,7 @@ def test_settings_and_code_must_be_the_same(flags, tmp_path):
         file.write("# changed\n")
     flags |= {"log_dir": tmp_path / "log"}
     script = repository / "train_gpt2.py"
-    ends = ends_of(start_by_hand([command(flags), command(flags, 1, script, max_lr=2e-2)]))
+    ends = run_by_hand([command(flags), command(flags, 1, script, max_lr=2e-2)])
     for returncode, _, stderr in ends:
         assert returncode == 2, stderr
         assert "max_lr is 0.01 on rank 0, but 0.02 on rank 1; model.py is" in stderr, stderr
@@ -122,7 +110,7 @@ def test_settings_and_code_must_be_the_same(flags, tmp_path):
 def test_a_weight_that_changes_on_one_rank_ends_the_run(flags, tmp_path):
     """As a memory error on one card would: found at the next validation, before anything is saved."""
     script = fault(tmp_path, 2 * 6 + 1, "self.transformer.h[1].mlp.c_fc.weight.data[3, 5] += 1e-6", rank=1)
-    ends = ends_of(start_by_hand([command(flags, 1, script, log_dir=tmp_path / "log")] * 2))
+    ends = run_by_hand([command(flags, 1, script, log_dir=tmp_path / "log")] * 2)
     newest = tmp_path / "log" / "ckpt_0000004.pt"
     for returncode, _, stderr in ends:
         assert returncode == 2 and "at step 8 the weights of rank 1 of 2 differ" in stderr, stderr
@@ -174,13 +162,13 @@ def test_what_fails_on_one_process_ends_all(flags, tmp_path, breaks, words):
     script = with_fault(tmp_path, breaks)
     flags |= {"log_dir": tmp_path / "log", "sample_interval": 3, "max_new_tokens": 4, "max_steps": 40,
               "checkpoint_interval": 0, "val_interval": 0}
-    ends = ends_of(start_by_hand([command(flags, 1, script)] * 2))
+    ends = run_by_hand([command(flags, 1, script)] * 2)
     assert [returncode for returncode, _, _ in ends] == [2, 2], ends
     assert all(words in stderr for _, _, stderr in ends), ends
     assert all("Traceback" not in stderr for _, _, stderr in ends), ends
 
 
-# ---- who says it, under torchrun ----------------------------------------------------
+# ---- which process reports it, under torchrun ----------------------------------------------------
 
 SCRIPT = """
 import os, signal, sys, torch
@@ -205,35 +193,28 @@ ranks.on_all({{"on all": fail, "on rank 1": fail_on_rank_1}}[case])
 """
 
 
-@pytest.mark.parametrize(("case", "restarts", "said"), [
+@pytest.mark.parametrize(("case", "restarts", "message"), [
     ("before they meet", 0, "no such model"),
     ("on rank 1 before they meet", 0, "no such model"),
     ("on all", 2, "no such model"),
     ("on rank 1", 0, "rank 1: /nowhere/shard: No such file or directory; name another path, or fix this one"),
 ])
-def test_one_process_speaks_and_torchrun_repeats_it(tmp_path, case, restarts, said):
-    """At the end of the screen; a mistake is not tried again."""
+def test_one_process_reports_a_mistake_and_torchrun_repeats_it(tmp_path, case, restarts, message):
+    """In the last lines; a mistake is not tried again."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=str(ROOT)), encoding="utf-8")
     done = attempt({"case": case}, 2, script, [f"--max-restarts={restarts}"],
                    python=sys.executable if restarts else PYTHON)
     lines = done.stderr.splitlines()
-    assert done.returncode == 1 and lines.count(f"error: {said}") == 1, done.stderr
-    assert "Traceback" not in done.stderr.partition(f"error: {said}")[0], done.stderr
+    assert done.returncode == 1 and lines.count(f"error: {message}") == 1, done.stderr
+    assert "Traceback" not in done.stderr.partition(f"error: {message}")[0], done.stderr
     if restarts == 0:
-        assert lines[-2] == f"  traceback : error: {said}", done.stderr
+        assert lines[-2] == f"  traceback : error: {message}", done.stderr
 
 
 # ---- two runs in one folder ------------------------------------------------------
 
-SLOW = """
-import time, model
-forward = model.GPT.forward
-def slow(*args, **kwargs):
-    time.sleep(0.05)
-    return forward(*args, **kwargs)
-model.GPT.forward = slow
-"""
+SLOW = "time.sleep(0.05)"
 
 
 def wait_for(condition, seconds=120):
@@ -249,7 +230,7 @@ def has_steps(log_dir, count):
 
 
 def test_locked(tmp_path, capfd, monkeypatch):
-    """For other processes, while the block lives; gone with its process, kill -9 included."""
+    """For other processes, while the block runs; released with its process, kill -9 included."""
     hold = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from files import locked\n"
             f"with locked({str(tmp_path)!r}, 'run'):\n    print('held', flush=True); time.sleep(600)")
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
@@ -274,7 +255,7 @@ def test_locked(tmp_path, capfd, monkeypatch):
 
 def test_a_second_run_in_a_folder_is_refused_while_the_first_lives(flags, tmp_path):
     flags |= {"log_dir": tmp_path / "log", "max_steps": 100_000}
-    script = with_fault(tmp_path, SLOW)
+    script = on_forward(tmp_path, SLOW)
     first = subprocess.Popen(command(flags, 1, script, python=sys.executable), stdout=subprocess.DEVNULL,
                              env=ENVIRONMENT)
     try:
@@ -285,18 +266,18 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_lives(flags, tmp_pa
     finally:
         first.kill()
         first.wait()
-    steps = len(losses(tmp_path / "log"))  # which finds a step that is there twice
+    steps = len(losses(tmp_path / "log"))  # which fails if a step is there twice
     train(flags, resume="true", max_steps=steps + 8)
     assert len(losses(tmp_path / "log")) == steps + 8
 
 
 def test_workers_of_a_killed_torchrun_end_by_themselves(flags, tmp_path):
-    """They save, as on SIGTERM, and a new start goes on where they ended."""
+    """They save, as on SIGTERM, and a new start continues from there."""
     flags |= {"log_dir": tmp_path / "log", "max_steps": 100_000, "checkpoint_interval": 0, "val_interval": 0}
     out = tmp_path / "out.txt"
     with open(out, "w", encoding="utf-8") as file:
         torchrun = subprocess.Popen(
-            command(flags, 2, with_fault(tmp_path, SLOW), python=sys.executable), stdout=file, stderr=file,
+            command(flags, 2, on_forward(tmp_path, SLOW), python=sys.executable), stdout=file, stderr=file,
             env={**ENVIRONMENT, "PYTHON_EXEC": sys.executable})
         wait_for(lambda: has_steps(tmp_path / "log", 3))
         torchrun.kill()
@@ -306,22 +287,3 @@ def test_workers_of_a_killed_torchrun_end_by_themselves(flags, tmp_path):
     assert len(losses(tmp_path / "log")) == step
     train(flags, resume="true", max_steps=step + 2)
     assert len(losses(tmp_path / "log")) == step + 2
-
-
-# ---- fsdp ------------------------------------------------------------------------
-
-
-def test_fsdp_shards_on_the_device_that_was_asked_for(flags, tmp_path):
-    """Without a mesh, fully_shard takes the accelerator of the machine, also for --device=cpu."""
-    gpu = """
-        import torch
-        import torch.distributed.fsdp as fsdp
-        shard = fsdp.fully_shard
-        def checked(module, *, mesh, **options):
-            assert mesh.device_type == "cpu"
-            return shard(module, mesh=mesh, **options)
-        fsdp.fully_shard = checked
-    """
-    train(flags, 2, with_fault(tmp_path, gpu), log_dir=tmp_path / "log", parallel="fsdp", max_steps=2,
-          warmup_steps=1)
-    assert load_checkpoint(tmp_path / "log")["step"] == 2

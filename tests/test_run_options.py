@@ -1,46 +1,51 @@
-"""What a run can be asked for beside training: to be tried first, to be watched, to repeat itself exactly."""
+"""Options of a run: a dry run, memory savers, trackers, exact repetition; and what stops it at the start."""
 
 import json
 import os
 import re
 import subprocess
-import sys
 import termios
-import time
 
 import pytest
-from training import ENVIRONMENT, attempt, command, fault, losses, read_log, train, with_fault
+from training import (
+    ENVIRONMENT,
+    assert_same_run,
+    attempt,
+    command,
+    losses,
+    on_forward,
+    read_log,
+    snapshot,
+    train,
+    with_fault,
+)
 
-from checkpoint import list_checkpoints
 
-
-def test_deterministic_runs_have_identical_logs(flags, tmp_path):
+def test_deterministic_runs_have_identical_logs(flags, tmp_path, shared_run):
     logs = []
     for name in "ab":
         train(flags, log_dir=tmp_path / name, deterministic="true", checkpoint_interval=0)
         logs.append((tmp_path / name / "log.txt").read_bytes())
     assert logs[0] == logs[1] and b"train" in logs[0]
-    train(flags, log_dir=tmp_path / "c", checkpoint_interval=0)
-    plain = read_log(tmp_path / "c", "train", "tok_s")
+    plain = read_log(shared_run(), "train", "tok_s")
     assert plain["train"] == read_log(tmp_path / "a", "train")["train"] and len(plain["tok_s"]) == 12
 
 
-def test_dry_run_measures_and_writes_nothing(flags, tmp_path):
-    before = train(flags, log_dir=tmp_path / "log", max_steps=4)
-    listing = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "log").iterdir())
-    out = train(flags, log_dir=tmp_path / "log", max_steps=7200, dry_run="true")  # beside an existing run
-    assert listing == sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "log").iterdir())
+def test_dry_run_measures_and_writes_nothing(flags, tmp_path, shared_run):
+    log_dir = shared_run()
+    listing = snapshot(log_dir)
+    out = train(flags, log_dir=log_dir, max_steps=7200, dry_run="true")  # beside an existing run
+    assert listing == snapshot(log_dir)
     steps = re.findall(r"^step (\d+) \| loss: ([\d.]+)", out, re.M)
     assert [int(step) for step, _ in steps] == [0, 1]
-    assert steps == re.findall(r"^step (\d+) \| loss: ([\d.]+)", before, re.M)[:2], "the steps are real ones"
+    assert [loss for _, loss in steps] == [f"{loss:.6f}" for loss in losses(log_dir)[:2]], "not real steps"
     needs, of, with_val = map(float, re.search(
         r"training needs ([\d.]+) GB of the ([\d.]+) GB of .+, with validation ([\d.]+) GB;", out).groups())
     assert 0.1 < needs <= with_val < of
     tok_s, hours, minutes, seconds = (int(number.replace(",", "")) for number in re.search(
         r"([\d,]+) tok/s: 7,200 steps of 512 tokens take (\d+):(\d\d):(\d\d)", out).groups())
     assert 3600 * hours + 60 * minutes + seconds == pytest.approx(7200 * 512 / tok_s, rel=0.01)
-    assert not (tmp_path / "other").exists()
-    # nothing is asked for that two steps do not need
+    # nothing is required that two steps do not need
     train(flags, log_dir=tmp_path / "other", dry_run="true", hellaswag_interval=1, hellaswag_data="nosuch")
     assert not (tmp_path / "other").exists()
 
@@ -49,44 +54,32 @@ def test_dry_run_measures_and_writes_nothing(flags, tmp_path):
     'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")',
     'RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can\'t allocate memory")',
 ])
-def test_out_of_memory_is_answered_with_the_flag(flags, tmp_path, error):
-    fault = f"""
-        import torch, model
-        forward = model.GPT.forward
-        def full(self, idx, *args, **kwargs):
-            if idx.size(0) > 1 and self.training and torch.is_grad_enabled():
-                raise {error}
-            return forward(self, idx, *args, **kwargs)
-        model.GPT.forward = full
-    """
-    script = with_fault(tmp_path, fault)
+def test_out_of_memory_is_answered_with_the_flag(flags, tmp_path, shared_run, error):
+    script = on_forward(tmp_path, f"""
+        if args[0].size(0) > 1 and self.training and torch.is_grad_enabled():
+            raise {error}""")
     done = attempt(flags, 1, script, log_dir=tmp_path / "log")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     flag = re.search(r"type (--batch_size=1) \(same tokens per step; now 2\)", done.stderr)[1]
     assert "--loss_chunk=16" in done.stderr and "--activation_checkpointing" in done.stderr
-    # what it says works, in the same folder, as no step was made; and the run is the same
+    # the flag works, in the same folder, as no step was made; and the run is the same
     train({**flags, **dict([flag[2:].split("=")])}, 1, script, log_dir=tmp_path / "log", dropout=0)
-    train(flags, log_dir=tmp_path / "whole", dropout=0)
-    assert losses(tmp_path / "log") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert_same_run(tmp_path / "log", shared_run(dropout=0))
 
 
-def test_a_model_that_does_not_fit_is_told_before_the_first_step(flags, tmp_path):
-    """Just where --dry_run is asked whether it does."""
+def test_a_model_that_does_not_fit_is_refused_before_the_first_step(flags, tmp_path):
+    """By --dry_run too, which is there to find out."""
     done = attempt(flags, log_dir=tmp_path / "log", dry_run="true", n_embd=10**8)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "out of memory on" in done.stderr and "--n_embd than 100000000" in done.stderr
 
 
-def test_memory_savers_change_no_number(flags, tmp_path):
-    train(flags, log_dir=tmp_path / "plain")
-    train(flags, log_dir=tmp_path / "savers", activation_checkpointing="true", loss_chunk=50)
-    for stream in ("train", "norm", "val"):
-        one, other = ([float(v) for v in read_log(tmp_path / name, stream)[stream].values()]
-                      for name in ("plain", "savers"))
-        assert one == pytest.approx(other, rel=1e-5), stream
+def test_memory_savers_change_no_number(flags, tmp_path, shared_run):
+    train(flags, log_dir=tmp_path, activation_checkpointing="true", loss_chunk=50)
+    assert_same_run(tmp_path, shared_run())
 
 
-def test_a_device_that_leaks_the_future_is_found_out(flags, tmp_path):
+def test_a_device_whose_attention_leaks_the_future_is_refused(flags, tmp_path, shared_run):
     """Causal attention without the mask: nothing is trained. With --attention=plain the run is that of a
     healthy device, unless that leaks as well."""
     leak = """
@@ -101,28 +94,24 @@ def test_a_device_that_leaks_the_future_is_found_out(flags, tmp_path):
     assert done.returncode == 2 and "numbers: type --attention=plain" in done.stderr, done.stderr
     assert not (tmp_path / "leak").exists()
     train(flags, 1, script, log_dir=tmp_path / "leak", dropout=0, attention="plain")
-    train(flags, log_dir=tmp_path / "healthy", dropout=0)
-    assert losses(tmp_path / "leak") == pytest.approx(losses(tmp_path / "healthy"), rel=1e-5)
+    assert_same_run(tmp_path / "leak", shared_run(dropout=0))
     worse = leak + "    import kernels\n        kernels.plain_attention = leaky\n"
     done = attempt(flags, 1, with_fault(tmp_path, worse), log_dir=tmp_path / "worse", attention="plain")
     assert done.returncode == 2 and "computes wrong numbers" in done.stderr
     assert not (tmp_path / "worse").exists()
 
 
-def test_a_graph_compiled_late_is_told(flags, tmp_path):
-    """By torch's own count of graphs, which goes up in step 2 here."""
-    count = "__import__('torch')._dynamo.utils.counters['stats']['unique_graphs'] += 1"
-    out = train(flags, 1, fault(tmp_path, 2 * 4 + 2, count), log_dir=tmp_path / "log", max_steps=4)
-    assert re.findall(r"^step (\d) \| recompiled: 1 graphs, 0 before", out, re.M) == ["2"]
-
-
-def test_the_time_left_does_not_count_the_first_step(flags, tmp_path):
-    """Which compiles, or here sleeps 8 s: counted, the 10 steps after step 1 would take 40 s."""
-    script = fault(tmp_path, 1, "time.sleep(8)")
+def test_a_slow_first_step_and_a_late_compilation(flags, tmp_path):
+    """The first step sleeps 8 s, as if it compiled: counted in the time left, the 10 steps after step 1 would
+    take 40 s. In step 2 torch's count of graphs goes up, which is reported."""
+    script = on_forward(tmp_path, """
+        time.sleep(8 * (self.training and calls == 1))
+        if self.training and calls == 2 * 4 + 2:
+            torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1""")
     out = train(flags, 1, script, log_dir=tmp_path / "log", val_interval=0)
-    left = re.findall(r"^step 1 .* eta: (\d+):(\d+):(\d+)$", out, re.M)
-    hours, minutes, seconds = map(int, left[0])
-    assert 3600 * hours + 60 * minutes + seconds < 35
+    (hours, minutes, seconds), = re.findall(r"^step 1 .* eta: (\d+):(\d+):(\d+)$", out, re.M)
+    assert 3600 * int(hours) + 60 * int(minutes) + int(seconds) < 35
+    assert re.findall(r"^step (\d+) \| recompiled: 1 graphs, 0 before", out, re.M) == ["2"]
 
 
 def test_a_wrong_initialisation_stops_at_the_first_step(flags, tmp_path):
@@ -138,22 +127,8 @@ def test_a_wrong_initialisation_stops_at_the_first_step(flags, tmp_path):
     done = attempt(flags, 1, with_fault(tmp_path, wide), log_dir=tmp_path / "log")
     assert done.returncode == 2 and "wanted about 5.96, ln(384)" in done.stderr
     train(flags, log_dir=tmp_path / "log", max_steps=4)  # fixed, it starts there: no step was made
-    # a researcher may want it
+    # it may be on purpose
     train(flags, 1, with_fault(tmp_path, wide), log_dir=tmp_path / "wide", first_loss_check="false")
-
-
-def test_tensorboard_goes_on_in_the_same_run(flags, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    flags |= {"log_dir": tmp_path, "tensorboard": "true"}
-    train(flags, max_steps=12, max_hours=1e-9)
-    train(flags, max_steps=12, resume="true")
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    log = read_log(tmp_path, "train", "val", "lr")
-    for stream in log:
-        scalars = {event.step: event.value for event in events.Scalars(stream)}
-        assert scalars == pytest.approx({step: float(v) for step, v in log[stream].items()}, rel=1e-6), stream
 
 
 WANDB = """
@@ -173,12 +148,15 @@ def init(**settings):
 """
 
 
-def test_wandb_goes_on_in_the_same_run(flags, tmp_path, monkeypatch):
-    """Against a stand-in of the package: it needs an account, or a server of its own."""
+def test_trackers_continue_in_the_same_run(flags, tmp_path, monkeypatch):
+    """W&B is a stand-in for the package, which needs an account or a server."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     (tmp_path / "stand_in").mkdir()
     (tmp_path / "stand_in" / "wandb.py").write_text(WANDB.format(path=tmp_path / "calls"), encoding="utf-8")
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path / "stand_in"))
-    flags |= {"log_dir": tmp_path / "log", "wandb": "true"}
+    flags |= {"log_dir": tmp_path / "log", "wandb": "true", "tensorboard": "true"}
     train(flags, max_hours=1e-9)
     train(flags, resume="true")
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text(encoding="utf-8").splitlines()]
@@ -186,6 +164,12 @@ def test_wandb_goes_on_in_the_same_run(flags, tmp_path, monkeypatch):
     assert len(starts) == 2 and starts[0] == starts[1] and starts[0][1] == "allow"
     train_losses = {call["step"]: call["train"] for call in calls if "train" in call}
     assert list(train_losses.values()) == pytest.approx(losses(tmp_path / "log"), rel=1e-6)
+    events = EventAccumulator(str(tmp_path / "log" / "tensorboard"))
+    events.Reload()
+    log = read_log(tmp_path / "log", "train", "val", "lr")
+    for stream in log:
+        scalars = {event.step: event.value for event in events.Scalars(stream)}
+        assert scalars == pytest.approx({step: float(v) for step, v in log[stream].items()}, rel=1e-6), stream
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
@@ -204,7 +188,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(flags, tm
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
 def test_a_bar_in_a_terminal(flags, tmp_path):
-    """In a terminal: a bar over the whole run with what is left of it, and other lines above it."""
+    """With the time left of the run, and other lines above it."""
     ours, theirs = os.openpty()
     termios.tcsetwinsize(ours, (24, 120))
     process = subprocess.Popen(command(flags, log_dir=tmp_path / "log"), stdout=theirs, stderr=theirs,
@@ -221,30 +205,3 @@ def test_a_bar_in_a_terminal(flags, tmp_path):
     assert re.search(r"100%\|.*\| 12/12 steps, 0:00:00 left, loss \d", screen), screen
     assert "loss " in screen and "step 3 | loss" not in screen and "step 8 | val loss" in screen
     assert len(read_log(tmp_path / "log", "train")["train"]) == 12
-
-
-def test_saving_does_not_stop_the_training(flags, tmp_path):
-    """A disk that takes seconds for a checkpoint: steps go on meanwhile; a kill then leaves nothing half."""
-    slow = """
-        import time, checkpoint
-        save = checkpoint.torch.save
-        def crawl(*args, **kwargs):
-            time.sleep(20)
-            return save(*args, **kwargs)
-        checkpoint.torch.save = crawl
-    """
-    script = with_fault(tmp_path, slow)
-    flags |= {"log_dir": tmp_path / "log", "max_steps": 400, "checkpoint_interval": 200, "val_interval": 0}
-    process = subprocess.Popen(command(flags, 1, script, python=sys.executable), stdout=subprocess.PIPE,
-                               text=True, env=ENVIRONMENT)
-    saved_at = None
-    for line in process.stdout:
-        if line.startswith("step 200 | val"):
-            saved_at = time.perf_counter()
-        if line.startswith("step 230 | loss"):
-            break
-    assert not list_checkpoints(tmp_path / "log"), "30 steps were made while the checkpoint was being written"
-    process.kill()
-    process.wait()
-    assert saved_at is not None and not list_checkpoints(tmp_path / "log")
-    assert "starting at step 0" in train(flags, resume="true", max_steps=4)

@@ -15,16 +15,19 @@ import pytest
 from training import (
     ENVIRONMENT,
     ROOT,
+    STREAMS,
     arguments,
+    assert_same_run,
     attempt,
     command,
     fault,
     free_port,
     losses,
+    on_forward,
     read_log,
+    run_by_hand,
     signal_self,
     snapshot,
-    start_by_hand,
     train,
     with_fault,
 )
@@ -32,22 +35,13 @@ from training import (
 from checkpoint import list_checkpoints, load_checkpoint
 from shards import write_shard
 
-STREAMS = ("train", "val", "val_bpb", "lr", "norm")
 
-
-@pytest.fixture(scope="module")
-def straight(base_flags, tmp_path_factory):
-    """The log of the run that is never stopped."""
-    log_dir = tmp_path_factory.mktemp("straight") / "log"
-    train(base_flags, log_dir=log_dir, max_steps=20)
-    return log_dir
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_finishes_the_step_and_saves(flags, tmp_path, straight, name):
-    """In the middle of step 5; and in the step before one at which the run validates and saves anyway."""
+@pytest.mark.parametrize(("name", "times"), [("SIGTERM", 2), ("SIGINT", 1)])
+def test_a_signal_finishes_the_step_and_saves(flags, tmp_path, shared_run, name, times):
+    """In the middle of step 5, where a second SIGTERM changes nothing; and once in the step before one at
+    which the run validates and saves anyway."""
     flags |= {"log_dir": tmp_path / "log", "max_steps": 20}
-    done = attempt(flags, 1, fault(tmp_path, 5 * 4 + 2, signal_self(name)))
+    done = attempt(flags, 1, fault(tmp_path, 5 * 4 + 2, "; ".join([signal_self(name)] * times)))
     assert f"\n{name}: finishing step 5, then saving\n" in done.stderr and done.returncode == 0
     assert f"stopped by {name}: step 6," in done.stdout and "continue with --resume" in done.stdout
     assert list_checkpoints(tmp_path / "log")[-1].name == "ckpt_0000006.pt"
@@ -56,33 +50,27 @@ def test_a_signal_finishes_the_step_and_saves(flags, tmp_path, straight, name):
     state = load_checkpoint(tmp_path / "log")
     assert state["step"] == 8 and state["val_loss"] is None
     train(flags, resume="true")
-    assert read_log(tmp_path / "log", *STREAMS) == read_log(straight, *STREAMS)
-    one, two = load_checkpoint(straight), load_checkpoint(tmp_path / "log")
+    assert read_log(tmp_path / "log", *STREAMS) == read_log(shared_run(max_steps=20), *STREAMS)
+    one, two = load_checkpoint(shared_run(max_steps=20)), load_checkpoint(tmp_path / "log")
     assert one["best"] == two["best"] and one["guard"] == two["guard"]
 
 
-def test_a_second_sigterm_changes_nothing(flags, tmp_path):
-    script = fault(tmp_path, 22, f"{signal_self('SIGTERM')}; {signal_self('SIGTERM')}")
-    assert "stopped by SIGTERM: step 6," in train(flags, 1, script, log_dir=tmp_path / "log")
-    assert list_checkpoints(tmp_path / "log")[-1].name == "ckpt_0000006.pt"
-
-
-def test_sigterm_before_the_first_step(flags, tmp_path):
-    """While the model is made, in the second start: it says so, ends with 0, and the run is as it was."""
-    train(flags, log_dir=tmp_path / "log", max_steps=4)
-    before = snapshot(tmp_path / "log")
+def test_sigterm_before_the_first_step(flags, tmp_path, shared_run):
+    """While a resumed run makes its model: it says so and exits with 0, and nothing has changed."""
+    log_dir = shared_run(max_steps=4)
+    before = snapshot(log_dir)
     early = f"""
         import signal, model
         init = model.GPT.__init__
-        def told(self, config):
+        def signalled(self, config):
             {signal_self("SIGTERM")}
             init(self, config)
-        model.GPT.__init__ = told
+        model.GPT.__init__ = signalled
     """
-    done = attempt(flags, 1, with_fault(tmp_path, early), log_dir=tmp_path / "log", resume="true")
+    done = attempt(flags, 1, with_fault(tmp_path, early), log_dir=log_dir, resume="true")
     assert done.returncode == 0 and "stopped by SIGTERM before the first step" in done.stderr
     assert "step 4" not in done.stdout
-    assert snapshot(tmp_path / "log") == before
+    assert snapshot(log_dir) == before
 
 
 def test_a_second_interrupt_ends_at_once(flags, tmp_path):
@@ -92,48 +80,53 @@ def test_a_second_interrupt_ends_at_once(flags, tmp_path):
     assert list_checkpoints(tmp_path / "log")[-1].name == "ckpt_0000004.pt"
 
 
-def test_max_hours(flags, tmp_path, straight):
+def test_max_hours(flags, tmp_path, shared_run):
     flags |= {"log_dir": tmp_path / "log", "max_steps": 20}
     assert "stopped by --max_hours: step 1," in train(flags, max_hours=1e-6)
     assert "stopped by --max_hours: step 2," in train(flags, max_hours=1e-6, resume="true")
     train(flags, max_hours=100, resume="true")
-    assert read_log(tmp_path / "log", *STREAMS) == read_log(straight, *STREAMS)
+    assert read_log(tmp_path / "log", *STREAMS) == read_log(shared_run(max_steps=20), *STREAMS)
 
 
 def test_one_signalled_process_stops_all(flags, tmp_path):
-    """Only rank 1 is told; both finish the same step and exit with 0."""
+    """Rank 1 gets it; both finish the same step and exit with 0."""
     script = fault(tmp_path, 2 * 5 + 1, signal_self("SIGTERM"), rank=1)
-    processes = start_by_hand([command(flags, 1, script, log_dir=tmp_path / "log")] * 2)
-    outs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outs
-    assert "stopped by a signal to another process: step 6," in outs[0][0]
+    ends = run_by_hand([command(flags, 1, script, log_dir=tmp_path / "log")] * 2)
+    assert [returncode for returncode, _, _ in ends] == [0, 0], ends
+    assert "stopped by a signal to another process: step 6," in ends[0][1]
     assert list_checkpoints(tmp_path / "log")[-1].name == "ckpt_0000006.pt"
 
 
-def test_killed_while_a_checkpoint_is_being_written(flags, tmp_path, straight):
-    """With -9, in step 9, when that of step 8 is on its way to a slow disk: the run goes on from step 4."""
+def test_killed_while_a_checkpoint_is_being_written(flags, tmp_path, shared_run):
+    """Steps continue while a slow disk has half of the checkpoint of step 8. Killed with -9 in step 11, the
+    run resumes from step 4."""
     slow = """
-import time
-import checkpoint
-save, saves = checkpoint.torch.save, []
-def crawl(*args, **kwargs):
-    saves.append(args)
-    time.sleep(60 * (len(saves) == 2))
-    return save(*args, **kwargs)
-checkpoint.torch.save = crawl
-"""
-    script = fault(tmp_path, 9 * 4 + 2, signal_self("SIGKILL"), before=slow)
+        import time, checkpoint
+        save, saves = checkpoint.torch.save, []
+        def crawl(state, file):
+            saves.append(state)
+            if len(saves) == 2:
+                file.write(bytes(100_000))
+                file.flush()
+                time.sleep(60)
+            return save(state, file)
+        checkpoint.torch.save = crawl
+    """
+    script = fault(tmp_path, 11 * 4 + 2, signal_self("SIGKILL"), before=slow)
     flags |= {"log_dir": tmp_path / "log", "max_steps": 20}
     assert attempt(flags, 1, script).returncode == -signal.SIGKILL
+    assert len(losses(tmp_path / "log")) == 11
+    written = {re.sub(r"\.pt\.\d+", "", name): size for name, (_, size) in snapshot(tmp_path / "log").items()}
+    assert written["ckpt_0000008.tmp"] == 100_000
     assert [path.name for path in list_checkpoints(tmp_path / "log")] == ["ckpt_0000004.pt"]
     assert "starting at 4" in train(flags, resume="true")
-    assert read_log(tmp_path / "log", *STREAMS) == read_log(straight, *STREAMS)
+    assert read_log(tmp_path / "log", *STREAMS) == read_log(shared_run(max_steps=20), *STREAMS)
     leftovers = [path.name for path in (tmp_path / "log").iterdir() if "tmp" in path.name]
-    assert not leftovers, "the half file of the killed run must be cleaned up"
+    assert not leftovers, "the partial file of the killed run must be removed"
 
 
-def test_torchrun_told_to_stop(flags, tmp_path):
-    """SIGTERM to the launcher reaches the workers, and torchrun gives them the time to save."""
+def test_sigterm_to_torchrun(flags, tmp_path):
+    """It reaches the workers, and torchrun gives them the time to save."""
     flags |= {"log_dir": tmp_path, "max_steps": 100_000, "val_interval": 0, "checkpoint_interval": 0}
     process = subprocess.Popen(command(flags, 2), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     for line in process.stdout:
@@ -146,24 +139,24 @@ def test_torchrun_told_to_stop(flags, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"ckpt_{step:07d}.pt"]
 
 
-def test_torchrun_restarts_a_killed_worker(flags, tmp_path, straight):
+def test_torchrun_restarts_a_killed_worker(flags, tmp_path, shared_run):
     """No --resume in the command: the restarted processes find out by themselves."""
     script = fault(tmp_path, 2 * 10 + 1, signal_self("SIGKILL"), rank=1)
     out = train(flags, 2, script, ["--max-restarts=1"], python=sys.executable, log_dir=tmp_path / "log",
                 max_steps=20)
     starts = re.findall(r"starting at (\d+)", out)
     assert starts == ["0", "8"], out
-    assert losses(tmp_path / "log") == pytest.approx(losses(straight), rel=1e-5)
+    assert_same_run(tmp_path / "log", shared_run(max_steps=20), ["train"])
 
 
-def test_a_restart_does_not_touch_the_run_of_another_command(flags, tmp_path):
+def test_a_restart_does_not_touch_the_run_of_another_command(flags, shared_run):
     """--log_dir forgotten, --max-restarts given: refused, and not tried again."""
-    train(flags, log_dir=tmp_path, max_steps=4)
-    before = snapshot(tmp_path)
-    done = attempt(flags, 1, launcher=["--max-restarts=1"], python=sys.executable, log_dir=tmp_path,
+    log_dir = shared_run(max_steps=4)
+    before = snapshot(log_dir)
+    done = attempt(flags, 1, launcher=["--max-restarts=1"], python=sys.executable, log_dir=log_dir,
                    max_steps=8, max_lr=2e-2)
     assert done.returncode != 0 and done.stderr.count("already holds a run") == 1, done.stderr
-    assert snapshot(tmp_path) == before
+    assert snapshot(log_dir) == before
 
 
 def test_the_same_command_typed_again_is_not_a_restart(flags, tmp_path):
@@ -196,20 +189,14 @@ def test_what_may_be_gone_next_time_is_tried_again(flags, tmp_path):
 
 
 def test_a_divergence_is_not_repeated_by_torchrun(flags, tmp_path):
-    nan = """
-        import model
-        forward = model.GPT.forward
-        def diverged(self, *args, **kwargs):
-            return forward(self, *args, **kwargs) * (float("nan") if self.training else 1)
-        model.GPT.forward = diverged
-    """
-    done = attempt(flags, 1, with_fault(tmp_path, nan), ["--max-restarts=3"], python=sys.executable,
-                   log_dir=tmp_path / "log", max_bad_steps=2)
+    nan = on_forward(tmp_path, "if self.training: return forward(self, *args, **kwargs) * torch.nan")
+    done = attempt(flags, 1, nan, ["--max-restarts=3"], python=sys.executable, log_dir=tmp_path / "log",
+                   max_bad_steps=2)
     assert done.returncode != 0 and done.stderr.count("2 steps in a row were skipped") == 1, done.stderr
     assert done.stdout.count("starting at") == 1
 
 
-def test_a_stop_with_less_to_judge_than_processes(flags, tmp_path, tiny_data):
+def test_a_stop_with_fewer_val_windows_than_processes(flags, tmp_path, tiny_data):
     (tmp_path / "data").mkdir()
     for path in tiny_data.glob("*_train_*"):
         (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
@@ -220,17 +207,12 @@ def test_a_stop_with_less_to_judge_than_processes(flags, tmp_path, tiny_data):
 
 
 def test_what_was_skipped_after_the_checkpoint_is_forgotten(flags, tmp_path):
-    """Skipped in step 2 and step 6, killed, resumed from step 4: the log keeps the first alone."""
-    bad = """
-import model
-healthy, seen = model.GPT.forward, 0
-def bad(self, *args, **kwargs):
-    global seen
-    seen += self.training
-    return healthy(self, *args, **kwargs) * (float("nan") if self.training and seen in (9, 25) else 1)
-model.GPT.forward = bad
-"""
-    script = fault(tmp_path, 30, signal_self("SIGKILL"), before=bad)
+    """Steps 2 and 6 are skipped, the run is killed and resumes from step 4: the log keeps the first alone."""
+    script = on_forward(tmp_path, f"""
+        if self.training and calls in (9, 25):
+            return forward(self, *args, **kwargs) * torch.nan
+        if self.training and calls == 30:
+            {signal_self("SIGKILL")}""")
     flags |= {"log_dir": tmp_path / "log"}
     assert attempt(flags, 1, script).returncode == -signal.SIGKILL
     assert list(read_log(tmp_path / "log", "skipped")["skipped"]) == [2, 6]
@@ -250,7 +232,7 @@ def test_a_restart_passes_over_a_corrupt_checkpoint(flags, tmp_path):
 def start_node(flags, port, script, nnodes="2"):
     """One machine's torchrun, with one process.
 
-    Without the variable, torch 2.13's agents share one store, whose address a newcomer is never told: it and
+    Without the variable, torch 2.13's agents share one store, whose address a new agent never learns: it and
     the survivors wait for each other in vain.
     """
     conf = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120"
@@ -283,12 +265,10 @@ def kill_node(agent):
 @pytest.mark.parametrize("replaced", [True, False])
 def test_a_node_dies(flags, tmp_path, replaced):
     """Two machines' agents; the second and its worker are killed. A new one takes its place, or the first
-    goes on alone: either way the run ends as one that a single process made."""
+    continues alone: either way the run equals that of a single process."""
     flags |= {"max_steps": 40, "checkpoint_interval": 4, "keep_checkpoints": 3}
     train(flags, log_dir=tmp_path / "one")
-    slow = with_fault(tmp_path, "import time, model\nforward = model.GPT.forward\n"
-                                "def slow(*a, **k):\n    time.sleep(0.02)\n    return forward(*a, **k)\n"
-                                "model.GPT.forward = slow")
+    slow = on_forward(tmp_path, "time.sleep(0.02)")
     flags |= {"log_dir": tmp_path / "two"}
     port, nnodes = free_port(), "2" if replaced else "1:2"
     first = start_node(flags, port, slow, nnodes)
@@ -300,7 +280,7 @@ def test_a_node_dies(flags, tmp_path, replaced):
             out += line
             if "step 10 | loss" in line and nodes[1].poll() is None:
                 kill_node(nodes[1])
-                if replaced:  # by a machine that comes when the dead one has been given up: 3 missed calls
+                if replaced:  # by a machine that comes when the dead one counts as lost: 3 missed calls
                     replace = threading.Timer(8, lambda: nodes.append(start_node(flags, port, slow, nnodes)))
                     replace.start()
         first.wait(timeout=120)
@@ -310,4 +290,4 @@ def test_a_node_dies(flags, tmp_path, replaced):
     assert first.returncode == 0, out
     assert re.findall(r"starting at (\d+)", out) == ["0", "8"], out
     assert f"on {2 if replaced else 1} process(es)" in out.rpartition(" steps, starting at 8")[0], out
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert_same_run(tmp_path / "two", tmp_path / "one", ["train"])

@@ -16,15 +16,20 @@ import pytest
 import torch
 from training import (
     ENVIRONMENT,
+    LAYERS,
     PYTHON,
     ROOT,
     RUN_THE_REST,
+    SHAPE,
+    STREAMS,
+    assert_same_run,
+    assert_same_tensors,
     attempt,
     command,
     losses,
     read_log,
+    run_by_hand,
     snapshot,
-    start_by_hand,
     train,
 )
 
@@ -35,8 +40,6 @@ from shards import RANK_FILE, TokenStream, WindowLoader, write_manifest, write_s
 STEP_LINE = re.compile(r"step (\d+) \| loss: \d+\.\d{6} \| lr: \d\.\d\de-\d\d \| norm: \d+\.\d{4} \| "
                        r"dt: \d+\.\d\dms \| tok/sec: \d+\.\d\d \| mfu: (n/a|\d+\.\d%) \| "
                        r"eta: \d+:\d\d:\d\d")
-
-SHAPE = {"block_size": 64, "vocab_size": 384, "n_vocab": 257, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
 
 def load_get_lr():
@@ -122,51 +125,21 @@ def test_killed_and_resumed_equals_never_stopped(flags, tmp_path):
     with open(broken / "log.txt", "a", encoding="utf-8") as file:
         file.write("23 tra")  # half a line, as a power cut may leave it
     assert "starting at 20" in train(flags, log_dir=broken, max_steps=40, resume="true")
-    streams = ("train", "val", "val_bpb", "lr", "norm")
-    assert read_log(straight, *streams) == read_log(broken, *streams)
-    one, two = load_checkpoint(straight), load_checkpoint(broken)
-    for name, tensor in one["model"].items():
-        assert torch.equal(tensor, two["model"][name]), name
-    for key, moments in one["optimizers"][0]["state"].items():
-        assert all(torch.equal(moments[k], two["optimizers"][0]["state"][key][k]) for k in moments)
+    assert read_log(straight, *STREAMS) == read_log(broken, *STREAMS)
+    assert_same_tensors(load_checkpoint(straight), load_checkpoint(broken))
 
 
-def test_processes_and_accumulation_do_not_matter(flags, tmp_path):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_and_accumulation_do_not_matter(flags, tmp_path, shared_run, processes):
     """(1, 4), (2, 2), (4, 1) processes x micro-steps: the same losses and gradient norms, with dropout on."""
-    for processes in (1, 2, 4):
-        train(flags, processes, log_dir=tmp_path / str(processes), max_steps=6)
-    logs = [read_log(tmp_path / str(p), "train", "val", "norm") for p in (1, 2, 4)]
-    for stream in logs[0]:
-        expected = [float(v) for v in logs[0][stream].values()]
-        for other in logs[1:]:
-            got = [float(v) for v in other[stream].values()]
-            assert got == pytest.approx(expected, rel=1e-5, abs=1e-5), stream
+    train(flags, processes, log_dir=tmp_path)
+    assert_same_run(tmp_path, shared_run())
 
 
-def test_resume_of_a_two_process_run_by_one(flags, tmp_path):
-    """The token stream and the dropout masks are the same at another world size, so the losses are."""
-    train(flags, log_dir=tmp_path / "one")
-    process = subprocess.Popen(command(flags, 2, log_dir=tmp_path / "two"), stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
-    for line in process.stdout:
-        if line.startswith("step 5 | loss"):
-            process.terminate()  # the launcher takes its workers with it
-            break
-    process.wait()
-    assert list_checkpoints(tmp_path / "two")[0].name == "ckpt_0000004.pt"
-    train(flags, log_dir=tmp_path / "two", resume="true")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-
-
-def test_micro_batch_size_does_not_matter(flags, tmp_path):
-    for B in (1, 4, 8):
-        train(flags, log_dir=tmp_path / str(B), batch_size=B, dropout=0, max_steps=4)
-    logs = [read_log(tmp_path / str(B), "train", "val", "val_bpb") for B in (1, 4, 8)]
-    for stream in logs[0]:
-        expected = [float(v) for v in logs[0][stream].values()]
-        for other in logs[1:]:
-            got = [float(v) for v in other[stream].values()]
-            assert got == pytest.approx(expected, rel=1e-5), stream
+@pytest.mark.parametrize("B", [1, 4, 8])
+def test_micro_batch_size_does_not_matter(flags, tmp_path, shared_run, B):
+    train(flags, log_dir=tmp_path, batch_size=B, dropout=0)
+    assert_same_run(tmp_path, shared_run(dropout=0))
 
 
 def test_best_and_newest_checkpoints_are_kept(flags, tmp_path):
@@ -181,17 +154,22 @@ def test_best_and_newest_checkpoints_are_kept(flags, tmp_path):
 
 
 def test_target_loss_and_num_epochs(flags, tmp_path):
-    out = train(flags, log_dir=tmp_path / "a", target_loss=4.5, max_steps=300)
-    seen = losses(tmp_path / "a")
-    assert seen[-1] <= 4.5 < min(seen[:-1]) and f"done: step {len(seen)}" in out
-    assert list_checkpoints(tmp_path / "a")[-1].name == f"ckpt_{len(seen):07d}.pt"
-    out = train(flags, log_dir=tmp_path / "b", num_epochs=2, max_steps=300)
+    """A run that reached its target stays done, until the target is another."""
+    flags |= {"log_dir": tmp_path / "a", "max_steps": 300, "resume": "true"}
+    for _ in range(2):
+        out = train(flags, target_loss=4.5)
+        seen = losses(tmp_path / "a")
+        assert seen[-1] <= 4.5 < min(seen[:-1]) and f"done: step {len(seen)}," in out
+        assert list_checkpoints(tmp_path / "a")[-1].name == f"ckpt_{len(seen):07d}.pt"
+    train(flags, target_loss=4.2)
+    assert len(losses(tmp_path / "a")) > len(seen)
+    out = train(flags, log_dir=tmp_path / "b", num_epochs=2)
     epoch = float(re.search(r"an epoch is ([\d.]+) steps", out)[1])
     assert len(losses(tmp_path / "b")) == pytest.approx(2 * epoch, abs=1)
 
 
 @pytest.mark.parametrize("micro_steps", [1, 2])
-def test_compiled_run_judges_samples_and_saves(flags, tmp_path, micro_steps):
+def test_a_compiled_run_equals_an_eager_one(flags, tmp_path, micro_steps):
     flags |= {"batch_tokens": micro_steps * 2 * 64}
     train(flags, log_dir=tmp_path / "eager", dropout=0, max_steps=5)
     out = train(flags, log_dir=tmp_path / "compiled", dropout=0, max_steps=5, sample_interval=2,
@@ -205,9 +183,6 @@ def test_compiled_run_judges_samples_and_saves(flags, tmp_path, micro_steps):
 
 def squares(log, step):
     return sum(float(by_step[step]) ** 2 for stream, by_step in log.items() if stream.startswith("norm_"))
-
-
-LAYERS = ("norm_wte", "norm_wpe", "norm_h0", "norm_h1", "norm_ln_f")
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
@@ -233,7 +208,7 @@ def test_gradient_norms_of_layers_are_those_of_the_first_batch(flags, tmp_path, 
 
 
 def test_gradient_norms_of_layers_change_nothing(flags, tmp_path):
-    """In float16, where the gradients are scaled until just before."""
+    """In float16, where the gradients are unscaled just before."""
     flags |= {"dtype": "float16", "max_steps": 6}
     train(flags, log_dir=tmp_path / "with", grad_norm_interval=5)
     train(flags, log_dir=tmp_path / "without")
@@ -246,12 +221,11 @@ def test_gradient_norms_of_layers_change_nothing(flags, tmp_path):
         assert squares(log, step) == pytest.approx(float(log["norm"][step]) ** 2, rel=1e-5)
 
 
-def test_bfloat16_learns_the_same(flags, tmp_path):
-    train(flags, log_dir=tmp_path / "float32")
-    train(flags, log_dir=tmp_path / "bfloat16", dtype="bfloat16")
-    assert losses(tmp_path / "bfloat16") == pytest.approx(losses(tmp_path / "float32"), rel=0.05)
-    assert losses(tmp_path / "bfloat16") != losses(tmp_path / "float32")  # it did compute in 16 bits
-    assert all(t.dtype == torch.float32 for t in load_checkpoint(tmp_path / "bfloat16")["model"].values())
+def test_bfloat16_learns_the_same(flags, tmp_path, shared_run):
+    train(flags, log_dir=tmp_path, dtype="bfloat16")
+    assert_same_run(tmp_path, shared_run(), ["train"], rel=0.05)
+    assert losses(tmp_path) != losses(shared_run())  # it did compute in 16 bits
+    assert all(t.dtype == torch.float32 for t in load_checkpoint(tmp_path)["model"].values())
 
 
 def test_corrupt_checkpoint_on_resume(flags, tmp_path):
@@ -268,66 +242,47 @@ def test_corrupt_checkpoint_on_resume(flags, tmp_path):
     assert done.returncode == 2 and "corrupt" in done.stderr
 
 
-def test_a_diverged_model_is_never_saved(flags, tmp_path):
-    """The step that ruins the weights is followed by a checkpoint at once: the good one must stay."""
-    train(flags, log_dir=tmp_path, max_steps=4)
-    ruin = {"resume": "true", "max_lr": 1e30, "grad_clip": 0, "checkpoint_interval": 1, "keep_checkpoints": 1}
-    done = attempt(flags, log_dir=tmp_path, **ruin)
-    assert done.returncode == 2 and "val loss is nan at step 5" in done.stderr, done.stderr
-    assert f"Last good checkpoint: {tmp_path / 'ckpt_0000004.pt'}" in done.stderr
-    done = attempt(flags, log_dir=tmp_path, **{**ruin, "checkpoint_interval": 0})
-    assert done.returncode == 2 and "val loss is nan at step 8" in done.stderr, done.stderr
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_0000004.pt"]
+@pytest.mark.parametrize(("interval", "step"), [(1, 5), (0, 8)])
+def test_a_diverged_model_is_never_saved(flags, four_steps, interval, step):
+    """Not even if a checkpoint follows at once on the step that ruins the weights: the good one must stay."""
+    done = attempt(flags, log_dir=four_steps, resume="true", max_lr=1e30, grad_clip=0, keep_checkpoints=1,
+                   checkpoint_interval=interval)
+    assert done.returncode == 2 and f"val loss is nan at step {step}" in done.stderr, done.stderr
+    assert f"Last good checkpoint: {four_steps / 'ckpt_0000004.pt'}" in done.stderr
+    assert [path.name for path in list_checkpoints(four_steps)] == ["ckpt_0000004.pt"]
 
 
-def test_what_a_resume_may_change(flags, tmp_path):
-    train(flags, log_dir=tmp_path, max_steps=4)
-    log, before = (tmp_path / "log.txt").read_text(encoding="utf-8"), snapshot(tmp_path)
-    done = attempt(flags, log_dir=tmp_path, resume="true", max_steps=3)
-    assert done.returncode == 2 and "--max_steps=4 or more" in done.stderr, done.stderr
-    assert snapshot(tmp_path) == before
-    out = train(flags, log_dir=tmp_path, resume="true", max_steps=6, weight_decay=0.5, beta2=0.9,
+def test_what_a_resume_may_change(flags, four_steps):
+    log = (four_steps / "log.txt").read_text(encoding="utf-8")
+    out = train(flags, log_dir=four_steps, resume="true", max_steps=6, weight_decay=0.5, beta2=0.9,
                 dtype="float16")
     for words in ("max_steps was 4, is now 6", "weight_decay was 0.1, is now 0.5", "dtype was float32"):
         assert f"resume: {words}" in out
-    groups = load_checkpoint(tmp_path)["optimizers"][0]["param_groups"]
+    groups = load_checkpoint(four_steps)["optimizers"][0]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]  # and not what the checkpoint had
     assert all(group["betas"] == (0.9, 0.9) for group in groups)
-    assert (tmp_path / "log.txt").read_text(encoding="utf-8").startswith(log.partition("4 val ")[0])
+    assert (four_steps / "log.txt").read_text(encoding="utf-8").startswith(log.partition("4 val ")[0])
 
 
-def test_nothing_of_an_earlier_run_is_lost(flags, tmp_path):
-    train(flags, log_dir=tmp_path, max_steps=4)
-    log = (tmp_path / "log.txt").read_bytes()
-    newest = list_checkpoints(tmp_path)[-1]
-    (tmp_path / "log.txt").rename(tmp_path / "elsewhere.txt")
-    done = attempt(flags, log_dir=tmp_path)
+def test_nothing_of_an_earlier_run_is_lost(flags, four_steps):
+    path = four_steps / "log.txt"
+    log = path.read_bytes()
+    path.rename(four_steps / "elsewhere.txt")
+    done = attempt(flags, log_dir=four_steps)
     assert done.returncode == 2 and "already holds a run" in done.stderr
-    (tmp_path / "elsewhere.txt").rename(tmp_path / "log.txt")
-    newest.unlink()
-    assert "no checkpoint" in train(flags, log_dir=tmp_path, max_steps=2, warmup_steps=1, resume="true")
-    kept, = tmp_path.glob("log_before_*.txt")
-    assert kept.read_bytes() == log and len(losses(tmp_path)) == 2
+    (four_steps / "elsewhere.txt").rename(path)
+    (four_steps / "ckpt_0000004.pt").unlink()
+    assert "no checkpoint" in train(flags, log_dir=four_steps, max_steps=2, warmup_steps=1, resume="true")
+    kept, = four_steps.glob("log_before_*.txt")
+    assert kept.read_bytes() == log and len(losses(four_steps)) == 2
 
 
-def test_a_run_that_reached_its_target_stays_done(flags, tmp_path):
-    flags = {**flags, "log_dir": tmp_path, "max_steps": 300}
-    train(flags, target_loss=4.5)
-    steps = len(losses(tmp_path))
-    assert f"done: step {steps}," in train(flags, target_loss=4.5, resume="true")
-    assert len(losses(tmp_path)) == steps
-    train(flags, target_loss=4.2, resume="true")
-    assert len(losses(tmp_path)) > steps
-
-
-def test_nodes_that_do_not_share_the_log_dir(flags, tmp_path):
+def test_nodes_that_do_not_share_the_log_dir(flags, tmp_path, four_steps):
     """Two nodes in two folders: rank 0 has a checkpoint and rank 1 has none. Neither may train on."""
-    (tmp_path / "1").mkdir()
-    train(flags, log_dir=tmp_path / "0" / "log", max_steps=4)
-    nodes = start_by_hand([command(flags, log_dir="log", resume="true")] * 2, [tmp_path / r for r in "01"])
-    for node in nodes:
-        _, stderr = node.communicate(timeout=120)
-        assert node.returncode == 2, stderr
+    (tmp_path / "other").mkdir()
+    for returncode, _, stderr in run_by_hand([command(flags, log_dir=four_steps.name, resume="true")] * 2,
+                                             [tmp_path, tmp_path / "other"]):
+        assert returncode == 2, stderr
         assert "the newest checkpoint is ['ckpt_0000004.pt'] on rank 0, but [] on rank 1" in stderr, stderr
 
 
@@ -381,19 +336,23 @@ def test_bad_settings_exit_2_and_write_nothing(flags, tmp_path, overrides, words
     assert not (tmp_path / "log").exists()
 
 
-def test_an_existing_run_is_not_touched(flags, tmp_path):
-    train(flags, log_dir=tmp_path, max_steps=4)
-    before = snapshot(tmp_path)
+def test_an_existing_run_is_not_touched(flags, tmp_path, tiny_data, shared_run):
+    log_dir = shared_run(max_steps=4)
+    before = snapshot(log_dir)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_data, other, ignore=shutil.ignore_patterns("manifest.json", "*_train_000003.npy"))
     for overrides, words in [
         ({}, ["already holds a run", "--resume", "--log_dir="]),
         ({"max_steps": 4}, ["already holds a run"]),  # the same command again
+        ({"resume": "true", "max_steps": 3}, ["--max_steps=4 or more"]),
         ({"resume": "true", "n_layer": 3}, ["n_layer: 2 in the checkpoint, 3 now"]),
         ({"resume": "true", "seed": 2}, ["seed: 1337 in the checkpoint, 2 now"]),
         ({"resume": "true", "batch_tokens": 256}, ["batch_tokens: 512 in the checkpoint, 256 now"]),
+        ({"resume": "true", "data_dir": other}, ["cannot --resume: data: "]),
     ]:
-        done = attempt(flags, log_dir=tmp_path, **overrides)
+        done = attempt(flags, log_dir=log_dir, **overrides)
         assert done.returncode == 2 and all(word in done.stderr for word in words), done.stderr
-    assert before == snapshot(tmp_path)
+    assert before == snapshot(log_dir)
 
 
 def test_data_brings_its_tokenizer(flags, tmp_path, tiny_data):
@@ -449,37 +408,25 @@ def test_data_without_a_manifest_cannot_be_verified(flags, tmp_path, tiny_data):
     assert done.returncode == 2 and "has no manifest.json to compare with" in done.stderr, done.stderr
 
 
-def test_resume_on_other_data_is_refused(flags, tmp_path, tiny_data):
-    train(flags, log_dir=tmp_path / "log", max_steps=4)
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in [*sorted(tiny_data.glob("*_train_*"))[:-1], *tiny_data.glob("*_val_*")]:  # a shard less
-        (other / path.name).write_bytes(path.read_bytes())
-    done = attempt(flags, log_dir=tmp_path / "log", data_dir=other, resume="true")
-    assert done.returncode == 2 and "data: " in done.stderr, done.stderr
-
-
-def test_full_disk_leaves_the_old_checkpoints_whole(flags, tmp_path):
-    train(flags, log_dir=tmp_path, max_steps=4)
-    size = list_checkpoints(tmp_path)[0].stat().st_size
+def test_a_full_disk_leaves_the_old_checkpoint_valid(flags, four_steps):
+    size = list_checkpoints(four_steps)[0].stat().st_size
     limited = ("import resource; "
                f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2})); {RUN_THE_REST}")
-    arguments = command(flags, log_dir=tmp_path, resume="true", max_steps=8)[1:]
+    arguments = command(flags, log_dir=four_steps, resume="true", max_steps=8)[1:]
     done = subprocess.run([PYTHON, "-c", limited, *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and "no space" in done.stderr, done.stderr
-    assert [path.name for path in tmp_path.glob("ckpt_*")] == ["ckpt_0000004.pt"]
-    assert "starting at 4" in train(flags, log_dir=tmp_path, resume="true", max_steps=8)
+    assert [path.name for path in four_steps.glob("ckpt_*")] == ["ckpt_0000004.pt"]
+    assert "starting at 4" in train(flags, log_dir=four_steps, resume="true", max_steps=8)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_cuda_run_with_compile(flags, tmp_path, dtype):
-    train(flags, log_dir=tmp_path / "cpu", dropout=0)
-    out = train(flags, log_dir=tmp_path / dtype, dropout=0, device="cuda", dtype=dtype, compile="true",
+def test_cuda_run_with_compile(flags, tmp_path, shared_run, dtype):
+    out = train(flags, log_dir=tmp_path, dropout=0, device="cuda", dtype=dtype, compile="true",
                 sample_interval=4)
     assert "compile on" in out
-    assert losses(tmp_path / dtype) == pytest.approx(losses(tmp_path / "cpu"), rel=0.05)
+    assert_same_run(tmp_path, shared_run(dropout=0), ["train"], rel=0.05)
 
 
 @pytest.mark.gpu

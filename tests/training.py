@@ -1,7 +1,7 @@
 """How the tests run the training script: as its users do, in processes of its own, at times with a fault.
 
-Most are started with PYTHON (warm_python.py). Not those that are killed from outside: when the process in
-front of a fork is dead, the fork may live for a moment. And one of each kind runs in a real interpreter.
+Most are started with PYTHON (warm_python.py). Those that are killed from outside are not, since a fork may
+outlive the process in front of it for a moment. One run of each kind uses a real interpreter.
 """
 
 import os
@@ -10,12 +10,16 @@ import subprocess
 import textwrap
 from pathlib import Path
 
+import pytest
+import torch
 from warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = warm_python()
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": PYTHON}  # torchrun starts workers with it
-
+STREAMS = ("train", "val", "val_bpb", "lr", "norm")
+LAYERS = ("norm_wte", "norm_wpe", "norm_h0", "norm_h1", "norm_ln_f")
+SHAPE = {"block_size": 64, "vocab_size": 384, "n_vocab": 257, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
 # after `python -c`: go on as `python SCRIPT [ARGUMENT ...]`
 RUN_THE_REST = ("import os, runpy, sys; sys.argv = sys.argv[1:]; sys.path[0] = os.path.dirname(sys.argv[0]); "
@@ -55,24 +59,31 @@ def with_fault(folder, fault):
     return path
 
 
-FAULT = """
-import signal, time
-import model
+FORWARD = """
+{before}
+import signal, time, torch, model
 forward, calls = model.GPT.forward, 0
 def faulty(self, *args, **kwargs):
     global calls
     calls += self.training
-    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if first and os.environ.get("RANK", "0") == "{rank}" and self.training and calls == {call}:
-        {action}
+{code}
     return forward(self, *args, **kwargs)
 model.GPT.forward = faulty
 """
 
 
+def on_forward(folder, code, before=""):
+    """A script in which `code` comes before each forward pass; `calls` counts those in training, from 1."""
+    code = textwrap.indent(textwrap.dedent(code), "    ")
+    return with_fault(folder, FORWARD.format(before=textwrap.dedent(before), code=code))
+
+
 def fault(folder, call, action, rank=0, before=""):
     """A script in which `action` comes before micro-batch `call`, counted from 1, in the first start."""
-    return with_fault(folder, before + FAULT.format(rank=rank, call=call, action=action))
+    return on_forward(folder, f"""
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if first and os.environ.get("RANK", "0") == "{rank}" and self.training and calls == {call}:
+            {action}""", before)
 
 
 def signal_self(name):
@@ -85,15 +96,32 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_by_hand(commands, folders=None):
-    """Processes of one group without a launcher that would restart or kill them: [Popen] by rank."""
-    port = str(free_port())
-    return [
-        subprocess.Popen(line, cwd=folders and folders[rank], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         text=True, env={**ENVIRONMENT, "RANK": str(rank), "LOCAL_RANK": "0",
-                                         "WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1",
-                                         "MASTER_PORT": port})
-        for rank, line in enumerate(commands)]
+def start_rank(line, rank, world_size, port, folder=None):
+    """One process of a group, without a launcher that would restart or kill it."""
+    return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": str(world_size),
+                                 "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+
+
+def start_by_hand(commands, folders=None, world_size=None):
+    """[Popen] of one group, by rank; with a larger `world_size`, the last ones are missing."""
+    port = free_port()
+    return [start_rank(line, rank, world_size or len(commands), port, folders and folders[rank])
+            for rank, line in enumerate(commands)]
+
+
+def finish(processes):
+    """[(exit code, stdout, stderr)] of processes of one group, none of which may hang."""
+    try:
+        texts = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *text) for process, text in zip(processes, texts)]
+
+
+def run_by_hand(*group, **options):
+    return finish(start_by_hand(*group, **options))
 
 
 def read_log(log_dir, *streams):
@@ -107,8 +135,33 @@ def read_log(log_dir, *streams):
     return found
 
 
+def values(log_dir, stream):
+    return [float(value) for value in read_log(log_dir, stream)[stream].values()]
+
+
 def losses(log_dir):
-    return [float(value) for value in read_log(log_dir, "train")["train"].values()]
+    return values(log_dir, "train")
+
+
+def assert_same_run(one, other, streams=STREAMS, rel=1e-5):
+    """Up to rounding."""
+    for stream in streams:
+        assert values(one, stream) == pytest.approx(values(other, stream), rel=rel), stream
+
+
+def tensors_of(value, place=()):
+    """{place: tensor} of all tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return {place: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {there: tensor for key, item in items for there, tensor in tensors_of(item, (*place, key)).items()}
+
+
+def assert_same_tensors(one, other):
+    """Bit for bit, in whatever containers."""
+    one, other = tensors_of(one), tensors_of(other)
+    assert one.keys() == other.keys() and one
+    assert [place for place in one if not torch.equal(one[place], other[place])] == []
 
 
 def snapshot(folder):
