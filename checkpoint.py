@@ -44,7 +44,6 @@ from files import check, replacing
 from model import GPT, GPTConfig
 
 FORMAT = "gpt2-checkpoint-2"
-OLD_FORMAT = "gpt2-checkpoint-1"  # one optimizer, its state by number: enough to generate, not to resume
 
 COUNT, NUMBER = Between(0, 2**53), Between(0.0, sys.float_info.max)  # the latter: finite
 PLAIN = (bool, int, float, str, None)
@@ -342,7 +341,7 @@ def _load_file(path):
     except Exception as error:  # zipfile and torch raise a dozen types on corrupt bytes
         raise UserError(f"checkpoint {path}: corrupt, or not a checkpoint "
                         f"({type(error).__name__}: {str(error).partition(chr(10))[0]})") from error
-    if not isinstance(state, dict) or state.get("format") not in (FORMAT, OLD_FORMAT):
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ForeignCheckpoint(f"checkpoint {path}: not written by train_gpt2.py; name another")
     check(state, USABLE, f"checkpoint {path}: {EDITED}")
     _check_shapes(state, path)
@@ -360,9 +359,6 @@ def load_into(path: str | Path, model: GPT, optimizers: list[torch.optim.Optimiz
     itself. Raises UserError where there is no valid checkpoint, or where it does not fit.
     """
     found, state = _load(path)
-    if state["format"] != FORMAT:
-        raise UserError(f"checkpoint {found}: its older format, {state['format']!r}, can generate but not be "
-                        f"resumed; begin a new run with --init_from={path} --log_dir=ANOTHER")
     if "optimizers" not in state:
         raise UserError(f"checkpoint {found}: no run to resume, it is a model that was imported or pruned; "
                         f"train it further with --init_from={path} --log_dir=ANOTHER")

@@ -481,15 +481,6 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, settings, chec
     assert_same_tensors(model.state_dict(), build(seed=1, **settings)[0].state_dict())
 
 
-def test_format_1_generates_and_does_not_resume(state, tmp_path):
-    old = {key: value for key, value in state.items() if key != "optimizers"}
-    torch.save({"format": "gpt2-checkpoint-1", "optimizer": {}, **old}, tmp_path / "ckpt_0000007.pt")
-    model, _ = load_model(tmp_path)
-    assert_same_tensors(model.state_dict(), state["model"])
-    with pytest.raises(UserError, match="can generate but not be resumed"):
-        load_into(tmp_path, *build(), accept)
-
-
 # ---- sharded models
 def launch(n_processes, *scenarios):
     """What scenarios of checkpoint_ranks.py return on n processes."""
