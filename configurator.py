@@ -271,8 +271,8 @@ def _exit_with_message(kind, error, trace):
     if kind is KeyboardInterrupt:
         print("interrupted", file=sys.__stderr__, flush=True)
         sys.exit(130)  # a SystemExit raised inside the hook sets the exit code; 128 + SIGINT
-    told = as_user_error(error)
-    if not isinstance(told, UserError):
+    shown = as_user_error(error)
+    if not isinstance(shown, UserError):
         return sys.__excepthook__(kind, error, trace)
-    report_failure(told, again=isinstance(told, TemporaryError))
+    report_failure(shown, again=isinstance(shown, TemporaryError))
     sys.exit(2)

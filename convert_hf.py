@@ -9,7 +9,7 @@ GPT-2 to and from Hugging Face's format: OpenAI's weights in, your own models ou
 --source is gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded into the hub's cache: about 0.5, 1.5,
 3.2, 6.4 GB), or a folder with config.json and model.safetensors. A folder that holds these, or checkpoints of
 ours, comes before a name: with such a folder gpt2/ here, openai-community/gpt2 still names the hub's.
---out_dir is a new folder; it appears whole or not at all. Neither way needs the package transformers.
+--out_dir is a new folder; it appears complete or not at all. Neither way needs the package transformers.
 
 What comes out is what `GPT2LMHeadModel` and `GPT2TokenizerFast` load:
     config.json, generation_config.json
@@ -150,8 +150,8 @@ def import_nanogpt(path: Path, saved: dict) -> dict:
                         f"{GPT2_PADDED}; this model has another tokenizer, which is not in the file")
     check(saved.get("model"), {str: torch.Tensor}, f"{path}, model")
     with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():  # torch skips the CRCs and would load flipped bits
-            raise UserError(f"{path}: damaged, checksum of {damaged} is wrong; copy it again")
+        if corrupt := archive.testzip():  # torch skips the CRCs and would load flipped bits
+            raise UserError(f"{path}: corrupt, the checksum of {corrupt} is wrong; copy it again")
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=rows, n_vocab=GPT2_VOCAB, **{
             key: config[key] for key in ("block_size", "n_layer", "n_head", "n_embd")}))
@@ -314,7 +314,7 @@ def _read_tensors(folder):
         try:
             return load_file(folder / file).items()
         except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
-            raise UserError(f"{folder / file}: missing or damaged ({error}); fetch it again") from error
+            raise UserError(f"{folder / file}: missing or corrupt ({error}); fetch it again") from error
 
     return _float32(folder, itertools.chain.from_iterable(map(load, files)))
 

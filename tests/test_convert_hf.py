@@ -432,7 +432,7 @@ def theirs(transformers, tmp_path_factory, exported):
 
 @pytest.fixture
 def folder(theirs, tmp_path):
-    """A copy of their folder, to be damaged."""
+    """A copy of their folder, to be corrupted."""
     return Path(shutil.copytree(theirs[0], tmp_path / "folder"))
 
 
@@ -489,7 +489,7 @@ def test_sharded_safetensors(folder, theirs, transformers):
     close_to(folder, theirs)
     lost = sorted(folder.glob("model-*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(UserError, match=f"{lost.name}: missing or damaged"):
+    with pytest.raises(UserError, match=f"{lost.name}: missing or corrupt"):
         import_hf(folder)
 
 
@@ -568,7 +568,7 @@ def test_wrong_tensors_are_refused(folder, theirs):
 def test_a_cut_and_a_missing_file(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"model.safetensors: missing or damaged"):
+    with pytest.raises(UserError, match=r"model.safetensors: missing or corrupt"):
         import_hf(folder)
     weights.rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"got pytorch_model.bin; .*save_pretrained"):
@@ -707,7 +707,7 @@ def test_a_flipped_bit_of_a_peers_checkpoint_is_noticed(peers, tmp_path):
     data = bytearray(peers["nanoGPT"][0].read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "ckpt.pt").write_bytes(data)
-    with pytest.raises(UserError, match=r"damaged, checksum of .* is wrong"):
+    with pytest.raises(UserError, match=r"corrupt, the checksum of .* is wrong"):
         load_any(tmp_path / "ckpt.pt")
     (tmp_path / "ckpt.pt").write_bytes(data[:-1000])
     with pytest.raises(UserError, match="corrupt, or not a checkpoint"):
