@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -199,6 +201,22 @@ class GPT(nn.Module):
         """Attend with a function that has the signature of F.scaled_dot_product_attention."""
         for block in self.transformer.h:
             block.attn.attention = attention
+
+    def shard(self, mesh: DeviceMesh, dtype: torch.dtype, compile: bool) -> None:
+        """Keep on each process of `mesh` a part of every tensor; a block is gathered when it is needed.
+
+        Matrices are gathered in `dtype`, as autocast would round them; norms, the residual stream and the
+        sums of gradients stay float32. `compile` compiles each block.
+        """
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                         cast_forward_inputs=False)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # not written to
+        for block in self.transformer.h:
+            if compile:
+                block.compile(dynamic=False)
+            fully_shard([block.ln_1, block.ln_2], mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=precision)
+        fully_shard(self, mesh=mesh)
 
     def configure_optimizers(self, optimizer: str, weight_decay: float, lr: float, betas: tuple[float, float],
                              fused: bool) -> list[torch.optim.Optimizer]:

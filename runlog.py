@@ -23,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from checkpoint import list_checkpoints, step_of
@@ -194,10 +195,11 @@ def source_hashes() -> dict[str, str]:
             for path in sorted(Path(__file__).parent.glob("*.py"))}
 
 
-def git_revision() -> str:
-    """The commit of this code, with -dirty if it was changed; "unknown" without git."""
+def provenance(device: str, world_size: int) -> dict:
+    """What made a run: the commit of this code, with -dirty if it was changed, torch, device, processes."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        revision = "unknown"
+    return {"git": revision, "torch": str(torch.__version__), "device": device, "world_size": world_size}

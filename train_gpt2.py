@@ -22,7 +22,6 @@ processes gives the same run up to rounding.
 import contextlib
 import math
 import time
-import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,7 +29,6 @@ import numpy as np
 import torch
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -43,7 +41,7 @@ from device import check_first_loss, explain_out_of_memory, resolve_device, self
 from kernels import plain_attention
 from model import GPT, GPTConfig
 from ranks import Ranks, StopRequests
-from runlog import RunLog, Screen, format_duration, git_revision, source_hashes
+from runlog import RunLog, Screen, format_duration, provenance, source_hashes
 from shards import TokenStream, WindowLoader, unigram_loss, verify_in_background
 
 # ---- data and output
@@ -208,17 +206,8 @@ raw_model = GPT(GPTConfig(block_size=T, vocab_size=vocab_size, n_vocab=tok.n_voc
 raw_model.activation_checkpointing = activation_checkpointing
 # fsdp computes the loss eagerly, where all logits at once would take more memory than the model
 raw_model.loss_chunk = loss_chunk or dev.loss_chunk or (4096 if fsdp else 0)
-if fsdp:  # each process keeps a part of every tensor, and gathers a block when it needs it
-    mesh = init_device_mesh(dev.type, (world_size,))
-    precision = MixedPrecisionPolicy(param_dtype=dev.dtype, reduce_dtype=torch.float32,
-                                     cast_forward_inputs=False)
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # never written to
-    for block in raw_model.transformer.h:
-        if dev.compile:
-            block.compile(dynamic=False)
-        fully_shard([block.ln_1, block.ln_2], mesh=mesh)  # norms stay float32, as under autocast
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(raw_model, mesh=mesh)
+if fsdp:
+    raw_model.shard(init_device_mesh(dev.type, (world_size,)), dev.dtype, dev.compile)
 else:
     raw_model.to(dev.device)
 
@@ -412,11 +401,10 @@ if verify_data or (val_stream.manifest and not dry_run):  # this process's share
         verifying.join()
 ranks.on_all(raise_failure)
 unigram = ranks.on_all(unigram_loss, train_loader, val_loader, n_val_windows)
-provenance = {"git": git_revision(), "torch": str(torch.__version__), "device": dev.name,
-              "world_size": world_size}
+versions = provenance(dev.name, world_size)
 launchers = sorted(set(filter(None, ranks.gather(ranks.launcher))))
 ranks.on_all(record.open, start_step, config,
-             {"data": train_stream.fingerprint, **provenance, "launchers": launchers})
+             {"data": train_stream.fingerprint, **versions, "launchers": launchers})
 writer = checkpoint.CheckpointWriter(log_dir, keep_checkpoints, ranks.master)
 
 screen.say(f"data: {data_dir}: {len(train_stream):,} train tokens, an epoch is "
@@ -485,7 +473,7 @@ for step in range(start_step, end_step + 1):  # one extra turn, to evaluate and 
             "scaler": scaler.state_dict(), "config": config,
             "model_config": checkpoint.describe_model(raw_model),
             "tokenizer": checkpoint.describe_tokenizer(tok), "data": train_stream.fingerprint,
-            "val_data": [val_stream.fingerprint, n_val_windows], "provenance": provenance,
+            "val_data": [val_stream.fingerprint, n_val_windows], "provenance": versions,
         }, best and best["step"])
     if last_step or stopping:
         break
