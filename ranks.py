@@ -157,11 +157,12 @@ class Ranks:
 
     def exit(self, code: int = 0) -> None:
         """End at once: gloo's threads outlive their group, and may abort a process that ends more slowly."""
-        sys.stdout.flush()
-        sys.stderr.flush()
         if self.many:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
-        sys.exit(code)
+        if code:
+            sys.exit(code)
 
 
 class StopRequests:

@@ -32,7 +32,6 @@ from pathlib import Path
 
 import numpy as np
 
-from bpe import Tokenizer, load_tokenizer, tokenizer_from_ranks
 from configurator import Between, OneOf, UserError
 from files import check, read_json, write_atomically
 
@@ -253,8 +252,10 @@ class TokenStream:
                     raise UserError(f"{path}: its sha256 is not that of the manifest: it is corrupt or from "
                                     f"another build; delete it and run fineweb.py again")
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self):
         """The tokenizer of the folder's rank file, by the manifest's name for it; GPT-2's without them."""
+        from bpe import load_tokenizer, tokenizer_from_ranks  # here, as numba takes a while
+
         path = self.folder / RANK_FILE
         if self.manifest is None or not path.exists():
             return load_tokenizer("gpt2")
@@ -264,7 +265,7 @@ class TokenStream:
                             f"fineweb.py again, or name the file with --tokenizer=FILE")
         return tok
 
-    def require_tokenizer(self, tok: Tokenizer, cure: str = "") -> None:
+    def require_tokenizer(self, tok, cure: str = "") -> None:
         """Raise UserError if the manifest names another vocabulary than `tok`; `cure` is what else helps."""
         built_with = self.manifest["tokenizer"] if self.manifest else {"sha256": tok.sha256}
         if built_with["sha256"] != tok.sha256:

@@ -21,6 +21,7 @@ processes gives the same run up to rounding.
 
 import contextlib
 import math
+import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import hellaswag
 from bpe import load_tokenizer
-from configurator import Between, OneOf, PathName, UserError, configure
+from configurator import Between, OneOf, PathName, UserError, configure, report_failure
 from convert_hf import load_any
 from decoding import sample_texts
 from device import check_first_loss, explain_out_of_memory, resolve_device, self_test
@@ -327,13 +328,15 @@ def fault_of(loss, norm, recent, max_z_score):
 
 
 def give_up(reason):
-    """End the run on all processes, naming the checkpoint to go on from."""
+    """End the run on all processes with exit code 1, naming the checkpoint to go on from."""
     with contextlib.suppress(UserError):  # a checkpoint that could not be written: `reason` is worse
         writer.wait()
     newest = checkpoint.list_checkpoints(log_dir)[-1:]
-    ranks.fail(f"{reason}. " + (f"Last good checkpoint: {newest[0]}; continue from it with --resume, a lower "
-                                f"--max_lr or --dtype=float32" if newest else
-                                "There is no checkpoint yet; try a lower --max_lr, or --dtype=float32"))
+    ranks.shutdown()
+    report_failure(f"{reason}. " + (f"Last good checkpoint: {newest[0]}; continue from it with --resume, a "
+                                    f"lower --max_lr or --dtype=float32" if newest else
+                                    "There is no checkpoint yet; try a lower --max_lr, or --dtype=float32"))
+    sys.exit(1)
 
 
 # ---- what every run evaluates and prints; --eval_only ends here
@@ -359,6 +362,7 @@ if eval_only:
         screen.say(f"step {initial['step']} | {hellaswag.format_result(examples.protocol, score)}")
     ranks.shutdown()
     ranks.exit()
+    sys.exit()
 
 
 # ---- resume

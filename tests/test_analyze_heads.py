@@ -1048,7 +1048,7 @@ def test_measuring_only(analyzed, run, tmp_path, monkeypatch, capsys):
     *(({"prune_fractions": text}, "prune_fractions=.*from 0 on, below 1, with commas between them, such as 0")
       for text in ("1", "-0.1", "nan", "half", "0,0.5,1.5", "0.1;0.2", "inf")),
     ({"merge": "mean,sum"}, "merge=sum: wanted mean, partner, layer"),
-    ({"data_dir": "nowhere"}, "nowhere has no train shards .* --data_dir=... names another folder"),
+    ({"data_dir": "nowhere"}, "data_dir=nowhere is not there; build it: make prepare"),
     ({"checkpoint": "nowhere"}, "nowhere: not there"), ({"device": "abacus"}, "wanted auto, cpu"),
     ({"data_dir": "others"}, "data_dir=others was tokenized with .*another vocabulary; give --data_dir"),
     ({"data_dir": "little"}, "got 3 windows of 16 tokens to calibrate on, wanted at least 4"),

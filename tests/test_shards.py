@@ -210,8 +210,7 @@ def test_no_shards_names_the_ways_to_get_some(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError) as error:
             TokenStream(folder, "train")
-        for word in (str(folder), "make prepare", "make demo", "--data_dir"):
-            assert word in str(error.value)
+        assert str(folder) in str(error.value) and "build it: make prepare" in str(error.value)
     make_folder(tmp_path, [10])
     with pytest.raises(UserError, match=r"has no val shards .* fineweb\.py --val_fraction=0\.01 --data_dir="):
         TokenStream(tmp_path, "val")
