@@ -152,7 +152,7 @@ def test_a_changed_model_without_wpe_trains_and_begins_with_its_own_weights(flag
     flags |= {"max_steps": 2, "warmup_steps": 0}
     train(flags, 1, script, log_dir=tmp_path / "one")
     train(flags, 1, script, log_dir=tmp_path / "two", init_from=tmp_path / "one", block_size=32)
-    state = torch.load(tmp_path / "two" / "ckpt_0000002.pt")
+    state = torch.load(tmp_path / "two" / "ckpt_0000002.pt", weights_only=True)
     assert "transformer.wpe.weight" not in state["model"] and state["model_config"]["block_size"] == 32
     assert losses(tmp_path / "two")[0] < losses(tmp_path / "one")[0] - 0.3
     done = attempt(flags, log_dir=tmp_path / "three", init_from=tmp_path / "one")  # with model.py as it is

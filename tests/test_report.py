@@ -330,9 +330,9 @@ def test_the_val_loss_is_the_runs_own(flags, tmp_path, byte_tokenizer):
     assert float(val["loss"]) == pytest.approx(float(log["val"][12]), rel=1e-6)
     assert float(val["bits_per_byte"]) == pytest.approx(float(log["val_bpb"][12]), rel=1e-6)
     assert float(val["unigram"]) == pytest.approx(float(log["unigram"][0]), rel=1e-6)
-    judged = attempt(flags, eval_only="true", log_dir=log_dir)
-    assert f"val loss: {float(val['loss']):.4f} |" in judged.stdout
-    assert f"on {int(val['n_tokens']):,} tokens" in judged.stdout
+    evaluated = attempt(flags, eval_only="true", log_dir=log_dir)
+    assert f"val loss: {float(val['loss']):.4f} |" in evaluated.stdout
+    assert f"on {int(val['n_tokens']):,} tokens" in evaluated.stdout
     gaps = [row["key"] for row in rows if row["kind"] == "log" and row["split"] == "gap"]
     assert gaps == ["0", "4", "8", "12"]
     assert (log_dir / "report.png").read_bytes().startswith(b"\x89PNG")
