@@ -68,7 +68,7 @@ RESUMABLE = {  # and when it is resumed
     "optimizers": [{"state": {str: {str: (torch.Tensor, *PLAIN)}}, "param_groups": [{"params": [str]}]}]}
 FIXED = ("data", "tokenizer", "seed", "batch_tokens", "optimizer")  # with another value, another run
 EDITED = "corrupt or edited, use another one; in it"
-MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 
 
 class ForeignCheckpoint(UserError):
@@ -121,7 +121,7 @@ def restore(model: GPT, optimizers: list[torch.optim.Optimizer], state: dict) ->
         tensor.copy_(_part_of(state["model"][name], tensor))
     stepped = any(one["state"] for one in state["optimizers"])  # then every parameter has state
     for optimizer, parameters, one in zip(optimizers, owned, state["optimizers"]):
-        numbered, moments = {}, MOMENTS.get(type(optimizer))
+        numbered, moments = {}, MOMENTS.get(type(optimizer).__name__)
         for number, parameter in enumerate(parameters if stepped else []):  # as load_state_dict counts them
             entries = one["state"].get(names[parameter], {})
             if moments and (entries.keys() != moments or any(

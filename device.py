@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import UserError
+from kernels import cpu_has_bfloat16
 
 _for_this_process = contextlib.ExitStack()  # never closed
 # kernels for scaled_dot_product_attention on CUDA; the first one that supports the inputs is used
@@ -192,8 +193,7 @@ def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = Fa
     else:
         _keep_freed_memory()
         name = _cpu_name()
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        auto_dtype = "bfloat16" if has_bf16 else "float32"
+        auto_dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
     dtype = auto_dtype if dtype == "auto" else dtype
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: wanted auto, {', '.join(DTYPES)}")

@@ -1,16 +1,18 @@
 """
-What makes a step fast: attention, GELU and Linear layers for CPUs, and a cross-entropy that never holds all
-logits. Each function computes what its torch counterpart computes, up to rounding.
+What makes a step fast: attention, GELU, Linear layers and Muon for CPUs, and a cross-entropy that never holds
+all logits. Each computes what its torch counterpart computes, up to rounding.
 
 Shapes: B batch, T queries, S keys, nh heads, hs head size, N rows (tokens), C width, V rows of wte.
 """
 
+import contextlib
 import functools
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 # ---- attention -----------------------------------------------------------------
@@ -95,6 +97,31 @@ class Linear(nn.Linear):
             y = self.weight @ columns  # (V, N)
         y = y.T.contiguous().view(*x.shape[:-1], V)
         return y if self.bias is None else y + self.bias
+
+
+# ---- Muon ----------------------------------------------------------------------
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices. Others emulate it, far slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class KeepFloat32(TorchFunctionMode):
+    """Within it, tensor.bfloat16() is a copy in the tensor's own dtype."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0].clone() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, which multiplies in bfloat16; on a processor without it, in float32."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        slow = self.param_groups[0]["params"][0].device.type == "cpu" and not cpu_has_bfloat16()
+        with KeepFloat32() if slow else contextlib.nullcontext():
+            return super().step(closure)
 
 
 # ---- cross-entropy in chunks ---------------------------------------------------

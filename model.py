@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
-from kernels import Linear, attention, gelu, linear_cross_entropy
+from kernels import Linear, Muon, attention, gelu, linear_cross_entropy
 
 
 @dataclass(kw_only=True)
@@ -237,8 +237,7 @@ class GPT(nn.Module):
         ]
         optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=fused)]
         if hidden:
-            optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay,
-                                               adjust_lr_fn="match_rms_adamw"))
+            optimizers.append(Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         return optimizers
 
     def grad_norms(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels
 from configurator import UserError
 from decoding import generate
 from kernels import plain_attention
@@ -309,6 +310,24 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert names[0] == set(name_of.values()) - names[1] and "transformer.wte.weight" in names[0]
     with pytest.raises(UserError, match="wanted adamw or muon"):
         model.configure_optimizers("sgd", 0.1, 1e-3, (0.9, 0.95), fused=False)
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_muon_multiplies_in_bfloat16_only_where_the_processor_does(has_bfloat16, monkeypatch):
+    monkeypatch.setattr(kernels, "cpu_has_bfloat16", lambda: has_bfloat16)
+    grad = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    weights = [torch.zeros(16, 8, requires_grad=True) for _ in range(2)]
+    for weight, kind in zip(weights, (kernels.Muon, torch.optim.Muon)):
+        weight.grad = grad.clone()
+        kind([weight], lr=1.0, weight_decay=0.0).step()
+    ours, theirs = weights
+    assert torch.equal(ours, theirs) == has_bfloat16
+    x = grad.double() / grad.double().norm()
+    for _ in range(5):  # Jordan et al. 2024: Newton-Schulz
+        gram = x.T @ x
+        x = 3.4445 * x + x @ (2.0315 * gram @ gram - 4.7750 * gram)
+    distance = (ours + math.sqrt(2) * x).abs().max()  # sqrt(rows / columns), torch's scale
+    assert distance < 1e-5 or has_bfloat16
 
 
 def test_ddp_finds_a_gradient_for_every_parameter_of_a_layer_without_heads(tmp_path):
