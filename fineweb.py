@@ -29,17 +29,17 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
+import queue
 import re
 import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
+import traceback
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,42 +115,72 @@ def encode_chunk(chunk: Chunk, tokenizer: str) -> Encoded:
                    documents.is_val, documents.empty, documents.bad)
 
 
-def end_with_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when it was killed."""
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
+def work(pipe: Connection, tokenizer: str) -> None:
+    """In a worker process: encode the chunks that come through the pipe, until the parent has gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            chunk = pipe.recv()
+            try:
+                result = encode_chunk(chunk, tokenizer)
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                result = error
+            pipe.send(result)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=wait, daemon=True).start()
+
+def start_worker(tokenizer: str):
+    """(process, our end of its pipe)."""
+    # spawn everywhere: a fork copies the locks of whatever threads numba, Arrow and the hub have started
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, tokenizer), daemon=True)
+    process.start()
+    theirs.close()  # the worker's copy is the only one: if it dies, ours reads the end
+    return process, ours
 
 
 def encode_in_order(chunks: Iterator[tuple[Place, Chunk]], tokenizer: str,
                     num_workers: int) -> Iterator[tuple[Place, Encoded]]:
-    """(place, encode_chunk(chunk)) of each chunk, in order; at most 2 * num_workers + 1 in memory."""
+    """(place, encode_chunk(chunk)) of each chunk, in order; at most 2 * num_workers + 1 in memory.
+
+    Each worker process has a pipe of its own: where one is killed while it sends, nobody waits for the rest.
+    """
     if num_workers == 1:
         yield from ((place, encode_chunk(chunk, tokenizer)) for place, chunk in chunks)
         return
-    # spawn everywhere: a fork copies the locks of whatever threads numba, Arrow and the hub have started
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), end_with_parent)
-    waiting = collections.deque()
+    processes, idle = [], queue.SimpleQueue()
+
+    def encode(chunk: Chunk) -> Encoded:
+        pipe = idle.get()
+        try:
+            pipe.send(chunk)
+            result = pipe.recv()
+        except (EOFError, OSError) as error:
+            raise UserError(f"one of {num_workers} worker processes died, most often because memory ran out; "
+                            f"in that case choose a smaller --num_workers=...") from error
+        finally:
+            idle.put(pipe)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    threads, waiting = ThreadPoolExecutor(num_workers), collections.deque()  # a thread waits for a worker
     try:
+        for _ in range(num_workers):
+            process, pipe = start_worker(tokenizer)
+            processes.append(process)
+            idle.put(pipe)
         for place, chunk in chunks:
-            try:
-                waiting.append((place, pool.submit(encode_chunk, chunk, tokenizer)))
-            except (OSError, ValueError) as error:  # a worker died while the pool started another
-                raise BrokenProcessPool from error
+            waiting.append((place, threads.submit(encode, chunk)))
             while waiting and (len(waiting) > 2 * num_workers or waiting[0][1].done()):
                 place, future = waiting.popleft()
                 yield place, future.result()
         yield from ((place, future.result()) for place, future in waiting)
-    except BrokenProcessPool as error:
-        raise UserError(f"one of {num_workers} worker processes died, most often because memory ran out; in "
-                        f"that case choose a smaller --num_workers=...") from error
     finally:
-        for worker in multiprocessing.active_children():  # not asked to end: where one was killed, the others
-            worker.kill()                                 # may wait for ever for a lock that it held
-        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.kill()
+        threads.shutdown(cancel_futures=True)
 
 
 # ---- from chunks to pairs of shards --------------------------------------------

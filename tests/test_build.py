@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import kill_build
@@ -185,7 +186,6 @@ def test_a_killed_worker_is_an_error_and_the_rerun_is_identical(tmp_path, large_
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP")
 def test_the_end_does_not_wait_for_workers():
-    """They may wait themselves, for a lock that a killed one held."""
     chunk = documents.Chunk(documents.from_texts, ([(b"text", "", None)], 0, []))
     results = fineweb.encode_in_order((((0, i, 0), chunk) for i in range(9)), "gpt2", 2)
     assert len(list(itertools.islice(results, 9))) == 9
@@ -198,6 +198,26 @@ def test_the_end_does_not_wait_for_workers():
     for worker in workers:
         worker.kill()
     assert len(workers) == 2 and not end.is_alive()
+
+
+def read_much():
+    """Documents whose result takes long to send."""
+    return documents.from_texts([(b"text", "", None)], 0, ["x" * 100_000_000])
+
+
+def test_a_worker_killed_while_it_sends_is_an_error():
+    """The rest of its result never comes: waiting for it would be forever."""
+    for delay in (0.0, 0.01, 0.02, 0.04):
+        chunks = (((0, i, 0), documents.Chunk(read_much, ())) for i in range(9))
+        results = fineweb.encode_in_order(chunks, "gpt2", 2)
+        next(results)
+        with ThreadPoolExecutor(1) as thread:
+            end = thread.submit(list, results)
+            time.sleep(delay)
+            for process in multiprocessing.active_children():
+                process.kill()
+            with pytest.raises(UserError, match="one of 2 worker processes died"):
+                end.result(60)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
