@@ -1,7 +1,7 @@
 """
 Measure every speed in section "Speed" of RESULTS.md beside its baseline, in one run on one machine.
 
-    python bench.py                                          # all of them, about half an hour on a CPU
+    python bench.py                                          # all of them
     python bench.py --only=encode --input=FILE.parquet       # the tokenizer on your own text
     python bench.py --only=shards,bpe_train --input=FILE.parquet --max_bytes=68e6 --build_bytes=3e9
     python bench.py --only=train --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=64
