@@ -1,41 +1,36 @@
 """
-Measure every speed this repository claims, each beside its baseline, in one run on one machine.
+Measure every speed in section "Speed" of RESULTS.md beside its baseline, in one run on one machine.
 
-    python bench.py                                          # all of them, minutes on a CPU
-    python bench.py --only=encode --input=FILE.parquet       # the tokenizer on a text of your own
-    python bench.py --only=shards,bpe_train --input=FILE.parquet --max_bytes=68e6 --build_bytes=3e9 --turns=3
+    python bench.py                                          # all of them
+    python bench.py --only=encode --input=FILE.parquet       # the tokenizer on your own text
+    python bench.py --only=shards,bpe_train --input=FILE.parquet --max_bytes=68e6 --build_bytes=3e9
     python bench.py --only=train --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=64
 
-Ours and the baseline take turns (A B A B ...), so that a machine whose speed drifts is unfair to neither; the
-table has the median of each and the median, lowest and highest of the ratios turn by turn. Writes nothing.
+Ours and its baselines take turns (A B A B ...), so that a machine whose speed drifts is fair to both. The
+first turn warms up, and shows that all sides compute the same. A line per baseline: median speed of ours and
+of the baseline, then median, lowest and highest of the ratio in each turn. Writes nothing.
 
-encode     bpe.py, one core, against tiktoken.encode_ordinary, one thread; the ids are compared first. If
-           gigatoken is installed, against it too: with an empty cache, on unseen text, on the same text again
-shards     fineweb.py from parquet to shards, all cores and its start included, against a pool of workers that
-           call tiktoken document by document; memory, and what sample-10BT would take
-loader     tokens per second of one process reading shuffled windows; no baseline
-open       seconds to open 10,000 shards of 100M tokens, memory, and a batch at a random step; no baseline
-bpe_train  train_bpe.py, all cores, against tokenizers' BpeTrainer; and how well both compress
-matmul     the device's matmul peak, measured: 8192^3 on a GPU, 4096^3 on a CPU; no baseline
+encode     bpe.py on one core, against tiktoken.encode_ordinary on one thread; and against gigatoken, where
+           it is installed, on unseen text with a warm cache
+shards     fineweb.py from parquet to shards, its start included, against a pool of workers that call
+           tiktoken for each document
+bpe_train  train_bpe.py, all cores, against the BpeTrainer of tokenizers
+loader     one process that reads shuffled windows, and the growth of its resident memory; no baseline
+train      an optimizer step of config A (16M parameters), compiled, in the auto dtype, against stock torch:
+           eager float32 (what nanoGPT does on a CPU), and autocast to our dtype with torch.compile
+scale      train_gpt2.py on the CPU: two processes with half the cores each, against one with all
+generate   new tokens with the KV cache, greedy, against a full forward pass per token, and against
+           generate of transformers on the same weights; then eight texts at a time
+hellaswag  hellaswag.py in the auto dtype against one example per forward pass in eager float32, as in
+           build-nanogpt
+matmul     peak of matrix products: 8192^3 on a GPU, 4096^3 on a CPU; also part of train
 loss       output layer and cross-entropy, forward and backward, against torch's F.linear_cross_entropy (2.13)
-train      an optimizer step of config A (16M parameters), compiled, in auto dtype, against torch as it comes,
-           in processes of their own: eager float32 (what nanoGPT does on a CPU), and ours' dtype and compile
-           with torch's attention and loss; and what share of the measured matmul peak that is
-scale      tok_s of train_gpt2.py with two processes and half the cores each, against one with all; on the CPU
-startup    seconds from the start of train_gpt2.py to the end of its first step, not compiled; on the CPU
-generate   new tokens with the KV cache, greedy, against a full forward pass per token, and, of 1 and 8 texts
-           at a time, against transformers' generate with its cache on the same weights
-hellaswag  hellaswag.py's evaluate, in float32 and in auto dtype, against a loop of one example per forward
-           pass in eager float32, as build-nanogpt has it; the scores are compared first
 """
 
 import contextlib
 import functools
-import importlib.metadata
 import importlib.util
 import itertools
-import json
-import math
 import multiprocessing
 import os
 import platform
@@ -46,61 +41,110 @@ import sys
 import sysconfig
 import tempfile
 import time
-import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
-from bpe import byte_order, load_tokenizer, rank_file, tokenizer_from_ranks
+import hellaswag
+from bpe import byte_order, load_tokenizer
 from configurator import Between, OneOf, PathName, UserError, configure
+from decoding import generate
+from device import resolve_device
 from documents import Chunk, Documents, available_cores
-from shards import TokenStream, WindowLoader, read_manifest, write_shard
+from kernels import linear_cross_entropy
+from model import GPT, GPTConfig
+from ranks import Ranks
+from shards import TokenStream, WindowLoader, write_shard
 from train_bpe import count_chunks, train_ranks
 
-only = "encode,shards,bpe_train,loader,open,train,scale,startup,generate,hellaswag"  # which to run
-turns: Between(1, 10_000) = 5  # times each side is measured, after one warm-up turn
+only = "encode,shards,bpe_train,loader,train,scale,generate,hellaswag"  # which to run; others: matmul, loss
+turns: Between(1, 10_000) = 3  # timed turns after the warm-up; half as many for scale and generate
 input: PathName = ""  # encode, shards, bpe_train: .txt or .parquet (column text); empty = Python's own source
 max_bytes: Between(1, 10**12) = 8_000_000  # of input: the first N bytes
 build_bytes: Between(1, 10**12) = 600_000_000  # shards: bytes to build from, made by perturbing the text
 vocab_size: Between(257, 65_536) = 32_768  # bpe_train: ids
-n_layer: Between(1, 10_000) = 4  # train, scale, startup, generate and hellaswag: the model of config A
+n_layer: Between(1, 10_000) = 4  # the model: config A's
 n_head: Between(1, 10_000) = 4  # heads
 n_embd: Between(1, 10**8) = 256  # width
 block_size: Between(1, 2**20) = 256  # T
-batch_size: Between(1, 65_536) = 16  # train, scale and startup: sequences per step
-max_new_tokens: Between(1, 10**6) = 512  # generate: tokens drawn
+batch_size: Between(1, 65_536) = 16  # train, scale, loss: sequences per step
+max_new_tokens: Between(1, 10**6) = 512  # generate: tokens per text
 hellaswag_data: PathName = ""  # hellaswag: a file like the public one; empty = the public one
 hellaswag_examples: Between(1, 10**6) = 100  # hellaswag: examples scored, evenly spaced
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
 dtype: OneOf("auto", "float32", "bfloat16", "float16") = "auto"  # train, hellaswag: of ours
 
 
-def time_turns(runs: list, n: int) -> list[list[float]]:
-    """Seconds of each of `runs`, n turns of all of them."""
-    seconds = [[] for _ in runs]
-    for _ in range(n + 1):
-        for run, of_run in zip(runs, seconds):
+# ---- turns and processes -------------------------------------------------------
+
+
+class Seconds(float):
+    """What a side returns if only a part of its time counts."""
+
+
+def measure(name: str, unit: str, amount: float, sides: dict, agree=None, n_turns: int = 0) -> float:
+    """Run `sides` {label: function}, of which the first is ours, in turns, and print a line per baseline.
+
+    A turn of a side does `amount` units. `agree` takes what the sides returned in the first turn, and says
+    whether they computed the same. Returns our median speed in units per second.
+    """
+    seconds = []
+    for turn in range(1 + (n_turns or turns)):
+        results, times = [], []
+        for side in sides.values():
             t0 = time.perf_counter()
-            run()
-            of_run.append(time.perf_counter() - t0)
-    return [of_run[1:] for of_run in seconds]  # the first turn compiled and filled caches
+            results.append(side())
+            elapsed = time.perf_counter() - t0
+            times.append(results[-1] if isinstance(results[-1], Seconds) else elapsed)
+        if turn == 0 and agree and not agree(results):
+            raise RuntimeError(f"{name}: {' and '.join(sides)} do not compute the same")
+        seconds.append(times)
+    seconds = np.array(seconds[1:])  # (turns, sides); the first turn compiled and filled caches
+    speeds = amount / np.median(seconds, axis=0)  # (sides,)
+    texts = [f"{speed:,.{1 if speed >= 10 else 3}f} {unit}" for speed in speeds]
+    for i, label in list(enumerate(sides))[1:]:
+        ratios = seconds[:, i] / seconds[:, 0]
+        print(f"{name:9s} | {texts[0]:>20} | {texts[i]:>20} with {label} | {np.median(ratios):.2f}x "
+              f"({ratios.min():.2f} to {ratios.max():.2f}, n={len(ratios)})", flush=True)
+    if len(sides) == 1:
+        print(f"{name:9s} | {texts[0]:>20} | {', '.join(sides)}, n={len(seconds)}", flush=True)
+    return float(speeds[0])
 
 
-def compare(ours: list[float], baseline: list[float]) -> tuple[float, float, list[float]]:
-    """(median seconds of ours, of the baseline, their ratios turn by turn)."""
-    return statistics.median(ours), statistics.median(baseline), [b / a for a, b in zip(ours, baseline)]
+@contextlib.contextmanager
+def in_a_process(make, *args):
+    """A function that calls, in a process of its own, the function that make(*args) returned there.
+
+    The first call starts at once, so that several processes warm up and compile side by side.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_side, (make, *args)) as pool:
+        first = [pool.submit(run_side)]
+        yield lambda: (first.pop() if first else pool.submit(run_side)).result()
 
 
-def take_turns(ours, baseline, n: int) -> tuple[float, float, list[float]]:
-    return compare(*time_turns([ours, baseline], n))
+SIDE = []  # the function of this process
 
 
-def report(name: str, unit: str, amount: float, ours: float, baseline: float, ratios: list[float],
-           against: str) -> None:
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, n={len(ratios)}"
-    print(f"{name:9s} | {amount / ours:12,.1f} {unit} | {amount / baseline:12,.1f} {unit} with {against} | "
-          f"{statistics.median(ratios):.2f}x ({spread})", flush=True)
+def start_side(make, *args):
+    SIDE.append(make(*args))
+
+
+def run_side():
+    return SIDE[0]()
+
+
+def run_python(*command, **environment: str) -> None:
+    """Run a script of this folder and discard its output, unless it fails."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=Path(__file__).parent, text=True,
+                          capture_output=True, env={**os.environ, **environment}, encoding="utf-8")
+    if done.returncode:
+        raise RuntimeError(f"{command} failed:\n{done.stderr[-4000:]}")
+
+
+# ---- text and tokens -----------------------------------------------------------
 
 
 def read_documents() -> list[bytes]:
@@ -122,96 +166,62 @@ def read_documents() -> list[bytes]:
     return documents
 
 
+def pack(documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Documents as Tokenizer.encode_documents takes them: (text, offsets)."""
+    return np.frombuffer(b"".join(documents), np.uint8), np.cumsum([0, *map(len, documents)])
+
+
 def bench_encode() -> None:
     tok, documents = load_tokenizer(), read_documents()
-    encoding, text = tok.to_tiktoken(), b"".join(documents).decode()
-    if not np.array_equal(tok.encode(text), encoding.encode_ordinary(text)):
-        raise RuntimeError("the ids differ from tiktoken's: a bug in bpe.py")
-    buffer = np.frombuffer(text.encode(), dtype=np.uint8)
-    offsets = np.array([0, len(buffer)])
-
-    def ours():
-        tok.encode_documents(buffer, offsets)
-
-    def tiktoken():
-        encoding.encode_ordinary(text)
-
-    report("encode", "MB/s", len(buffer) / 1e6, *take_turns(ours, tiktoken, turns), "tiktoken")
-    if importlib.util.find_spec("gigatoken"):
-        bench_gigatoken(documents)
-
-
-def hard_text(n: int, seed: int) -> list[bytes]:
-    """n bytes each of long runs and of random bytes, which no cache of pieces helps with."""
-    rng = np.random.default_rng(seed)
-    runs = [bytes([byte]) * (n // 5 + seed) for byte in b"a -\n_"]
-    noise = [rng.integers(0, 128, n // 2, np.uint8).tobytes(), rng.bytes(n // 4).decode("latin-1").encode()]
-    letters = rng.integers(ord("a"), ord("z") + 1, n // 2, np.uint8).tobytes()
-    return [*runs, letters, *noise]
-
-
-def bench_gigatoken(documents: list[bytes]) -> None:
-    """Against gigatoken, one thread each: with an empty cache, with one warmed by other text, and again."""
+    encoding, text = tok.to_tiktoken(), b"".join(documents)
+    packed, string = pack([text]), text.decode()
+    measure("encode", "MB/s", len(text) / 1e6,
+            {"ours": lambda: tok.encode_documents(*packed)[0][1:],  # without <|endoftext|>
+             "tiktoken": lambda: encoding.encode_ordinary(string)},
+            agree=lambda ids: np.array_equal(*ids))
+    if not importlib.util.find_spec("gigatoken"):
+        return
     import gigatoken
-    half = sum(map(len, documents)) // 2
-    split = next(i for i, size in enumerate(itertools.accumulate(map(len, documents)), 1) if size >= half)
-    texts = {"text": (documents[:split], documents[split:]),
-             "hard": (hard_text(10**6, 1), hard_text(10**6, 2))}
+    middle = len(documents) // 2
+    first, second = documents[:middle], documents[middle:]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "r50k_base.tiktoken")  # gigatoken goes by the name
-        path.write_bytes(load_tokenizer().rank_file)
+        path = Path(folder, "r50k_base.tiktoken")  # gigatoken recognizes the name
+        path.write_bytes(tok.rank_file)
 
         def ours():
             tok = load_tokenizer()
-            tok.encode("")  # so that the tables are there
-            return lambda packed, some: tok.encode_documents(*packed)
+            tok.encode_documents(*pack(first))
+            return seconds_of(tok.encode_documents, *pack(second))
 
         def theirs():
             rival = gigatoken.Tokenizer.from_tiktoken(path)
-            return lambda packed, some: rival.encode_batch(some, parallel=False)
+            rival.encode_batch(first, parallel=False)
+            return seconds_of(rival.encode_batch, second, parallel=False)
 
-        for name, (first, second) in texts.items():
-            parts = [((np.frombuffer(b"".join(some), np.uint8), np.cumsum([0, *map(len, some)])), some)
-                     for some in (first, second, second)]
-            seconds = []  # per turn: ours and theirs, three each
-            for _ in range(turns + 1):
-                encoders = ours(), theirs()
-                seconds.append([[time_once(encode, part) for part in parts] for encode in encoders])
-            for i, state in enumerate(("empty", "unseen", "again")):
-                timed = compare(*([turn[side][i] for turn in seconds[1:]] for side in (0, 1)))
-                report(f"{name} {state}", "MB/s", len(parts[i][0][0]) / 1e6, *timed,
-                       f"gigatoken {importlib.metadata.version('gigatoken')}")
+        measure("unseen", "MB/s", sum(map(len, second)) / 1e6, {"ours": ours, "gigatoken": theirs})
 
 
-def time_once(run, arguments: tuple) -> float:
+def seconds_of(function, *args, **kwargs) -> Seconds:
     t0 = time.perf_counter()
-    run(*arguments)
-    return time.perf_counter() - t0
-
-
-def perturbed(document: bytes, rng: np.random.Generator) -> bytes:
-    """A document with one in 500 of its small letters replaced by another, which makes new rare words."""
-    text = np.frombuffer(document, np.uint8).copy()
-    letters = np.flatnonzero((text >= ord("a")) & (text <= ord("z")))
-    chosen = rng.choice(letters, len(letters) // 500) if len(letters) else letters
-    text[chosen] = rng.integers(ord("a"), ord("z") + 1, len(chosen))
-    return text.tobytes()
+    function(*args, **kwargs)
+    return Seconds(time.perf_counter() - t0)
 
 
 def write_parquet(path: Path, documents: list[bytes], size: int) -> int:
-    """`size` bytes of text, row groups of 5 MB as FineWeb's: the documents again and again, perturbed."""
+    """Copies of the documents, in row groups of about 5 MB like FineWeb's, until they have `size` bytes; each
+    copy replaces one in 500 letters, which makes new rare words. Returns the bytes written."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    rng, total = np.random.default_rng(0), 0
+    rng, (text, offsets) = np.random.default_rng(0), pack(documents)
+    letters = np.flatnonzero((text >= ord("a")) & (text <= ord("z")))
+    n_copies, group = -(-size // len(text)), max(1, len(documents) * 5_000_000 // len(text))
     with pq.ParquetWriter(path, pa.schema([("text", pa.string())]), compression="zstd") as writer:
-        while total < size:
-            rows, rows_size = [], 0
-            while rows_size < 5_000_000:
-                rows.append(perturbed(documents[rng.integers(len(documents))], rng).decode())
-                rows_size += len(rows[-1].encode())
-            writer.write_table(pa.table({"text": rows}))
-            total += rows_size
-    return total
+        for _ in range(n_copies):
+            copy, chosen = text.copy(), rng.choice(letters, len(letters) // 500)
+            copy[chosen] = rng.integers(ord("a"), ord("z") + 1, len(chosen))
+            rows = [copy[a:b].tobytes().decode() for a, b in itertools.pairwise(offsets)]
+            writer.write_table(pa.table({"text": rows}), row_group_size=group)
+    return n_copies * len(text)
 
 
 @functools.cache
@@ -220,168 +230,143 @@ def tiktoken_of_worker():
 
 
 def encode_row_group(path: str, group: int) -> list[np.ndarray]:
-    """What build-nanogpt's workers do: tiktoken document by document, each to a uint16 array."""
+    """What build-nanogpt's workers do: tiktoken for each document, then a uint16 array."""
     import pyarrow.parquet as pq
-    encoding, out = tiktoken_of_worker(), []
+    encoding, arrays = tiktoken_of_worker(), []
     for text in pq.ParquetFile(path).read_row_group(group, columns=["text"])["text"].to_pylist():
         tokens = [encoding.eot_token]
         tokens.extend(encoding.encode_ordinary(text))
-        out.append(np.array(tokens, dtype=np.uint16))
-    return out
-
-
-SAMPLE_10BT = 10e9  # tokens
-# fineweb.py in a process of its own, which tells its and its workers' CPU seconds and peak memory. On Linux
-# ru_maxrss includes the process that it was started from, VmHWM does not.
-BUILD = """
-import json, resource, sys
-import fineweb
-from configurator import configure
-fineweb.build(**configure(vars(fineweb), sys.argv[1:]))
-usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-unit = 1 if sys.platform == "darwin" else 1024
-usage = [[u.ru_utime + u.ru_stime, u.ru_maxrss * unit] for u in usage]
-if sys.platform == "linux":
-    usage[0][1] = int(open("/proc/self/status", encoding="ascii").read().split("VmHWM:")[1].split()[0]) * 1024
-print(json.dumps(usage))
-"""
+        arrays.append(np.array(tokens, dtype=np.uint16))
+    return arrays
 
 
 def bench_shards() -> None:
     import pyarrow.parquet as pq
     cores = available_cores()
-    with tempfile.TemporaryDirectory() as work:
-        path = Path(work, "corpus.parquet")
-        size, built, numbers = write_parquet(path, read_documents(), build_bytes), [], itertools.count()
+    with (tempfile.TemporaryDirectory() as work,
+          ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool):
+        path, shard = Path(work, "corpus.parquet"), Path(work, "baseline_train_000000.npy")
+        size = write_parquet(path, read_documents(), build_bytes)
         groups = range(pq.ParquetFile(path).metadata.num_row_groups)
 
         def ours():
-            command = [sys.executable, "-c", BUILD, f"--input={path}", f"--data_dir={work}/{next(numbers)}"]
-            done = subprocess.run(command, cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
-            folder = Path(command[-1].partition("=")[2])
-            built.append((json.loads(done.stdout.splitlines()[-1]), read_manifest(folder)["tokens"]))
-            shutil.rmtree(folder)
+            run_python("fineweb.py", f"--input={path}", f"--data_dir={work}/shards")
+            shutil.rmtree(f"{work}/shards")
 
-        with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-            few = list(groups)[:4 * cores]  # so that its start is not timed
-            list(pool.map(encode_row_group, [str(path)] * len(few), few))
+        def baseline():
+            encoded = pool.map(encode_row_group, [str(path)] * len(groups), groups)
+            write_shard(shard, *map(np.concatenate, encoded))
+            shard.unlink()
 
-            def baseline():
-                encoded = pool.map(encode_row_group, [str(path)] * len(groups), groups)
-                shard = Path(work, "baseline_train_000000.npy")
-                write_shard(shard, *map(np.concatenate, encoded))
-                shard.unlink()
-
-            timed = take_turns(ours, baseline, turns)
-    report("shards", "MB/s", size / 1e6, *timed, f"{cores} workers of tiktoken")
-    tokens = int(statistics.median(count for _, count in built))
-    parent, workers = (statistics.median(usage[k][0] for usage, _ in built) / tokens for k in (0, 1))
-    rss = [max(usage[k][1] for usage, _ in built) / 1e6 for k in (0, 1)]
-    print(f"          | {tokens / timed[0] / 1e6:.1f}M tok/s; a token takes {parent * 1e9:.1f} ns of the "
-          f"parent, {workers * 1e9:.1f} of workers; peak {rss[0]:.0f} MB, {rss[1]:.0f} MB for each worker")
-    for n in (8, 64):  # the parent is one process: what it does is not shared
-        seconds = SAMPLE_10BT * max(parent, (workers + parent) / n)
-        print(f"          | sample-10BT on {n} such cores, computed: {seconds:,.0f} s, while 28 GB come in "
-              f"{28e9 / 125e6:,.0f} s at 1 Gbit/s", flush=True)
+        measure("shards", "MB/s", size / 1e6, {"ours": ours, f"{cores} workers of tiktoken": baseline})
 
 
 def bench_bpe_train() -> None:
-    try:
-        import tokenizers
-        from tokenizers import models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise UserError("bpe_train compares with the package tokenizers, which is not installed: pip install "
-                        "tokenizers, or name the others with --only=...") from error
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
     documents = read_documents()
-    texts, size = [document.decode() for document in documents], sum(map(len, documents))
-    step = -(-len(documents) // 16)  # chunks of the text, to be dealt to the cores
-    chunks = []
-    for i in range(0, len(documents), step):
-        some = documents[i:i + step]
-        packed = np.frombuffer(b"".join(some), np.uint8), np.cumsum([0, *map(len, some)])
-        chunks.append(Chunk(Documents, (*packed, *[()] * (len(Documents._fields) - 2))))
+    texts = [document.decode() for document in documents]
+    step = -(-len(documents) // 16)  # 16 chunks, shared by the cores
+    chunks = [Chunk(Documents, (*pack(documents[i:i + step]), *[()] * (len(Documents._fields) - 2)))
+              for i in range(0, len(documents), step)]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    made = {}
-
-    def ours():
-        made["ours"] = train_ranks(count_chunks(chunks), vocab_size)
+    char_of = dict(zip(byte_order(), sorted(byte_level.alphabet())))  # tokenizers writes bytes as characters
 
     def theirs():
-        made["tokenizers"] = tokenizers.Tokenizer(models.BPE())
-        made["tokenizers"].pre_tokenizer = byte_level
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=byte_level.alphabet(),
-                                      show_progress=False)
-        made["tokenizers"].train_from_iterator(texts, trainer)
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = byte_level
+        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=vocab_size - 1, initial_alphabet=byte_level.alphabet(), show_progress=False))
+        return tokenizer.get_vocab()
 
-    timed = take_turns(ours, theirs, turns)
-    report("bpe_train", "MB/s", size / 1e6, *timed, f"tokenizers {tokenizers.__version__}")
-    tok = tokenizer_from_ranks(rank_file(made["ours"]), "ours")
-    n_ours = sum(len(tok.encode_documents(*chunk.args[:2])[0]) for chunk in chunks) - len(documents)  # no EOT
-    n_theirs = sum(len(encoded.ids) for encoded in made["tokenizers"].encode_batch_fast(texts))
-    ids = made["tokenizers"].get_vocab()
-    char_of = dict(zip(byte_order(), sorted(byte_level.alphabet())))  # tokenizers writes bytes as characters
-    same = sum(ids.get(token) == rank for rank, token in enumerate(
-        "".join(char_of[byte] for byte in token) for token in made["ours"]))
-    print(f"          | {size / n_ours:.4f} and {size / n_theirs:.4f} bytes per token of {size:,} bytes; "
-          f"{same - 256:,} of {vocab_size - 257:,} merges are the same", flush=True)
+    def same_merges(results):
+        ranks, ids = results
+        return all(ids["".join(map(char_of.get, token))] == rank for rank, token in enumerate(ranks))
+
+    measure("bpe_train", "MB/s", sum(map(len, documents)) / 1e6,
+            {"ours": lambda: train_ranks(count_chunks(chunks), vocab_size),
+             f"tokenizers {tokenizers.__version__}": theirs}, agree=same_merges)
+
+
+def write_random_shard(folder: str, name: str, n_tokens: int) -> None:
+    ids = np.random.default_rng(0).integers(0, 50_257, n_tokens).astype(np.uint16)
+    write_shard(Path(folder, f"{name}.npy"), ids)
 
 
 def bench_loader() -> None:
-    tok = load_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        ids = np.random.default_rng(0).integers(0, tok.n_vocab, 10_000_000).astype(np.uint16)
         for i in range(5):
-            write_shard(Path(folder, f"bench_train_{i:06d}.npy"), ids)
-        loader = WindowLoader(TokenStream(folder, "train"), 1024, 524_288, 1337, tok.n_vocab)
-        loader.batch(0, 0, 64)
-        n_steps = 5
-        t0 = time.perf_counter()
-        for step in range(n_steps):
-            for first in range(0, loader.windows_per_step, 64):
-                loader.batch(step, first, 64)
-        seconds = time.perf_counter() - t0
-    print(f"loader    | {n_steps * 524_288 / seconds / 1e6:12,.1f} Mtok/s | "
-          f"batches of 64 x 1024 from 5 shards of 10M tokens", flush=True)
+            write_random_shard(folder, f"bench_train_{i:06d}", 10_000_000)
+        loader, n_steps, memory = WindowLoader(TokenStream(folder, "train"), 1024, 2**19, 1337, 50_257), 5, []
+
+        def read():
+            for step in range(n_steps):
+                for first in range(0, loader.windows_per_step, 64):
+                    loader.batch(step, first, 64)
+            with contextlib.suppress(FileNotFoundError):  # Linux only
+                memory.append(int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]))
+
+        measure("loader", "Mtok/s", n_steps * 2**19 / 1e6, {"batches of 64 x 1024": read})
+    if memory:
+        growth = (memory[-1] - memory[0]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        print(f"          | resident memory grew by {growth:.1f} MiB after the warm-up", flush=True)
 
 
-def bench_open() -> None:
-    """A trillion tokens, in files that are holes."""
-    n_shards, shard_tokens, B, T = 10_000, 100_000_000, 64, 1024
-    header = {"descr": "<u2", "fortran_order": False, "shape": (shard_tokens,)}
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(n_shards):
-            with open(Path(folder, f"bench_train_{i:06d}.npy"), "wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                file.truncate(file.tell() + 2 * shard_tokens)
-        seconds = []
-        for _ in range(turns):
-            t0 = time.perf_counter()
-            WindowLoader(TokenStream(folder, "train"), T, 524_288, 1337, 50_257)
-            seconds.append(time.perf_counter() - t0)
-        tracemalloc.start()
-        loader = WindowLoader(TokenStream(folder, "train"), T, 524_288, 1337, 50_257)
-        steps, memory = np.random.default_rng(0).integers(0, 10**9, 100).tolist(), []
-        for step in steps:
-            loader.batch(step, 0, B)
-            memory.append(tracemalloc.get_traced_memory()[1] / 2**20)
-        tracemalloc.stop()
-        t0 = time.perf_counter()
-        for step in steps:
-            loader.batch(step, 0, B)
-        batch = (time.perf_counter() - t0) / len(steps)
-    print(f"open      | {statistics.median(seconds):12,.2f} s for {n_shards:,} shards of {shard_tokens:,} "
-          f"tokens; {memory[-1]:,.1f} MiB at most in 100 batches ({memory[9]:,.1f} in 10); "
-          f"{batch * 1e6:,.0f} microseconds for a batch of {B} x {T} at a random step", flush=True)
+# ---- models --------------------------------------------------------------------
 
 
-def optimizer_step(forward, model, optimizer, autocast):
-    """A function that makes one step and returns its loss."""
-    import torch
+def random_model(config, device):
+    """The same model for all sides, in eval mode, with embeddings so large that its predictions differ."""
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    torch.nn.init.normal_(model.transformer.wte.weight, std=0.1)
+    return model.to(device)
+
+
+def bench_matmul() -> float:
+    """Returns TFLOP/s."""
+    dev = resolve_device(device, dtype)
+    n = 4096 if dev.type == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=dev.device, dtype=dev.dtype)
+    product = torch.empty_like(a)
+
+    def multiply():
+        torch.mm(a, b, out=product)
+        dev.synchronize()
+
+    return measure("matmul", "TFLOP/s", 2 * n**3 / 1e12, {f"{dev.dtype}": multiply})
+
+
+def bench_loss() -> None:
+    if not hasattr(F, "linear_cross_entropy"):
+        print(f"loss      | torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has it", flush=True)
+        return
+    dev, N, V = resolve_device(device, dtype), batch_size * block_size, 50_304
+    x = torch.randn(N, n_embd, device=dev.device, dtype=dev.dtype, requires_grad=True)
+    weight = torch.empty(V, n_embd, device=dev.device, dtype=dev.dtype).normal_(std=0.02).requires_grad_()
+    targets = torch.randint(V, (N,), device=dev.device)
+    ours = torch.compile(linear_cross_entropy) if dev.type == "cuda" else linear_cross_entropy
+
+    def backward(function, *args):
+        loss = function(x, weight, targets, *args)
+        loss.backward()
+        return loss.item()  # waits for the device
+
+    measure("loss", "tok/s", N,
+            {"ours": lambda: backward(ours, dev.loss_chunk),
+             "F.linear_cross_entropy": lambda: backward(F.linear_cross_entropy)},
+            agree=lambda losses: np.allclose(*losses, rtol=1e-2))
+
+
+def optimizer_step(model, forward, batch_size: int, fused: bool, autocast):
+    """A function that makes one step, always on the same batch, and returns its loss, forward(x, y)."""
+    optimizer, = model.train().configure_optimizers("adamw", 0.1, 1e-4, (0.9, 0.95), fused)
+    x, y = torch.randint(model.config.n_vocab, (2, batch_size, model.config.block_size),
+                         generator=torch.Generator().manual_seed(1)).to(model.lm_head.weight.device)
 
     def step():
         with autocast():
-            loss = forward()
+            loss = forward(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -390,33 +375,16 @@ def optimizer_step(forward, model, optimizer, autocast):
     return step
 
 
-def model_and_batch(config, batch_size: int, device):
-    """The same model and batch for all sides."""
-    import torch
-
-    from model import GPT
-    torch.manual_seed(0)
-    model = GPT(config).to(device)
-    x, y = torch.randint(0, config.n_vocab, (2, batch_size, config.block_size)).to(device)
-    return model, x, y
-
-
 def our_step(config, batch_size: int, device: str, dtype: str):
-    import torch
-
-    from device import resolve_device
     dev = resolve_device(device, dtype, compile=True)
-    model, x, y = model_and_batch(config, batch_size, dev.device)
+    model = random_model(config, dev.device)
     model.loss_chunk = dev.loss_chunk
-    optimizer, = model.configure_optimizers("adamw", 0.1, 1e-4, (0.9, 0.95), dev.fused)
-    compiled = torch.compile(model, dynamic=False) if dev.compile else model
-    return optimizer_step(lambda: compiled(x, y), model, optimizer, dev.autocast)
+    forward = torch.compile(model, dynamic=False) if dev.compile else model
+    return optimizer_step(model, forward, batch_size, dev.fused, dev.autocast)
 
 
-def plain_loss(model, idx, targets):
-    """What GPT.forward computes without dropout, with torch's own attention and loss, as in nanoGPT."""
-    import torch
-    import torch.nn.functional as F
+def stock_loss(model, idx, targets):
+    """What GPT.forward computes, with torch's own attention and loss, as in nanoGPT."""
     (B, T), C, nh = idx.shape, model.config.n_embd, model.config.n_head
     x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
     for block in model.transformer.h:
@@ -429,326 +397,153 @@ def plain_loss(model, idx, targets):
     return F.cross_entropy(logits.view(B * T, -1), targets.view(-1))
 
 
-def plain_step(config, batch_size: int, device: str, dtype: str, compiled: bool):
-    """torch as it comes: nothing of device.py, which also tunes the allocator."""
-    import torch
-    model, x, y = model_and_batch(config, batch_size, device)
-    optimizer, = model.configure_optimizers("adamw", 0.1, 1e-4, (0.9, 0.95), compiled)
-    loss = torch.compile(plain_loss, dynamic=False) if compiled else plain_loss
-    dtype = getattr(torch, dtype)
-    autocast = functools.partial(torch.autocast, x.device.type, dtype=dtype, enabled=dtype != torch.float32)
-    return optimizer_step(lambda: loss(model, x, y), model, optimizer, autocast)
-
-
-def serve(pipe, make, args) -> None:
-    run = make(*args)
-    with contextlib.suppress(EOFError):  # the other end was closed
-        while pipe.recv():
-            pipe.send(run())
-
-
-@contextlib.contextmanager
-def in_a_process(make, *args):
-    """A function that calls, in a process of its own, the function that make(*args) returned there."""
-    context = multiprocessing.get_context("spawn")
-    pipe, end = context.Pipe()
-    process = context.Process(target=serve, args=(end, make, args))
-    process.start()
-    end.close()
-
-    def run():
-        pipe.send(True)
-        return pipe.recv()
-
-    try:
-        yield run
-    finally:
-        pipe.close()
-        process.join()
-
-
-def matmul(dev) -> tuple[int, object]:
-    """(FLOPs, a function that makes them): a product of matrices large enough to reach the device's peak."""
-    import torch
-    n = 4096 if dev.type == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=dev.device, dtype=dev.dtype)
-    product = torch.empty_like(a)
-
-    def run():
-        torch.mm(a, b, out=product)
-        dev.synchronize()
-    return 2 * n**3, run
-
-
-def bench_matmul() -> None:
-    from device import resolve_device
-    dev = resolve_device(device, dtype)
-    flops, run = matmul(dev)
-    seconds, = time_turns([run], turns)
-    print(f"matmul    | {flops / statistics.median(seconds) / 1e12:12.3f} TFLOP/s in {dev.dtype}", flush=True)
-
-
-def bench_loss() -> None:
-    import torch
-    import torch.nn.functional as F
-
-    from device import resolve_device
-    from kernels import linear_cross_entropy
-    if not hasattr(F, "linear_cross_entropy"):
-        print(f"loss      | torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has it", flush=True)
-        return
-    dev = resolve_device(device, dtype)
-    N, C, V = batch_size * block_size, n_embd, 50_304
-    x = torch.randn(N, C, device=dev.device, dtype=dev.dtype, requires_grad=True)
-    weight = torch.empty(V, C, device=dev.device, dtype=dev.dtype).normal_(std=0.02).requires_grad_()
-    targets = torch.randint(V, (N,), device=dev.device)
-    ours = torch.compile(linear_cross_entropy) if dev.type == "cuda" else linear_cross_entropy
-
-    def backward(loss):
-        loss.backward()
-        return loss.item()  # waits for the device
-
-    sides = [lambda: backward(ours(x, weight, targets, dev.loss_chunk)),
-             lambda: backward(F.linear_cross_entropy(x, weight, targets))]
-    losses = [run() for run in sides]
-    report("loss", "tok/s", N, *compare(*time_turns(sides, turns)), "F.linear_cross_entropy")
-    print(f"          | losses {losses[0]:.4f} and {losses[1]:.4f}", flush=True)
+def stock_step(config, batch_size: int, device: str, dtype: str, compile: bool):
+    """Without device.py, which also tunes the allocator."""
+    model = random_model(config, device)
+    loss = torch.compile(stock_loss, dynamic=False) if compile else stock_loss
+    autocast = functools.partial(torch.autocast, torch.device(device).type, dtype=getattr(torch, dtype),
+                                 enabled=dtype != "float32")
+    return optimizer_step(model, functools.partial(loss, model), batch_size, compile, autocast)
 
 
 def bench_train() -> None:
-    from device import resolve_device
-    from model import GPT, GPTConfig
     dev = resolve_device(device, dtype)
     dtype_name = str(dev.dtype).removeprefix("torch.")
     config = GPTConfig(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    product_flops, product = matmul(dev)
     settings = config, batch_size, str(dev.device)
     with (in_a_process(our_step, *settings, dtype_name) as ours,
-          in_a_process(plain_step, *settings, "float32", False) as eager,
-          in_a_process(plain_step, *settings, dtype_name, True) as compiled):
-        losses = [run() for run in (ours, eager, compiled)]
-        if max(losses) - min(losses) > 0.01:
-            raise RuntimeError(f"the three sides have losses {losses} at step 0: a bug in model.py")
-        seconds = time_turns([ours, eager, compiled, product], turns)
-    tokens = batch_size * block_size
-    report("train", "tok/s", tokens, *compare(seconds[0], seconds[1]), "eager float32")
-    report("train", "tok/s", tokens, *compare(seconds[0], seconds[2]), f"plain {dtype_name}, compiled")
-    flops = GPT(config).flops_per_token(block_size) * tokens / statistics.median(seconds[0])
-    matmul_flops = product_flops / statistics.median(seconds[3])
+          in_a_process(stock_step, *settings, "float32", False) as eager,
+          in_a_process(stock_step, *settings, dtype_name, True) as compiled):
+        tok_s = measure("train", "tok/s", batch_size * block_size,
+                        {"ours": ours, "eager float32": eager, f"compiled {dtype_name}": compiled},
+                        agree=lambda losses: max(losses) - min(losses) < 0.02)
+    tflops, matmul_tflops = GPT(config).flops_per_token(block_size) * tok_s / 1e12, bench_matmul()
     peak = dev.peak_tflops()
-    mfu = f"{flops / (peak * 1e12):.1%}" if peak else "n/a"
-    print(f"          | {flops / 1e12:.3f} TFLOP/s, {flops / matmul_flops:.1%} of the measured {dtype_name} "
-          f"matmul peak, {matmul_flops / 1e12:.3f}; mfu {mfu}", flush=True)
-
-
-def write_random_shards(folder: str, n_tokens: int) -> None:
-    tok = load_tokenizer()
-    for split in ("train", "val"):
-        ids = np.random.default_rng(0).integers(0, tok.n_vocab, n_tokens).astype(np.uint16)
-        write_shard(Path(folder, f"bench_{split}_000000.npy"), ids)
-
-
-def train_command(folder: str, log_dir: Path, processes: int, max_steps: int, compile: bool) -> list[str]:
-    """train_gpt2.py on the CPU with nothing but its steps, and at the end the shortest evaluation."""
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    flags = {"data_dir": folder, "log_dir": log_dir, "device": "cpu", "compile": compile, "n_layer": n_layer,
-             "n_head": n_head, "n_embd": n_embd, "block_size": block_size, "max_steps": max_steps,
-             "batch_size": batch_size // processes, "batch_tokens": batch_size * block_size,
-             "warmup_steps": 0, "val_interval": 0, "val_tokens": block_size, "checkpoint_interval": 0,
-             "sample_interval": 0, "hellaswag_interval": 0}
-    script = Path(__file__).with_name("train_gpt2.py")
-    return [*launch, str(script), *(f"--{key}={value}" for key, value in flags.items())]
+    print(f"          | {tflops:.3f} TFLOP/s are {tflops / matmul_tflops:.1%} of the measured matmul peak, "
+          f"mfu {f'{tflops / peak:.1%}' if peak else 'n/a'}", flush=True)
 
 
 def bench_scale() -> None:
-    cores, n_steps = available_cores(), 20
+    cores, n_steps, tokens = available_cores(), 20, batch_size * block_size
     if batch_size % 2 or cores < 2:
-        print(f"scale     | left out: two processes share batch_size={batch_size} and {cores} core(s)")
-        return
-    numbers, seconds = itertools.count(), {1: [], 2: []}
+        raise UserError(f"scale needs two cores and an even batch_size; here are {cores} and {batch_size}; "
+                        f"leave it out with --only=...")
     with tempfile.TemporaryDirectory() as folder:
-        write_random_shards(folder, 2 * n_steps * batch_size * block_size)
-        for _ in range(max(1, turns // 2)):  # a turn compiles twice
-            for processes in seconds:
-                log_dir = Path(folder, f"log{next(numbers)}")
-                subprocess.run(train_command(folder, log_dir, processes, n_steps, True), check=True,
-                               stdout=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": str(cores // processes)})
-                lines = (log_dir / "log.txt").read_text(encoding="utf-8").splitlines()
-                tok_s = [float(line.split()[2]) for line in lines if line.split()[1] == "tok_s"]
-                # the first steps compiled
-                seconds[processes].append(batch_size * block_size / statistics.median(tok_s[5:]))
-    report("scale", "tok/s", batch_size * block_size, *compare(seconds[2], seconds[1]), "one process")
+        for split in ("train", "val"):
+            write_random_shard(folder, f"bench_{split}_000000", 2 * n_steps * tokens)
+
+        def train(processes):
+            flags = {"data_dir": folder, "log_dir": Path(tempfile.mkdtemp(dir=folder), "log"),
+                     "device": "cpu", "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd,
+                     "block_size": block_size, "batch_size": batch_size // processes, "batch_tokens": tokens,
+                     "max_steps": n_steps, "warmup_steps": 0, "val_interval": 0, "val_tokens": block_size,
+                     "checkpoint_interval": 0, "sample_interval": 0, "hellaswag_interval": 0}
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            run_python(*launcher, "train_gpt2.py", *(f"--{key}={value}" for key, value in flags.items()),
+                       OMP_NUM_THREADS=str(cores // processes))
+            lines = (flags["log_dir"] / "log.txt").read_text(encoding="utf-8").splitlines()
+            tok_s = [float(line.split()[2]) for line in lines if line.split()[1] == "tok_s"]
+            return Seconds(tokens / statistics.median(tok_s[5:]))  # the first steps compile
+
+        measure("scale", "tok/s", tokens, {"ours": lambda: train(2), "one process": lambda: train(1)},
+                n_turns=max(1, turns // 2))
 
 
-def bench_startup() -> None:
-    seconds = []
-    with tempfile.TemporaryDirectory() as folder:
-        write_random_shards(folder, 4 * batch_size * block_size)
-        for turn in range(turns + 1):
-            t0, first_step = time.perf_counter(), math.nan
-            with subprocess.Popen(train_command(folder, Path(folder, f"log{turn}"), 1, 1, False), text=True,
-                                  stdout=subprocess.PIPE, encoding="utf-8") as process:
-                for line in process.stdout:
-                    if line.startswith("step 0 | loss"):
-                        first_step = time.perf_counter() - t0
-            if process.returncode:
-                raise RuntimeError(f"train_gpt2.py ended with exit code {process.returncode}")
-            seconds.append(first_step)
-    seconds = seconds[1:]  # the first read the files from the disk
-    print(f"startup   | {statistics.median(seconds):12,.2f} s to the end of the first step "
-          f"({min(seconds):.2f} to {max(seconds):.2f}, n={len(seconds)})", flush=True)
-
-
-def in_transformers(model, tok):
-    """The same model in transformers, which never ends a text; None where that is not installed."""
-    try:
-        import transformers
-    except ImportError:
-        print("generate  | no comparison with transformers: pip install -r requirements-dev.txt")
-        return None
-    from checkpoint import describe_model, describe_tokenizer
-    from convert_hf import export_hf
+def in_transformers(model):
+    """The same model in transformers, which never ends a text."""
+    import transformers
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        export_hf({"model": model.state_dict(), "model_config": describe_model(model),
-                   "tokenizer": describe_tokenizer(tok)}, Path(folder, "hf"))
-        theirs = transformers.GPT2LMHeadModel.from_pretrained(Path(folder, "hf"))
-    theirs.generation_config.eos_token_id = None
+    config = model.config
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
+        n_layer=config.n_layer, n_head=config.n_head, eos_token_id=None, bos_token_id=None))
+    products = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transposed there
+    theirs.load_state_dict({name: tensor.t() if name.endswith(products) else tensor
+                            for name, tensor in model.state_dict().items()})
     return theirs.to(model.lm_head.weight.device).eval()
 
 
 def bench_generate() -> None:
-    import torch
-
-    from decoding import generate
-    from device import resolve_device
-    from model import GPT, GPTConfig
     dev = resolve_device(device, "float32")
-    tok = load_tokenizer()
-    config = GPTConfig(block_size=max_new_tokens + 1, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    torch.manual_seed(0)
-    model = GPT(config).to(dev.device).eval()
-    theirs = in_transformers(model, tok)
-    texts = torch.full((8, 1), tok.eot, dtype=torch.long, device=dev.device)
+    model = random_model(GPTConfig(block_size=max_new_tokens + 1, n_vocab=50_304, n_layer=n_layer,
+                                   n_head=n_head, n_embd=n_embd), dev.device)
+    theirs = in_transformers(model)
+    texts = torch.arange(8, device=dev.device)[:, None]  # (8, 1)
 
     def ours(B):
-        steps = generate(model, texts[:B], max_new_tokens, temperature=0.0)
-        tokens = torch.stack([token for token, _ in steps], dim=1)
+        tokens = torch.stack([ids for ids, _ in generate(model, texts[:B], max_new_tokens, temperature=0.0)],
+                             dim=1)
         dev.synchronize()
         return tokens  # (B, max_new_tokens)
 
-    def transformer(B):
+    def transformers(B):
         idx = theirs.generate(texts[:B], max_new_tokens=max_new_tokens, do_sample=False,
                               attention_mask=torch.ones_like(texts[:B]))
         dev.synchronize()
         return idx[:, 1:]
 
     @torch.no_grad()
-    def full():  # logits of all columns, of which the last is used: how build-nanogpt samples
+    def full():  # logits of all columns, of which the last is used, as build-nanogpt samples
         idx = texts[:1]
         for _ in range(max_new_tokens):
             idx = torch.cat((idx, model(idx)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
         dev.synchronize()
         return idx[:, 1:]
 
-    first = [run[:, :32] for run in (ours(1), ours(8)[:1], full(), *([transformer(1)] if theirs else []))]
-    if not all(torch.equal(first[0], other) for other in first):
-        raise RuntimeError("the sides continue a text differently: a bug in model.py")
-    n = max(1, turns // 2)  # the full forward takes a minute or more per turn
-    timed = take_turns(lambda: ours(1), full, n)
-    report("generate", "tok/s", max_new_tokens, *timed, "a full forward per token")
-    for B in (1, 8) if theirs else ():
-        timed = take_turns(lambda B=B: ours(B), lambda B=B: transformer(B), n)
-        report("generate", "tok/s", B * max_new_tokens, *timed, f"transformers, batch {B}")
+    def agree(tokens):  # at their start: near-ties may flip
+        return all(torch.equal(tokens[0][:, :32], other[:, :32]) for other in tokens)
+
+    for B, baselines in ((1, {"a full forward per token": full}), (8, {})):
+        measure("generate", "tok/s", B * max_new_tokens,
+                {"ours": functools.partial(ours, B), **baselines,
+                 f"transformers, batch {B}": functools.partial(transformers, B)},
+                agree, max(1, turns // 2))
 
 
-def sampled_examples(path: str, n: int):
-    """n examples of the file, evenly spaced, in the protocol completion."""
-    from hellaswag import read_examples
-    examples = read_examples(path, load_tokenizer(), "completion")
-    count = len(examples.items)
-    return examples._replace(items=[examples.items[i * count // n] for i in range(min(n, count))])
+def our_scores(config, examples, device: str, dtype: str):
+    dev, model = resolve_device(device, dtype), random_model(config, device)
+    # about eight batches, so that a few examples are padded as little as the whole file
+    batch_tokens = min(16_384, 20 * len(examples.items))
+    return lambda: hellaswag.evaluate(model, examples, dev, batch_tokens).log_likelihoods
 
 
-def model_of_sharp_opinions(config, device):
-    """The same random model for all sides, its embeddings large enough for scores to differ."""
-    import torch
-
-    from model import GPT
-    torch.manual_seed(0)
-    model = GPT(config).eval()
-    torch.nn.init.normal_(model.transformer.wte.weight, std=0.1)
-    return model.to(device)
-
-
-def our_hellaswag(config, path: str, n: int, device: str, dtype: str):
-    from device import resolve_device
-    from hellaswag import evaluate
-    dev, examples = resolve_device(device, dtype), sampled_examples(path, n)
-    model = model_of_sharp_opinions(config, dev.device)
-
-    def run():
-        # some eight batches at least: all 10,042 sorted by length are hardly padded, and so is a sample then
-        return evaluate(model, examples, dev, min(16_384, 20 * n)).log_likelihoods
-    return run
-
-
-def one_by_one(config, path: str, n: int, device: str):
-    """The four endings of an example as four rows padded to the longest, all logits, and then the mask."""
-    import torch
-    import torch.nn.functional as F
-    items, model = sampled_examples(path, n).items, model_of_sharp_opinions(config, device)
+def one_by_one(config, examples, device: str):
+    """The four endings of an example as four padded rows, and the logits of all their tokens."""
+    model = random_model(config, device)
 
     @torch.no_grad()
-    def run():
+    def score():
         sums = []
-        for example in items:
-            rows = [np.concatenate((example.context, ending)) for ending in example.endings]
-            tokens = np.zeros((2, len(rows), max(map(len, rows))), np.int64)
-            for row, row_tokens, row_mask in zip(rows, *tokens):
-                row_tokens[:len(row)], row_mask[len(example.context):len(row)] = row, 1
-            tokens, mask = torch.from_numpy(tokens).to(device)
-            logits = model(tokens)[:, :-1].contiguous()  # (4, T - 1, V)
-            losses = F.cross_entropy(logits.view(-1, logits.size(-1)), tokens[:, 1:].reshape(-1),
-                                     reduction="none").view(len(rows), -1)  # (4, T - 1)
-            sums.append((losses * mask[:, 1:]).sum(dim=1).tolist())
+        for example in examples.items:
+            rows = [torch.from_numpy(np.concatenate((example.context, ending))) for ending in example.endings]
+            tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (4, T)
+            logits = model(tokens)[:, :-1]  # (4, T - 1, V)
+            losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+            losses = losses.view(len(rows), -1)  # (4, T - 1)
+            sums.append(torch.stack([losses[i, len(example.context) - 1:len(row) - 1].sum()
+                                     for i, row in enumerate(rows)]).tolist())
         return -np.array(sums)
-    return run
+    return score
 
 
 def bench_hellaswag() -> None:
-    from device import resolve_device
-    from hellaswag import find_data
-    from model import GPTConfig
-    try:
-        path = str(find_data(hellaswag_data))
-    except UserError as error:
-        print(f"hellaswag | left out: {error}")
-        return
-    dev = resolve_device(device, dtype)
+    dev, path = resolve_device(device, dtype), hellaswag.find_data(hellaswag_data, Ranks(), "hellaswag_data")
     dtype_name = str(dev.dtype).removeprefix("torch.")
-    config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    settings = config, path, hellaswag_examples, str(dev.device)
-    with (in_a_process(our_hellaswag, *settings, "float32") as ours,
-          in_a_process(our_hellaswag, *settings, dtype_name) as in_dtype,
+    examples = hellaswag.read_examples(path, load_tokenizer(), "completion")
+    step = max(1, len(examples.items) // hellaswag_examples)
+    examples = examples._replace(items=examples.items[::step][:hellaswag_examples])
+    settings = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd), examples, str(dev.device)
+    rtol = 1e-4 if dtype_name == "float32" else 1e-2
+    with (in_a_process(our_scores, *settings, dtype_name) as ours,
           in_a_process(one_by_one, *settings) as baseline):
-        exact, coarse, wanted = (run() for run in (ours, in_dtype, baseline))
-        if not np.allclose(exact, wanted, rtol=1e-4) or not np.allclose(coarse, wanted, rtol=1e-2):
-            raise RuntimeError("the scores differ from those of one example at a time: a bug in hellaswag.py")
-        seconds = time_turns([ours, in_dtype, baseline], turns)
-    for of_ours, ours_dtype in ((seconds[0], "float32"), (seconds[1], dtype_name)):
-        report("hellaswag", "examples/s", len(wanted), *compare(of_ours, seconds[2]),
-               f"one per forward, ours in {ours_dtype}")
+        measure("hellaswag", "examples/s", len(examples.items),
+                {f"ours in {dtype_name}": ours, "one example per forward": baseline},
+                agree=lambda scores: np.allclose(*scores, rtol=rtol))
 
 
 BENCHES = {
     "encode": bench_encode, "shards": bench_shards, "bpe_train": bench_bpe_train, "loader": bench_loader,
-    "open": bench_open, "matmul": bench_matmul, "loss": bench_loss, "train": bench_train,
-    "scale": bench_scale, "startup": bench_startup,
+    "matmul": bench_matmul, "loss": bench_loss, "train": bench_train, "scale": bench_scale,
     "generate": bench_generate, "hellaswag": bench_hellaswag,
 }
 
@@ -757,15 +552,16 @@ def main() -> None:
     names = only.split(",")
     unknown = [name for name in names if name not in BENCHES]
     if unknown:
-        raise UserError(f"only={only}: unknown {', '.join(unknown)}; wanted some of {', '.join(BENCHES)}")
-    import torch  # not above: the workers of `shards` import this file
-
-    from device import resolve_device
+        raise UserError(f"only={only}: there is no {', '.join(unknown)}; choose from {', '.join(BENCHES)}")
     dev = resolve_device(device)
     print(f"{dev.name} ({dev.device}), {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"Python {platform.python_version()}")
     for name in names:
-        BENCHES[name]()
+        try:
+            BENCHES[name]()
+        except ImportError as error:
+            raise UserError(f"{name} needs the package {error.name}: pip install -r requirements-dev.txt, or "
+                            f"leave it out with --only=...") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""HellaSwag: the score against one example at a time, both protocols' texts, and what a bad file says."""
+"""HellaSwag: scores against one example at a time, the texts of both protocols, bad files."""
 
 import hashlib
 import http.server
@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,18 +20,10 @@ from bpe import load_tokenizer
 from checkpoint import describe_model, describe_tokenizer, save_checkpoint
 from configurator import UserError
 from device import resolve_device
-from hellaswag import (
-    Example,
-    Examples,
-    clean_wikihow,
-    evaluate,
-    find_data,
-    make_batches,
-    make_rows,
-    read_examples,
-)
+from hellaswag import Example, Examples, clean_wikihow, evaluate, make_batches, make_rows, read_examples
 from kernels import plain_attention
 from model import GPT, GPTConfig
+from ranks import Ranks
 
 VOCAB = 257
 
@@ -57,7 +50,7 @@ def sharp_model(**config):
 
 
 def random_examples(n, longest, protocol="completion"):
-    """Contexts and endings of up to `longest` tokens; in every fourth example two endings are equal."""
+    """Contexts and endings of up to `longest` tokens; two endings of every fourth example are equal."""
     rng = np.random.default_rng(0)
 
     def text():
@@ -69,21 +62,20 @@ def random_examples(n, longest, protocol="completion"):
         if i % 4 == 0:
             endings[3] = endings[1].copy()
         items.append(Example(text(), endings, rng.integers(1, 40, 4).tolist(), int(rng.integers(4))))
-    same = [np.full(length, 5) for length in (100, 3, 6, 9, 70)]  # cut, they differ by their starts
+    same = [np.full(length, 5) for length in (100, 3, 6, 9, 70)]  # truncated, only their lengths differ
     items[-1] = Example(same[0], same[1:], [1, 2, 3, 4], 1)
     return Examples(protocol, items, [])
 
 
 @torch.no_grad()
 def one_by_one(model, examples):
-    """Sums (n, 4), and the numbers of tokens scored (n, 4): one ending at a time, from the definition."""
+    """Log-likelihoods and numbers of scored tokens, (n, 4) each: one ending at a time, by the definition."""
     model.eval()
     T = model.config.block_size
     sums, counts = [], []
     for example in examples.items:
         for ending in example.endings:
-            tokens = torch.from_numpy(np.concatenate((example.context, ending)))
-            tokens = tokens[-(T + 1):]
+            tokens = torch.from_numpy(np.concatenate((example.context, ending)))[-(T + 1):]
             logits, targets = model(tokens[None, :-1])[0, -len(ending):], tokens[1:][-len(ending):]
             scores = logits.double().log_softmax(dim=-1).gather(1, targets[:, None])
             sums.append(scores.sum().item())
@@ -103,16 +95,21 @@ CONFIGS = {"pre": {}, "post": {"norm_position": "post"}, "pruned": {"heads": (0,
 @pytest.mark.parametrize("longest", (20, 90))
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_scores_are_those_of_one_example_at_a_time(cpu, config, longest):
-    """With 90, most contexts and some endings alone are longer than the block of 64."""
+    """With 90, most contexts, and some endings by themselves, are longer than the block of 64."""
     model, examples = sharp_model(**config), random_examples(24, longest)
     sums, counts = one_by_one(model, examples)
+    characters = np.array([example.characters for example in examples.items])
     labels = [example.label for example in examples.items]
     model.train()
-    for batch_tokens in (1, 300, 100_000):
-        result = evaluate(model, examples, cpu, batch_tokens)
+    for batch_tokens, protocol, units in (
+            (1, "completion", counts), (300, "harness", characters), (100_000, "completion", counts)):
+        result = evaluate(model, examples._replace(protocol=protocol), cpu, batch_tokens)
         np.testing.assert_allclose(result.log_likelihoods, sums, rtol=1e-5)
-        assert result.acc == np.mean(sums.argmax(1) == labels)
-        assert result.acc_norm == np.mean((sums / counts).argmax(1) == labels)
+        for scores, share, error in ((sums, result.acc, result.acc_stderr),
+                                     (sums / units, result.acc_norm, result.acc_norm_stderr)):
+            right = scores.argmax(1) == labels
+            assert share == np.mean(right) and result.n == 24
+            assert error == pytest.approx(np.std(right, ddof=1) / math.sqrt(24))
     assert model.training
 
 
@@ -124,15 +121,15 @@ def test_scores_are_in_the_dtype_of_the_device(cpu):
     np.testing.assert_allclose(exact, coarse, rtol=0.1)
 
 
-def test_scores_that_are_no_numbers_are_an_error(cpu):
+def test_scores_that_are_not_finite_are_an_error(cpu):
     model = sharp_model()
     model.transformer.ln_f.bias.data[0] = np.nan
     with pytest.raises(UserError, match="32 of 32 log-likelihoods are not finite"):
         evaluate(model, random_examples(8, 30), cpu)
 
 
-def test_padding_does_no_harm_where_attention_is_plain(cpu):
-    """A query that sees nothing is zero to torch's attention, and nan to the written one."""
+def test_padding_is_harmless_with_plain_attention(cpu):
+    """A query without keys gives 0 in torch's attention and nan in the plain one."""
     model, examples = sharp_model(), random_examples(24, 20)
     one = evaluate(model, examples, cpu).log_likelihoods
     model.use_attention(plain_attention)
@@ -157,52 +154,30 @@ def test_equal_endings_have_the_same_score_and_the_first_wins(cpu):
 
 
 def test_every_process_makes_the_same_number_of_forwards(cpu, monkeypatch):
-    """Each of three processes takes a part of the batches, whose number is no multiple of three."""
+    """Three processes share a number of batches that is not a multiple of three."""
     model, examples = sharp_model(), random_examples(24, 20)
     batches = make_batches(make_rows(examples.items, 64)[0], 400)
     assert len(batches) > 3 and len(batches) % 3
     alone = evaluate(model, examples, cpu, 400).log_likelihoods
     forwards, parts = [], []
     model.register_forward_hook(lambda *_: forwards.append(rank))
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
-    for rank in range(3):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+    for name, fake in {"is_initialized": lambda: True, "get_world_size": lambda: 3,
+                       "get_rank": lambda: rank, "all_reduce": lambda tensor: None}.items():
+        monkeypatch.setattr(torch.distributed, name, fake)
+    for rank in range(3):  # noqa: B007, which get_rank reads
         parts.append(evaluate(model, examples, cpu, 400).log_likelihoods)
-    assert (sum(parts) == alone).all()  # bit for bit: the batches are the same
+    assert (sum(parts) == alone).all()  # bit for bit, as the batches are the same
     assert len({forwards.count(rank) for rank in range(3)}) == 1 and len(forwards) < len(batches) + 3
 
 
-def test_harness_divides_by_characters(cpu):
-    model, examples = sharp_model(), random_examples(40, 20, "harness")
-    sums, _ = one_by_one(model, examples)
-    characters = np.array([example.characters for example in examples.items])
-    labels = [example.label for example in examples.items]
-    result = evaluate(model, examples, cpu)
-    assert result.acc_norm == np.mean((sums / characters).argmax(1) == labels)
-    assert result.acc_norm != evaluate(model, examples._replace(protocol="completion"), cpu).acc_norm
-
-
-def test_standard_errors_are_those_of_the_sample(cpu):
-    examples = random_examples(40, 20)
-    result = evaluate(sharp_model(), examples, cpu)
-    right = result.log_likelihoods.argmax(1) == [example.label for example in examples.items]
-    assert 0 < result.acc < 1 and result.n == 40
-    assert result.acc_stderr == pytest.approx(np.std(right, ddof=1) / math.sqrt(40))
-    assert result.acc_norm_stderr == pytest.approx(
-        math.sqrt(result.acc_norm * (1 - result.acc_norm) / 39))
-
-
-def test_rows_share_the_context_and_batches_hold_what_they_may():
+def test_rows_share_the_context_and_batches_stay_within_their_size():
     examples = random_examples(100, 30)
-    rows, slots, lengths = make_rows(examples.items, block_size=200)
-    assert len(rows) == 100  # all fit
+    rows, slots = make_rows(examples.items, block_size=200)
+    assert len(rows) == 100  # nothing is truncated
     assert sorted(slot for row in rows for slot in row.slots) == sorted(set(slots.tolist()))
     for row, example in zip(rows, examples.items):
         distinct = {ending.tobytes(): len(ending) for ending in example.endings}
         assert row.length == len(example.context) - 1 + sum(distinct.values())
-    assert lengths.tolist() == [len(ending) for example in examples.items for ending in example.endings]
     batches = make_batches(rows, 500)
     lengths = [row.length for batch in batches for row in batch]
     assert lengths == sorted(lengths, reverse=True)
@@ -213,7 +188,7 @@ def test_rows_share_the_context_and_batches_hold_what_they_may():
 # ---- texts and tokens ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, wanted", [
+@pytest.mark.parametrize("text, clean", [
     (" plain text ", "plain text"),
     ("How to swim [title] Go in. [step] Breathe", "How to swim. Go in. Breathe"),  # ".  Go" loses one space
     ("[header] How to swim [title] Go in. [step]", " How to swim. Go in. "),
@@ -222,8 +197,8 @@ def test_rows_share_the_context_and_batches_hold_what_they_may():
     ("two [substeps] tags[x]", "two tags"),
     ("[not\nclosed]", "[not\nclosed]"),
 ])
-def test_wikihow_tags_are_removed_as_the_harness_does(text, wanted):
-    assert clean_wikihow(text) == wanted
+def test_wikihow_tags_are_removed_as_in_the_harness(text, clean):
+    assert clean_wikihow(text) == clean
 
 
 def decoded(path, protocol, tok):
@@ -240,14 +215,14 @@ def test_texts_of_both_protocols(tmp_path):
     assert (context, item.label) == ("How to swim", 2)
     assert endings == [" [step] now.", " in  out", " never [title] stop", " é"]
     context, endings, item = decoded(path, "harness", tok)
-    # the space before the removed [step] goes from the context to the endings
+    # the space before the removed [step] moves from the context to the endings
     assert context == "Swimming: How to swim. Go in. Breathe"
     assert endings == ["  " + " now.", "  in out", "  never. stop", "  é"]
     assert item.characters == [5, 6, 11, 1]
 
 
-def test_protocols_tokenise_as_tiktoken(tmp_path, encoding):
-    path = write(tmp_path / "a.jsonl", record(), record(ctx_b="[step]"))  # which leaves a space at the end
+def test_protocols_tokenize_as_tiktoken(tmp_path, encoding):
+    path = write(tmp_path / "a.jsonl", record(), record(ctx_b="[step]"))  # leaves a space at the end
     encode = encoding.encode_ordinary
     for item in read_examples(path, load_tokenizer(), "completion").items:
         assert item.context.tolist() == encode("A boy runs. the Boy")
@@ -262,11 +237,12 @@ def test_protocols_tokenise_as_tiktoken(tmp_path, encoding):
 def test_notes(tmp_path, byte_tokenizer, monkeypatch):
     path = write(tmp_path / "a.jsonl", record(), record())
     tok = load_tokenizer()
-    assert ["not the public file" in note for note in read_examples(path, tok, "harness").notes] == [True]
+    note, = read_examples(path, tok, "harness").notes
+    assert "not the public file: not comparable" in note
     monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     assert read_examples(path, tok, "harness").notes == []
     note, = read_examples(path, tok, "harness", limit=1).notes
-    assert "first 1 of 2" in note
+    assert "only the first 1 of 2" in note
     note, = read_examples(path, load_tokenizer(str(byte_tokenizer)), "harness").notes
     assert "bytes" in note and "not GPT-2's" in note
     plain = record()
@@ -275,7 +251,7 @@ def test_notes(tmp_path, byte_tokenizer, monkeypatch):
     monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     assert read_examples(path, tok, "completion").notes == []
     note, = read_examples(path, tok, "harness").notes
-    assert "ctx_a" in note and "not comparable" in note
+    assert "ctx is used: not comparable" in note
     assert decoded(path, "harness", tok)[0] == "High jump: A boy runs. the Boy"
 
 
@@ -284,32 +260,32 @@ def without(*keys):
 
 
 BAD = {
-    "not JSON": ("{", "not JSON"),
-    "not UTF-8": (b'{"ctx": "\xff"}', "not JSON"),
+    "not JSON": ("{", "not valid JSON"),
+    "not UTF-8": (b'{"ctx": "\xff"}', "not valid JSON"),
+    "nested too deeply": (b"[" * 100_000, "not valid JSON"),
+    "half a character": (record(ctx="a\ud83d"), "not valid JSON"),
     "no object": ("[1]", "line 3: [1], wanted an object"),
     "no ctx": (without("ctx"), "line 3: ctx is missing"),
     "no endings, no label": (without("endings", "label"), "endings is missing"),
     "no activity_label": (without("activity_label"), "activity_label is missing"),
-    "ctx_a alone": (without("ctx_b"), "one of ctx_a and ctx_b without the other"),
-    "ctx_b alone": (without("ctx_a"), "one of ctx_a and ctx_b without the other"),
+    "ctx_a alone": (without("ctx_b"), "only one of ctx_a and ctx_b"),
+    "ctx_b alone": (without("ctx_a"), "only one of ctx_a and ctx_b"),
     "label too high": (record(label=4), "label: 4, wanted a whole number, 0 to 3"),
     "label below 0": (record(label=-1), "label: -1"),
     "label of text": (record(label="4"), "label: '4', wanted a whole number"),
     "no label, as in the test set": (record(label=""), "label: ''"),
     "a list for a label": (record(label=[2]), "label: [2]"),
-    "nested too deeply": (b"[" * 100_000, "not JSON"),
     "label true": (record(label=True), "label: True"),
-    "three endings": (record(endings=["a", "b", "c"]), "3 endings"),
-    "endings of text": (record(endings="abcd"), "endings: 'abcd', wanted a list"),
+    "three endings": (record(endings=["a", "b", "c"]), "wanted a list of 4"),
+    "endings of text": (record(endings="abcd"), "endings: 'abcd', wanted a list of 4"),
     "a number for an ending": (record(endings=["a", "b", 3, "d"]), "endings, number 3: 3, wanted text"),
-    "an empty ending": (record(endings=["a", " ", "c", "d"]), "ending 1 is empty"),
-    "an empty context": (record(ctx=" ", ctx_a="", ctx_b="", activity_label="[:"), "context is empty"),
-    "half a character": (record(ctx="a\ud83d"), "half a surrogate"),
+    "an empty ending": (record(endings=["a", " ", "c", "d"]), "the context or an ending has no text"),
+    "an empty context": (record(ctx=" "), "the context or an ending has no text"),
 }
 
 
 @pytest.mark.parametrize("line, reason", BAD.values(), ids=BAD)
-def test_a_bad_line_is_named(tmp_path, line, reason):
+def test_bad_lines_are_reported(tmp_path, line, reason):
     line = json.dumps(line) if isinstance(line, dict) else line
     line = line if isinstance(line, bytes) else line.encode()
     path = tmp_path / "bad.jsonl"
@@ -321,20 +297,19 @@ def test_a_bad_line_is_named(tmp_path, line, reason):
     assert len(read_examples(path, load_tokenizer(), "completion", limit=1).items) == 1
 
 
-def test_labels_of_text(tmp_path):
-    """As in the hub's copy of the data."""
+def test_labels_may_be_text_as_in_the_hubs_copy(tmp_path):
     path = write(tmp_path / "a.jsonl", *(record(label=str(i)) for i in range(4)))
     assert [item.label for item in read_examples(path, load_tokenizer(), "completion").items] == [0, 1, 2, 3]
 
 
-def test_an_ending_of_tags_alone_is_empty_in_harness(tmp_path):
+def test_an_ending_of_nothing_but_tags_is_empty_in_harness(tmp_path):
     path = write(tmp_path / "a.jsonl", record(endings=["[step]", "b", "c", "d"]))
     assert read_examples(path, load_tokenizer(), "completion").items
-    with pytest.raises(UserError, match=r"line 1: ending 0 is empty in the protocol harness"):
+    with pytest.raises(UserError, match=r"line 1: .* an ending has no text for the protocol harness; fix or"):
         read_examples(path, load_tokenizer(), "harness")
 
 
-def test_a_file_without_examples(tmp_path):
+def test_a_file_without_examples_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no examples"):
         read_examples(write(tmp_path / "a.jsonl"), load_tokenizer(), "harness")
 
@@ -344,8 +319,7 @@ def test_a_file_without_examples(tmp_path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Serves server.answer (status, body, length it claims) where the public file should be; the working
-    directory is empty."""
+    """Serves server.answer (status, body, claimed length) as the public file; the current folder is empty."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             status, body, length = server.answer
@@ -358,22 +332,22 @@ def server(tmp_path, monkeypatch):
         def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests = 0
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
     body = json.dumps(record()).encode() + b"\n"
-    server.body, server.answer = body, (200, body, len(body))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/val.jsonl")
-    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(body).hexdigest())
-    monkeypatch.setattr(hub, "FIRST_WAIT", 0.0)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.requests, server.body, server.answer = 0, body, (200, body, len(body))
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/val.jsonl")
+        monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(body).hexdigest())
+        monkeypatch.setattr(hub, "FIRST_WAIT", 0.0)
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        yield server
+        server.shutdown()
+
+
+def find_data(data="", ranks=None):
+    return hellaswag.find_data(str(data), ranks or Ranks())
 
 
 def test_the_public_file_is_downloaded_once(server, tmp_path):
@@ -387,18 +361,22 @@ def test_the_public_file_is_downloaded_once(server, tmp_path):
 @pytest.mark.parametrize("answer, reason", [
     ((200, b"another file", 12), hashlib.sha256(b"another file").hexdigest()),
     ((404, b"", 0), "404"),
-    ((200, b"cut", 100), "IncompleteRead"),
+    ((200, b"cut", 100), "complete message body"),
+    (None, "Connection refused"),  # the server is gone
 ])
-def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(server, tmp_path, answer, reason):
+def test_a_failed_download_leaves_nothing_and_says_what_to_do(server, tmp_path, answer, reason):
     server.answer = answer
+    if answer is None:
+        server.shutdown()
+        server.server_close()
     with pytest.raises(UserError) as error:
         find_data()
-    for text in (reason, hellaswag.URL, "put it at hellaswag/hellaswag_val.jsonl", "--data=FILE"):
+    for text in (reason, hellaswag.URL, "give --data=FILE, or put the public file at hellaswag/"):
         assert text in str(error.value)
     assert not (tmp_path / "hellaswag").exists()
 
 
-def test_half_a_file_never_has_its_name(server, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_nothing(server, tmp_path, monkeypatch):
     def no_rename(*paths):
         raise OSError(13, "Permission denied")
 
@@ -408,64 +386,58 @@ def test_half_a_file_never_has_its_name(server, tmp_path, monkeypatch):
     assert list((tmp_path / "hellaswag").iterdir()) == []
 
 
-def test_offline(server):
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(UserError, match=r"could not be downloaded.*put it at .*--data=FILE"):
-        find_data()
-
-
-def test_processes_find_the_file_together(server):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        with pytest.raises(UserError, match=r"none.jsonl: No such file or directory; give --data=FILE"):
-            find_data("none.jsonl")
-        assert find_data().read_bytes() == server.body and server.requests == 1
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_fails_on_one_process_fails_on_all(monkeypatch, tmp_path, rank):
-    """Rank 0 learns of a failure of rank 1 by all_gather, rank 1 of one of rank 0 by broadcast."""
-    def of_rank_0(objects, src):
-        objects[:] = [objects[0] if rank == 0 else "rank 0 has no file"]
+def test_what_fails_on_one_process_fails_on_all(server, tmp_path, rank):
+    """Rank 0 looks first; each rank learns of the other's failure by `gather`."""
+    gathered = []
 
-    def of_all(objects, mine):
-        objects[:] = [mine, "rank 1 has no file"]
+    def gather(mine):
+        gathered.append(mine)
+        theirs = "" if len(gathered) == 1 + rank else f"rank {1 - rank} cannot read it"
+        return [mine, theirs] if rank == 0 else [theirs, mine]
 
-    for name, fake in {"is_initialized": lambda: True, "get_rank": lambda: rank, "get_world_size": lambda: 2,
-                       "broadcast_object_list": of_rank_0, "all_gather_object": of_all}.items():
-        monkeypatch.setattr(torch.distributed, name, fake)
-    with pytest.raises(UserError, match=f"rank {1 - rank} has no file"):
-        find_data(str(write(tmp_path / "own.jsonl", record())))
-
-
-def test_a_wrong_file_in_the_place_of_the_public_one(server, tmp_path):
-    (tmp_path / "hellaswag").mkdir()
-    (tmp_path / "hellaswag" / "hellaswag_val.jsonl").write_bytes(b"mine")
-    got, wanted = hashlib.sha256(b"mine").hexdigest(), hellaswag.SHA256
-    with pytest.raises(UserError, match=rf"_val.jsonl: got sha256 {got}, wanted {wanted}; remove it"):
-        find_data()
-    assert server.requests == 0
+    ranks = SimpleNamespace(master=rank == 0, gather=gather)
+    with pytest.raises(UserError, match=f"rank {1 - rank} cannot read it"):
+        find_data(write(tmp_path / "own.jsonl", record()), ranks)
+    assert gathered == [""] * (2 - rank)
+    gathered.clear()
+    with pytest.raises(UserError, match="none.jsonl: No such file" if rank == 0 else "rank 0 cannot read it"):
+        find_data("none.jsonl", ranks)
 
 
-def test_a_file_of_ones_own(server, tmp_path):
+def test_an_existing_file_is_not_downloaded(server, tmp_path):
     path = write(tmp_path / "own.jsonl", record())
-    assert find_data(str(path)) == path
+    assert find_data(path) == path
     with pytest.raises(UserError, match=r"none.jsonl: No such file or directory; give --data=FILE"):
         find_data("none.jsonl")
+    (tmp_path / "hellaswag").mkdir()
+    write(tmp_path / "hellaswag" / "hellaswag_val.jsonl", record(), record())
+    with pytest.raises(UserError, match=rf"_val.jsonl has sha256 .*, not {hellaswag.SHA256}; give --data"):
+        find_data()
     assert server.requests == 0
 
 
 # ---- the script ----------------------------------------------------------------
 
 
+def save_model(folder, byte_tokenizer, **config):
+    model = sharp_model(**config)
+    save_checkpoint(folder, 7, {"step": 7, "model": model.state_dict(), "model_config": describe_model(model),
+                                "tokenizer": describe_tokenizer(load_tokenizer(str(byte_tokenizer)))})
+    return model
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path, byte_tokenizer, monkeypatch):
+    save_model(tmp_path, byte_tokenizer, n_vocab=200)
+    settings = {"checkpoint": tmp_path, "data": write(tmp_path / "a.jsonl", record()), "device": "cpu"}
+    for key, value in settings.items():
+        monkeypatch.setattr(hellaswag, key, str(value))
+    with pytest.raises(UserError, match="its tokenizer has 257 ids and its model 200"):
+        hellaswag.main()
+
+
 def test_script_alone_and_under_torchrun(tmp_path, byte_tokenizer):
-    model = sharp_model()
-    save_checkpoint(tmp_path, 7, {
-        "step": 7, "model": model.state_dict(), "model_config": describe_model(model),
-        "tokenizer": describe_tokenizer(load_tokenizer(str(byte_tokenizer)))})
+    model = save_model(tmp_path, byte_tokenizer)
     rng = np.random.default_rng(0)
     endings = [["".join(map(chr, rng.integers(97, 123, rng.integers(1, 30)))) for _ in range(4)]
                for _ in range(21)]
