@@ -323,7 +323,7 @@ def draw(config: GPTConfig, batch_size: int, how: dict, path: Path) -> None:
     parts = {name: [memory.parts[name] / GIB for memory in memories] for name in memories[0].parts}
     in_flight = [(memory.peak - sum(memory.parts.values())) / GIB for memory in memories]
     stack(axes[1, 1], sizes, {**parts, "logits, gradients in flight": in_flight})
-    axes[1, 1].set(title=f"Peak memory at T = {T:,}, one sequence at a time", ylabel="GiB")
+    axes[1, 1].set(title=f"Peak memory at T = {T:,}, one sequence", ylabel="GiB")
     for axis in axes.flat:
         axis.set_xlabel("sequence length T" if axis in axes[0] else "run A's model, and the four of GPT-2")
         axis.grid(alpha=0.3)
