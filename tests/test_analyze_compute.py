@@ -23,7 +23,6 @@ from configurator import UserError, configure
 from model import GPT, GPTConfig
 from shards import read_header
 
-PRESETS = (4, 6, 8, 12, 24)  # GB
 GPT2_SMALL = GPTConfig()
 COMPONENTS = {  # pattern of a parameter's name: the component it is counted in
     r"transformer\.wte\.weight": "token embedding", r"transformer\.wpe\.weight": "position embedding",
@@ -252,7 +251,7 @@ def settings_of(*argv):
     return configure({"__file__": study.__file__, **vars(study), **study.train_settings()}, list(argv))
 
 
-@pytest.mark.parametrize("gigabytes", PRESETS)
+@pytest.mark.parametrize("gigabytes", [4, 6, 8, 12, 24])
 def test_presets_fit_their_cards(gigabytes):
     name = f"config/gpu_{gigabytes}gb.py"
     preset = settings_of(name)
@@ -271,29 +270,28 @@ def test_presets_fit_their_cards(gigabytes):
 # ---- speed
 
 
-def speed_table(settings, speed, world_size, *names):
-    """{name: figure} of what is printed of a measured speed."""
-    config, peaks = study.check_settings(settings)[0], study.peaks_of(names, settings)
-    lines = study.speed_lines(config, speed, world_size, peaks, settings)
+def figures_of(lines):
+    """{name: figure} of the lines of a measured speed."""
     return dict(re.split("  +", line) for line in lines[1:])
 
 
-def test_run_a_at_the_speed_its_author_states():
-    settings = settings_of("config/rtx4050_15m.py", "--peak_tflops=70")
-    config = study.check_settings(settings)[0]
-    assert sum(count_parameters(config).values()) == 16_102_912
-    assert 3 * sum(count_flops(config).values()) == 6 * 16_037_376 + 12 * 4 * 256 * 256
+def test_run_a_at_the_speed_its_author_states(capsys):
     card = "NVIDIA GeForce RTX 4050 Laptop GPU"
-    assert speed_table(settings, 10_369, 1, card) == {
+    flags = ("--tok_s=10369", f"--gpus={card}", "--peak_tflops=70")
+    study.main(settings_of("config/rtx4050_15m.py", *flags), {})
+    report = capsys.readouterr().out
+    assert re.search(r"^total +16,102,912$", report, re.M)
+    assert f"both: {6 * 16_037_376 + 12 * 4 * 256 * 256:,} = 6 N + 12 L d T" in report
+    assert figures_of(report[report.index("speed (measured"):].splitlines()) == {
         "tokens/s": "10,369", "sequences/s": "40.5", "seconds per step": "0.79", "TFLOP/s": "1.03",
         f"MFU: of 24.3 TFLOP/s, {card}": "4.25%", "MFU: of 70.0 TFLOP/s, --peak_tflops": "1.47%",
         "the run: steps": "2,848", "the run: tokens": "23,330,816", "the run: minutes": "37.5"}
 
 
-def test_two_gpus_one_of_them_unknown_and_an_epoch_of_the_data(tiny_data):
+def test_two_gpus_an_unknown_peak_and_an_epoch_of_the_data(tiny_data):
     tokens = sum(read_header(path)[0] for path in tiny_data.glob("*_train_*.npy"))
-    settings, speed = settings_of(f"--data_dir={tiny_data}"), 989.4e12 / 855_383_040
-    shown = speed_table(settings, speed, 2, "NVIDIA H200", "Voodoo")
+    peaks, settings = {"NVIDIA H200": 989.4, "Voodoo": None}, settings_of(f"--data_dir={tiny_data}")
+    shown = figures_of(study.speed_lines(GPT2_SMALL, 989.4e12 / 855_383_040, 2, peaks, settings))
     assert shown["MFU: of 989.4 TFLOP/s, NVIDIA H200"] == "50.00%" and shown["TFLOP/s"] == "989.40"
     assert shown["MFU: no peak known for Voodoo; give --peak_tflops"] == "n/a"
     assert shown["an epoch: tokens"] == f"{tokens:,}" and shown["the run: steps"] == "19,073"
