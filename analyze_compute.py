@@ -1,31 +1,32 @@
 """
-What a config costs: parameters, FLOPs, memory, and the time of the run on named GPUs. Nothing is trained.
+What a config costs: parameters, FLOPs, memory and time on named GPUs; and what a measured speed amounts to.
 
-    python analyze_compute.py                                          # GPT-2 small, train_gpt2.py's defaults
-    python analyze_compute.py config/rtx4050_15m.py --out_dir=compute  # run A, and its author's figures
-    python analyze_compute.py config/gpu_6gb.py --gpu_memory_gb=6      # what fits a card
-    python analyze_compute.py --mfu=0.5 --gpus="NVIDIA H200" --dollars_per_hour=2
+    python analyze_compute.py                                         # GPT-2 small, train_gpt2.py's defaults
+    python analyze_compute.py config/gpu_6gb.py --gpu_memory_gb=6     # what fits a card
+    python analyze_compute.py --log_dir=log                           # a run: its settings and its MFU
+    python analyze_compute.py config/rtx4050_15m.py --tok_s=10369 --peak_tflops=70 \\
+        --gpus="NVIDIA GeForce RTX 4050 Laptop GPU" --out_dir=run_a   # run A, at the speed its author states
 
-Takes the settings of train_gpt2.py (its --help explains them), in config files and flags, and its own below.
-Prints tables. With --out_dir it writes them there as compute.txt, and a figure over sequence length and model
-size as compute.png. Takes seconds, on any machine.
+Takes train_gpt2.py's settings (its --help explains them), in config files and flags, and its own below. With
+--log_dir the settings are those of the run's last start. Prints tables; with --out_dir it also writes them to
+compute.txt, and a figure over sequence length and model size to compute.png. Takes seconds, on any machine.
 
-Everything here is computed, nothing is measured. FLOPs are those of matrix products; `convention` adds 6 for
-each bias and norm parameter, which makes the sum the 6 N + 12 L d T of the MFU. Attention is counted over the
-whole square of T x T, as the MFU does, and beside it with credit for the half that causality leaves out.
+All but the speed is computed. FLOPs are those of matrix products; `convention` adds 6 for each bias and norm
+parameter, so that the sum is the 6 N + 12 L d T of the MFU. Like the MFU, attention is counted over all
+T x T pairs; the column `both, causal` counts only those that the mask leaves.
 
-Memory is that of one process in eager mode on CUDA, with autocast to 16 bit (dtype auto, bfloat16, float16)
-or in float32, counted tensor by tensor. The worst phase of a step counts. Gradients are there all the time,
-as they are in every micro-step but a step's first. torch.compile fuses, and so should keep less. Not counted:
-what DDP adds, another copy of the gradients, and what FSDP saves.
+Memory is that of one process in eager mode on CUDA, in float32 or with 16-bit autocast (dtype auto, bfloat16,
+float16), counted tensor by tensor; the peak is the worst phase of a step. Gradients exist throughout, as in
+every micro-step after a step's first. torch.compile fuses kernels and should keep less. Not counted: the
+second copy of the gradients under DDP, and what FSDP saves.
 """
 
 import dataclasses
-import io
-import itertools
 import math
-from collections import Counter
+import re
+import sys
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -33,33 +34,31 @@ import torch
 from configurator import Between, OneOf, PathName, UserError, annotations_of, configure
 from device import PEAK_TFLOPS
 from device import peak_tflops as known_peak  # peak_tflops is a setting
-from files import read_text, write_atomically
+from figures import log_ticks, pyplot, save_figure, short_number, table
+from files import read_jsonl, read_text, write_atomically
 from model import GPT, GPTConfig
+from shards import list_shards, read_header
 
 gpus = ("NVIDIA GeForce RTX 4050 Laptop GPU,NVIDIA GeForce RTX 3060,NVIDIA GeForce RTX 4090,"
         "NVIDIA A100-SXM4-80GB,NVIDIA H100 80GB HBM3,NVIDIA H200,NVIDIA B200")  # names as in device.py
-mfu: Between(0.001, 1) = 0.4  # assumed share of the peak that the run reaches
-dollars_per_hour: Between(0, 10**6) = 0.0  # price of one GPU; 0 = costs are not shown
-gpu_memory_gb: Between(0, 10**6) = 0.0  # size of the card to fit, in GiB; 0 = a table of common ones
-out_dir: PathName = ""  # where the tables and the figure go; empty = only print them
+mfu: Between(0.001, 1) = 0.4  # assumed fraction of the peak, for the table of times
+tok_s: Between(0, 10**9) = 0.0  # measured tokens per second, of one GPU; 0 = the run's in --log_dir
+gpu_memory_gb: Between(0, 10**6) = 0.0  # memory of the card to fit, in GiB; 0 = a table of common ones
+out_dir: PathName = ""  # folder for the tables and the figure; empty = print the tables only
 
 NAMES = ("compute.txt", "compute.png")
 GIB, MIB = 2**30, 2**20
-IN_BLOCKS = ("attention, qkv", "attention, projection", "MLP, up", "MLP, down", "norms of the blocks")
-LOSS_CHUNK = 1024  # rows, where the config has all at once
+ATTENTION = "attention, q k^T and p v"
+LOSS_CHUNK = 1024  # rows, where the config computes all logits at once
 CARDS = (4, 6, 8, 12, 16, 24, 40, 80)  # GiB
-CUDA_CONTEXT = 600_000_000  # bytes that the driver, cuBLAS and the kernels take before any tensor is there
-FRAGMENTATION = 0.1  # of the peak: what the allocator holds and cannot use
+CUDA_CONTEXT = 600_000_000  # bytes of the driver, cuBLAS and the kernels, before the first tensor
+FRAGMENTATION = 0.1  # of the peak: reserved by the allocator but unusable
 SIZES = {  # layers, heads, width: run A's model, and the four of GPT-2 (Radford et al. 2019, table 2)
     "A": (4, 4, 256), "124M": (12, 12, 768), "350M": (24, 16, 1024), "774M": (36, 20, 1280),
-    "1558M": (48, 25, 1600),
-}
-DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16,
-          "float32": torch.float32}
-
-RUN_A = GPTConfig(block_size=256, vocab_size=50304, n_layer=4, n_head=4, n_embd=256, dropout=0.7)
-RUN_A_PARAMS, RUN_A_TOK_S, RUN_A_TFLOPS = 15_103_616, 10_369, 70  # as its author states them
-RUN_A_GPU = "NVIDIA GeForce RTX 4050 Laptop GPU"
+    "1558M": (48, 25, 1600)}
+SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "norm_position")
+DTYPES = {"auto": torch.float16,  # or bfloat16, where a card has it: the same size and speed
+          "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def train_settings() -> dict:
@@ -69,6 +68,23 @@ def train_settings() -> dict:
     exec(source[source.index("\n# ----"):source.index("config = configure(globals())")], scope)
     settings = {key: value for key, value in scope.items() if key.islower() and not key.startswith("_")}
     return settings | {"__annotations__": annotations_of(globals()) | annotations_of(scope)}
+
+
+def find_run(log_dir: str) -> dict:
+    """The last start of the run in a folder, as in its runs.jsonl, and tok_s, its median speed.
+
+    Settings that train_gpt2.py no longer has are left out. Raises UserError without a start or a speed.
+    """
+    folder, settings = Path(log_dir), train_settings()
+    types = {f"{key}?": type(value) for key, value in settings.items() if key != "__annotations__"}
+    starts = read_jsonl(folder / "runs.jsonl", {"config": types, "device": str, "world_size": int})
+    log = read_text(folder / "log.txt") if starts else ""
+    speeds = [float(value) for value in re.findall(r"^\d+ tok_s ([\d.e+]+)$", log, re.M)]
+    if not speeds:
+        raise UserError(f"--log_dir={log_dir} has no run with speeds (runs.jsonl, tok_s in log.txt); name "
+                        f"another folder, or type --tok_s=VALUE")
+    config = {key: value for key, value in starts[-1]["config"].items() if key in settings}
+    return {**starts[-1], "config": config, "tok_s": median(speeds[1:] or speeds)}  # the first step compiles
 
 
 # ---- parameters and FLOPs ------------------------------------------------------
@@ -91,33 +107,21 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
 
 
 def count_flops(config: GPTConfig, causal: bool = False) -> dict[str, float]:
-    """FLOPs per token of the forward pass at T = block_size, by component; the backward pass has twice that.
+    """FLOPs per token of a forward pass at T = block_size, by component; a backward pass takes twice that.
 
-    A product with a matrix takes 2 per weight. A query meets T keys, or with `causal` those that do not come
-    after it, (T + 1) / 2 on average. The last entry is what the convention of the MFU adds.
+    A product with a matrix takes 2 per weight. A query attends to T keys, or with `causal` to (T + 1) / 2 on
+    average. The last entry is what the MFU's convention adds (Chowdhery et al. 2022, "PaLM", appendix B).
     """
     L, C, T = config.n_layer, config.n_embd, config.block_size
-    matrices = L * 12 * C * C + config.vocab_size * C
-    parameters = count_parameters(config)
-    others = sum(parameters.values()) - parameters["position embedding"] - matrices
+    final_norm = 2 * C if config.norm_position == "pre" else 0
     return {
         "attention, qkv": L * 6 * C * C,
-        "attention, q k^T and p v": L * 4 * C * ((T + 1) / 2 if causal else T),
+        ATTENTION: L * 4 * C * ((T + 1) / 2 if causal else T),
         "attention, projection": L * 2 * C * C,
         "MLP, up": L * 8 * C * C,
         "MLP, down": L * 8 * C * C,
         "output layer": 2 * config.vocab_size * C,
-        "biases, norms (convention)": 2 * others,
-    }
-
-
-def crossovers(config: GPTConfig) -> dict[str, float]:
-    """Lengths n at which attention's products cost as much as those that grow with d^2."""
-    L, C, V = config.n_layer, config.n_embd, config.vocab_size
-    return {
-        "4 n^2 d = 24 n d^2": 6 * C,  # the blocks
-        "with causal credit, 2 n (n + 1) d = 24 n d^2": 12 * C - 1,
-        "with the output layer, L 4 n^2 d = L 24 n d^2 + 2 n d V": 6 * C + V / (2 * L),
+        "biases, norms (convention)": 2 * (13 * L * C + final_norm),
     }
 
 
@@ -126,8 +130,8 @@ def crossovers(config: GPTConfig) -> dict[str, float]:
 
 class Memory(NamedTuple):
     """Bytes on the device."""
-    parts: dict[str, int]  # what lies there during the forward and backward pass
-    phases: dict[str, int]  # everything, in the phases of a step that may be the worst
+    parts: dict[str, int]  # what is kept throughout the forward and backward pass
+    phases: dict[str, int]  # the total in those phases of a step that may be the peak
 
     @property
     def peak(self) -> int:
@@ -135,16 +139,16 @@ class Memory(NamedTuple):
 
     @property
     def card(self) -> float:
-        """What a card must have for it: the peak, what is lost to fragmentation, and CUDA's context."""
+        """Memory a card needs: the peak, what fragmentation loses, and the CUDA context."""
         return self.peak * (1 + FRAGMENTATION) + CUDA_CONTEXT
 
 
 def block_activations(config: GPTConfig, width: int) -> int:
-    """Bytes per token that one block keeps for its backward pass, with matrix products of `width` bytes.
+    """Bytes per token that a block saves for its backward pass, with matrix products of `width` bytes.
 
-    In float32 what the two norms are given, with mean and deviation, and the log-sum-exp of attention; in
-    `width` bytes what the four matrices are given (C, C, C, 4C), q, k and v (3C) and what gelu is given (4C);
-    two masks of dropout. That is 36 C in 16 bit; with a 16-bit residual stream and masks it would be the 34 C
+    In float32 the inputs of the two norms, with mean and deviation, and the log-sum-exp of attention; in
+    `width` bytes the inputs of the four matrices (C, C, C, 4C), q, k and v (3C), and the input of GELU (4C);
+    two dropout masks. That is 36 C in 16 bit; with a 16-bit residual stream and masks it would be the 34 C
     of Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.1.
     """
     C = config.n_embd
@@ -157,8 +161,8 @@ def count_memory(config: GPTConfig, batch_size: int, width: int = 2, loss_chunk:
     """Memory of a training step with micro-batches of `batch_size` x block_size tokens.
 
     `width` is the bytes of a number in matrix products, 2 or 4. `loss_chunk` rows of logits exist at a time,
-    0 = all. With activation checkpointing a block keeps its input only, and one at a time is made again.
-    AdamW has two moments; Muon, which takes over the matrices of the blocks, one.
+    0 = all. With activation checkpointing each block keeps only its input, and its activations are recomputed
+    one block at a time. AdamW keeps two moments; Muon, used for the matrices of the blocks, one.
     """
     C, V, T = config.n_embd, config.vocab_size, config.block_size
     N, rows = sum(count_parameters(config).values()), batch_size * config.block_size
@@ -173,275 +177,181 @@ def count_memory(config: GPTConfig, batch_size: int, width: int = 2, loss_chunk:
         "gradients, float32": 4 * N,
         "moments, float32": 8 * N - (4 * in_blocks if optimizer == "muon" else 0),
     }
-    parts = {
-        **static,
-        "16-bit copies of matrices": width * matrices if width < 4 else 0,
-        "activations": config.n_layer * kept + ends,
-    }
-    here = sum(parts.values())
+    parts = {**static, "16-bit copies of matrices": width * matrices if width < 4 else 0,
+             "activations": config.n_layer * kept + ends}
+    throughout = sum(parts.values())
     chunk = min(loss_chunk, rows) if loss_chunk else rows
     fresh = 4 + (width if width < 4 else 0)  # bytes of a new weight gradient: made in 16 bit, kept in float32
-    # float32 log-probabilities, the loss's gradient by them and by the logits; or, with the last of these in
-    # `width` bytes, the output layer's weight gradient
+    # float32 log-probabilities, the loss's gradients with respect to them and to the logits; or the last of
+    # these in `width` bytes, and the output layer's weight gradient
     loss = max(12 * V * chunk, width * V * chunk + fresh * V * C)
-    if chunk < rows:  # beside these: the chunks' sum of that, and the hidden states with their gradient
+    if chunk < rows:  # and the sum of that gradient over chunks, the hidden states and their gradient
         loss += 4 * V * C + 8 * C * rows
-    # gradients of the residual stream and of one matrix with both its sides; the output layer's weight
-    # gradient is kept until the embedding's, that of the same matrix, is there
+    # gradients of the residual stream and of one matrix with its input and output; the output layer's weight
+    # gradient is kept until the embedding's, which belongs to the same matrix, is added
     in_block = rows * 12 * C + fresh * 4 * C * C + 4 * V * C + (block if activation_checkpointing else 0)
     return Memory(parts, {
-        "logits and loss": here + loss,
-        "backward pass of a block": here + in_block,
-        # two gradients of the tied matrix, and their sum; all but the embedding's is done
+        "logits and loss": throughout + loss,
+        "backward pass of a block": throughout + in_block,
+        # two gradients of the tied matrix and their sum; all activations are freed by then
         "gradient of the embedding": sum(static.values()) + 12 * V * C,
     })
 
 
 def largest_batch_size(config: GPTConfig, sequences: int, card_gb: float, **how) -> int:
-    """The largest batch_size that divides the sequences of a step and fits a card of so many GiB, 0 if none
-    does. `how` is what count_memory takes after batch_size."""
-    fitting = [n for n in range(1, sequences + 1)
-               if sequences % n == 0 and count_memory(config, n, **how).card <= card_gb * GIB]
-    return max(fitting, default=0)
+    """The largest batch_size that divides a step's sequences and fits a card of `card_gb` GiB, or 0.
+    `how`: the arguments of count_memory after batch_size."""
+    return max((n for n in range(1, sequences + 1)
+                if sequences % n == 0 and count_memory(config, n, **how).card <= card_gb * GIB), default=0)
 
 
-# ---- run A ---------------------------------------------------------------------
+# ---- tables and figure ---------------------------------------------------------
 
 
-def countings_of_run_a() -> Counter:
-    """How many plausible countings of run A's width give which total: {parameters: countings}."""
-    d, totals = RUN_A.n_embd, Counter()
-    for V, positions, layers, hidden in itertools.product(
-            (50257, 50304), (0, 128, 256, 512, 1024), (3, 4, 5), (d, 2 * d, 3 * d, 4 * d)):
-        for qkv, projection, mlp, norms, final, tables, bias in itertools.product(
-                (0, 3 * d), (0, d), (0, d + hidden), (0, 2 * d, 4 * d), (0, d, 2 * d), (1, 2), (0, V)):
-            block = 4 * d * d + 2 * d * hidden + qkv + projection + mlp + norms
-            totals[tables * V * d + positions * d + layers * block + final + bias] += 1
-    return totals
-
-
-def run_a_lines() -> list[str]:
-    """What its author states of run A, beside what follows from its own table; lines of text."""
-    counts, totals = count_parameters(RUN_A), countings_of_run_a()
-    N, d, L = sum(counts.values()), RUN_A.n_embd, RUN_A.n_layer
-    others = {
-        "without the position embedding": N - counts["position embedding"],
-        "without biases": N - 9 * L * d,
-        "without biases and norms": N - 13 * L * d - 2 * d,
-        "a vocabulary of 50,257": N - 47 * d,
-        "an MLP of 3 d": N - L * (2 * d * d + d),
-        "three layers": N - sum(n for name, n in counts.items() if name in IN_BLOCKS) // L,
-        "an output layer of its own": N + counts["token embedding"],
-    }
-    flops = 3 * sum(count_flops(RUN_A).values())
-    reached, peak = flops * RUN_A_TOK_S / 1e12, known_peak(RUN_A_GPU, torch.bfloat16)
-    tripled = 3 * 6 * RUN_A_PARAMS * RUN_A_TOK_S / 1e12
-    rows = [[what, f"{n:,}", f"{n - RUN_A_PARAMS:+,}"]
-            for what, n in {"its config table, tied, with biases": N, **others}.items()]
-    return [
-        *table("parameters of run A (computed)", ["all", f"to the {RUN_A_PARAMS:,} stated"], rows),
-        (f"{totals[RUN_A_PARAMS]} of {totals.total():,} combinations of these, of fewer norms and of other "
-         f"position tables give what is stated"), "",
-        (f"MFU of run A (computed): {flops:,.0f} FLOPs per token x {RUN_A_TOK_S:,} tok/s = "
-         f"{reached:.2f} TFLOP/s"),
-        (f"  {reached / RUN_A_TFLOPS:.2%} of the {RUN_A_TFLOPS} that its author claims for the card, "
-         f"{reached / peak:.2%} of its dense 16-bit peak of {peak:.1f}"),
-        (f"  the 4.03% stated is 3 x 6 N, N = {RUN_A_PARAMS:,}: {tripled:.2f} TFLOP/s, "
-         f"{tripled / RUN_A_TFLOPS:.2%} of {RUN_A_TFLOPS}; 6 N has the backward pass already"),
-    ]
-
-
-# ---- what is shown -------------------------------------------------------------
-
-
-def table(title: str, heading: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right, as wide as their contents."""
-    cells = [[title, *heading], *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return ["  ".join(cell.rjust(width) if i else cell.ljust(width)
-                      for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in cells]
-
-
-def parameter_lines(config: GPTConfig) -> list[str]:
-    """Parameters by component."""
+def cost_lines(config: GPTConfig) -> list[str]:
+    """Parameters and FLOPs by component, and where the two terms of the blocks are equal."""
+    L, C, T, V = config.n_layer, config.n_embd, config.block_size, config.vocab_size
     counts = count_parameters(config)
-    total = sum(counts.values())
-    rows = [[name, f"{n // config.n_layer:,}" if name in IN_BLOCKS else "", f"{n:,}", f"{n / total:.1%}"]
-            for name, n in counts.items()]
-    return table("parameters (computed)", ["per block", "all", "share"],
-                 [*rows, ["total", "", f"{total:,}", ""]])
-
-
-def flops_lines(config: GPTConfig) -> list[str]:
-    """FLOPs per token by component, and the two terms of the blocks with the lengths that make them equal."""
-    L, C, T = config.n_layer, config.n_embd, config.block_size
+    n_params = sum(counts.values())
     forward, causal = count_flops(config), count_flops(config, causal=True)
     total, convention = sum(forward.values()), forward["biases, norms (convention)"]
     rows = [[name, f"{n:,.0f}", f"{2 * n:,.0f}", f"{n / total:.1%}", f"{3 * causal[name]:,.0f}"]
             for name, n in forward.items()]
     rows.append(["total", f"{total:,.0f}", f"{2 * total:,.0f}", "", f"{3 * sum(causal.values()):,.0f}"])
-    again = total - forward["output layer"] - convention
+    recomputed = total - forward["output layer"] - convention
+    shares = [[name, f"{n:,}", f"{n / n_params:.1%}"] for name, n in counts.items()]
     return [
-        *table("FLOPs per token (computed)", ["forward", "backward", "share", "both, causal"], rows),
+        *table(["parameters (computed)", "", "share"], [*shares, ["total", f"{n_params:,}", ""]]), "",
+        *table(["FLOPs per token (computed)", "forward", "backward", "share", "both, causal"], rows),
         (f"both: {3 * total:,.0f} = 6 N + 12 L d T, the MFU's; matrix products alone: "
          f"{3 * (total - convention):,.0f}"),
-        f"activation checkpointing adds {again:,.0f} ({again / total / 3:.1%}), which no MFU counts", "",
+        f"activation checkpointing adds {recomputed:,.0f} ({recomputed / total / 3:.1%}), not in the MFU", "",
         f"a forward pass through the blocks, L (4 n^2 d + 24 n d^2), L = {L}, n = {T}, d = {C} (computed):",
-        f"  {4 * T * T * C * L:,} + {24 * T * C * C * L:,} FLOPs",
-        *(f"  equal at n = {n:,.0f}: {what}" for what, n in crossovers(config).items()),
+        f"  {4 * T * T * C * L:,} + {24 * T * C * C * L:,} FLOPs, equal at n = 6 d = {6 * C:,}",
+        f"  with the output layer's 2 n d V, at n = 6 d + V / 2 L = {6 * C + V / (2 * L):,.0f}",
     ]
 
 
-def memory_lines(config: GPTConfig, batch_size: int, how: dict) -> list[str]:
-    """Memory of a step as it is set; `how` is what count_memory takes after batch_size."""
-    memory = count_memory(config, batch_size, **how)
-    rows = [[name, f"{n / MIB:,.0f}"] for name, n in memory.parts.items()]
-    rows += [[f"in all, {name}", f"{n / MIB:,.0f}"] for name, n in memory.phases.items()]
-    rows += [["peak", f"{memory.peak / MIB:,.0f}"],
-             [f"card: the peak + {FRAGMENTATION:.0%} + {CUDA_CONTEXT / 1e9:.1f} GB for CUDA",
-              f"{memory.card / MIB:,.0f}"]]
-    lines = table("memory (computed)", ["MiB"], rows)
-    again = str(how["activation_checkpointing"]).lower()
-    return [f"batch_size={batch_size}, loss_chunk={how['loss_chunk']}, activation_checkpointing={again}, "
-            + how["optimizer"], *lines]
+def ways_to_save(how: dict) -> list[dict]:
+    """`how` without and with what saves memory: nothing, loss_chunk, activation checkpointing, both."""
+    return [{**how, "loss_chunk": rows, "activation_checkpointing": recompute}
+            for recompute in (False, True) for rows in (0, how["loss_chunk"] or LOSS_CHUNK)]
 
 
-def fit_lines(config: GPTConfig, sequences: int, how: dict, cards: list[float]) -> list[str]:
-    """The largest batch_size for each card, without and with what saves memory."""
-    chunk = how["loss_chunk"] or LOSS_CHUNK
-    ways = [{**how, "loss_chunk": rows, "activation_checkpointing": again}
-            for again in (False, True) for rows in (0, chunk)]
-    rows = []
-    for card in cards:
-        fitting = [largest_batch_size(config, sequences, card, **way) for way in ways]
-        rows.append([f"{card:g} GiB", *(str(n or "-") for n in fitting)])
-    return table(f"largest batch_size of a step's {sequences} (computed)",
-                 ["plain", f"loss_chunk={chunk}", "checkpointing", "both"], rows)
+def memory_lines(config: GPTConfig, batch_size: int, sequences: int, how: dict, cards: list) -> list[str]:
+    """Memory of a step, and the largest batch_size for cards of these GiB, with and without what saves it."""
+    memory, ways = count_memory(config, batch_size, **how), ways_to_save(how)
+    sizes = {**memory.parts, **{f"in all, {name}": n for name, n in memory.phases.items()},
+             "peak": memory.peak,
+             f"card: the peak + {FRAGMENTATION:.0%} + {CUDA_CONTEXT / 1e9:.1f} GB for CUDA": memory.card}
+    fits = [[f"{card:g} GiB", *(str(largest_batch_size(config, sequences, card, **way)) for way in ways)]
+            for card in cards]
+    return [
+        f"batch_size={batch_size}, loss_chunk={how['loss_chunk']}, {how['optimizer']}"
+        + (", activation_checkpointing" if how["activation_checkpointing"] else ""),
+        *table(["memory (computed)", "MiB"], [[name, f"{n / MIB:,.0f}"] for name, n in sizes.items()]), "",
+        *table([f"largest batch_size of a step's {sequences} (computed)", "plain",
+                f"loss_chunk={ways[1]['loss_chunk']}", "checkpointing", "both"], fits),
+    ]
 
 
-def time_lines(config: GPTConfig, dtype: torch.dtype, names: list[str], settings: dict) -> list[str]:
-    """What the run takes on one GPU of each name."""
-    flops = 3 * sum(count_flops(config).values())
+def peaks_of(names: list[str], settings: dict) -> dict[str, float | None]:
+    """{card: dense peak in TFLOP/s, None if unknown}, and --peak_tflops if it is set."""
+    own = {"--peak_tflops": settings["peak_tflops"]} if settings["peak_tflops"] else {}
+    return {name: known_peak(name, DTYPES[settings["dtype"]]) for name in names} | own
+
+
+def time_lines(config: GPTConfig, peaks: dict, settings: dict) -> list[str]:
+    """Time of the run on one GPU of each of `peaks`, at the assumed MFU."""
+    flops, rows = 3 * sum(count_flops(config).values()), []
     tokens = settings["max_steps"] * settings["batch_tokens"]
-    share, price = settings["mfu"], settings["dollars_per_hour"]
-    peaks = {name: known_peak(name, dtype) for name in names}
-    if settings["peak_tflops"] > 0:
-        peaks["--peak_tflops"] = settings["peak_tflops"]
-    rows = []
     for name, peak in peaks.items():
-        cells = ["n/a"] * 4
-        if peak is not None:
-            tok_s = share * peak * 1e12 / flops
-            hours = tokens / tok_s / 3600
-            digits = 0 if hours >= 100 else 1 if hours >= 1 else 3
-            cells = [f"{peak:,.1f}", f"{tok_s:,.0f}", f"{hours:,.{digits}f}", f"{hours * price:,.2f}"]
-        rows.append([name, *cells[:4 if price else 3]])
-    heading = ["peak TFLOP/s", "tok/s", "GPU hours", "dollars"][:4 if price else 3]
-    kind = str(dtype).removeprefix("torch.")
-    lines = table(f"{tokens / 1e9:,.3f}B tokens, {kind}, MFU {share:.0%} (computed)", heading, rows)
-    if settings["num_epochs"] > 0:
-        lines.append(f"for num_epochs={settings['num_epochs']:g} the data decide how many steps there are; "
-                     f"these are max_steps={settings['max_steps']:,}")
-    return lines
+        speed = settings["mfu"] * (peak or math.nan) * 1e12 / flops
+        cells = [f"{peak:,.1f}", f"{speed:,.0f}", f"{tokens / speed / 3600:,.3f}"] if peak else ["n/a"] * 3
+        rows.append([name, *cells])
+    steps = f"max_steps={settings['max_steps']}{', not num_epochs' if settings['num_epochs'] else ''}"
+    title = f"{steps}: {tokens / 1e9:,.3f}B tokens, MFU {settings['mfu']:.0%} (computed)"
+    return table([title, "peak TFLOP/s", "tok/s", "GPU hours"], rows)
 
 
-def draw(config: GPTConfig, batch_size: int, how: dict) -> bytes:
-    """The figure, PNG: FLOPs and memory over sequence length for this config, and over the sizes of model."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter
+def speed_lines(config: GPTConfig, speed: float, world_size: int, peaks: dict, settings: dict) -> list[str]:
+    """A measured speed, tokens per second of `world_size` devices together, in all its units."""
+    batch_tokens, tflops = settings["batch_tokens"], 3 * sum(count_flops(config).values()) * speed / 1e12
+    rows = [["tokens/s", f"{speed:,.0f}"], ["sequences/s", f"{speed / config.block_size:,.1f}"],
+            ["seconds per step", f"{batch_tokens / speed:,.2f}"], ["TFLOP/s", f"{tflops:,.2f}"]]
+    for name, peak in peaks.items():
+        rows.append([f"MFU: of {peak:,.1f} TFLOP/s, {name}", f"{tflops / peak / world_size:.2%}"] if peak else
+                    [f"MFU: no peak known for {name}; give --peak_tflops", "n/a"])
+    epoch = sum(read_header(path)[0] for path in list_shards(settings["data_dir"], "train"))
+    for name, tokens in {"an epoch": epoch, "the run": settings["max_steps"] * batch_tokens}.items():
+        if tokens:
+            rows += [[f"{name}: steps", f"{tokens / batch_tokens:,.0f}"], [f"{name}: tokens", f"{tokens:,}"],
+                     [f"{name}: minutes", f"{tokens / speed / 60:,.1f}"]]
+    return table([f"speed (measured, {world_size} device(s))", ""], rows)
 
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
-    shape = f"{config.n_layer} layers, {config.n_embd} wide"
 
-    def resized(T, size=None):
-        n_layer, n_head, n_embd = size or (config.n_layer, config.n_head, config.n_embd)
-        return dataclasses.replace(config, block_size=T, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+def draw(config: GPTConfig, batch_size: int, how: dict, path: Path) -> None:
+    """The figure: FLOPs and memory over sequence length for this config, and over the sizes of model."""
+    figure, axes = pyplot().subplots(2, 2, figsize=(10, 7.6), layout="constrained")
+    T, d, shape = config.block_size, config.n_embd, f"{config.n_layer} layers, {config.n_embd} wide"
+    longer = {short_number(2**k): dataclasses.replace(config, block_size=2**k) for k in range(6, 16)}
+    sizes = {name: dataclasses.replace(config, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+             for name, (n_layer, n_head, n_embd) in SIZES.items()}
 
-    def split(config):
-        flops = count_flops(config)
-        attention, output = flops["attention, q k^T and p v"], flops["output layer"]
-        return [3 * n / 1e9 for n in (sum(flops.values()) - attention - output, output, attention)]
+    def stack(axis, models, parts):
+        bottom = [0.0] * len(models)
+        for label, heights in parts.items():
+            axis.bar([*models], heights, bottom=bottom, label=label, alpha=0.8)
+            bottom = [b + h for b, h in zip(bottom, heights)]
 
-    names, colors = ("matrices of the blocks", "output layer", "attention, n^2 d"), ("C0", "C1", "C3")
-    lengths = [2**k for k in range(6, 16)]
-    parts = list(zip(*(split(resized(T)) for T in lengths)))
-    axes[0, 0].stackplot(lengths, parts, labels=names, colors=colors, alpha=0.8)
-    crossover = crossovers(config)["4 n^2 d = 24 n d^2"]
-    axes[0, 0].axvline(crossover, color="black", linestyle=":", label=f"4 n^2 d = 24 n d^2: {crossover:,}")
-    axes[0, 0].set(title=f"Training FLOPs: {shape}", ylabel="GFLOPs per token")
+    for axis, models in zip(axes[:, 0], (longer, sizes)):
+        flops = [count_flops(model) for model in models.values()]
+        attention, output = ([3e-9 * n[key] for n in flops] for key in (ATTENTION, "output layer"))
+        rest = [3e-9 * sum(n.values()) - a - o for n, a, o in zip(flops, attention, output)]
+        stack(axis, models, {"matrices of the blocks": rest, "output layer": output, "attention": attention})
+        axis.set_ylabel("GFLOPs per token")
+    axes[0, 0].set_title(f"Training FLOPs: {shape};\nattention = matrices of the blocks at T = {6 * d:,}")
+    axes[1, 0].set_title(f"Training FLOPs at T = {T:,}")
 
-    chunk = how["loss_chunk"] or LOSS_CHUNK
-    for label, rows, again in (("plain", 0, False), (f"loss_chunk={chunk}", chunk, False),
-                               ("activation checkpointing", 0, True), ("both", chunk, True)):
-        way = {**how, "loss_chunk": rows, "activation_checkpointing": again}
-        peaks = [count_memory(resized(T), batch_size, **way).peak / GIB for T in lengths]
-        axes[0, 1].plot(lengths, peaks, marker="o", markersize=4, linewidth=1.4, label=label)
-    axes[0, 1].set(title=f"Peak memory: {shape}, batch_size = {batch_size}", ylabel="GiB")
-    axes[0, 1].set_yscale("log", base=2)
-    for axis in axes[0]:
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths)
-        axis.minorticks_off()
-        axis.xaxis.set_major_formatter(FuncFormatter(format_power))
-        axis.set_xlabel("sequence length T")
-        axis.axvline(config.block_size, color="grey", linewidth=0.8, label="this config's T")
-    axes[0, 1].yaxis.set_major_formatter(FuncFormatter(format_power))
-
-    sizes = {name: resized(config.block_size, size) for name, size in SIZES.items()}
-    bottom = [0.0] * len(sizes)
-    for label, color, heights in zip(names, colors, zip(*(split(size) for size in sizes.values()))):
-        axes[1, 0].bar(list(sizes), heights, bottom=bottom, label=label, color=color, alpha=0.8)
-        bottom = [b + h for b, h in zip(bottom, heights)]
-    axes[1, 0].set(title=f"Training FLOPs, T = {config.block_size}", ylabel="GFLOPs per token")
-
-    bottom = [0.0] * len(sizes)
+    labels = ("all logits at once", "loss in chunks", "activation checkpointing", "both")
+    for label, way in zip(labels, ways_to_save(how)):
+        peaks = [count_memory(model, batch_size, **way).peak / GIB for model in longer.values()]
+        axes[0, 1].plot([*longer], peaks, marker="o", markersize=4, linewidth=1.4, label=label)
+    log_ticks(axes[0, 1].yaxis, (1, 3))
+    axes[0, 1].set(title=f"Peak memory: {shape},\n{batch_size} sequences at a time", ylabel="GiB")
     memories = [count_memory(size, 1, **how) for size in sizes.values()]
-    stack = [[*memory.parts.values(), memory.peak - sum(memory.parts.values())] for memory in memories]
-    for i, label in enumerate((*memories[0].parts, "logits, gradients in flight")):
-        heights = [parts[i] / GIB for parts in stack]
-        axes[1, 1].bar(list(sizes), heights, bottom=bottom, label=label, color=f"C{i}", alpha=0.8)
-        bottom = [b + h for b, h in zip(bottom, heights)]
-    axes[1, 1].set(title=f"Peak memory, T = {config.block_size}, batch_size = 1", ylabel="GiB")
-    for axis in axes[1]:
-        axis.set_xlabel("model (A, and the four sizes of GPT-2)")
+    parts = {name: [memory.parts[name] / GIB for memory in memories] for name in memories[0].parts}
+    in_flight = [(memory.peak - sum(memory.parts.values())) / GIB for memory in memories]
+    stack(axes[1, 1], sizes, {**parts, "logits, gradients in flight": in_flight})
+    axes[1, 1].set(title=f"Peak memory at T = {T:,}, one sequence", ylabel="GiB")
     for axis in axes.flat:
+        axis.set_xlabel("sequence length T" if axis in axes[0] else "run A's model, and the four of GPT-2")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="upper left")
-    figure.suptitle("computed, not measured", fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=75)
-    plt.close(figure)
-    return file.getvalue()
+        axis.legend(fontsize=9, loc="upper left")
+    figure.suptitle("computed, not measured", fontsize=10)
+    save_figure(figure, path)
 
 
-def format_power(value, position):
-    return f"{value / 1024:,.0f}k" if value >= 1024 else f"{value:g}"
+# ---- the script ----------------------------------------------------------------
 
 
 def check_settings(settings: dict) -> tuple[GPTConfig, int, list[str]]:
-    """(model, sequences of a step, names of GPUs) of the settings. Raises UserError for what cannot be."""
+    """(model, sequences per step, names of GPUs) of the settings. Raises UserError for mistakes in them."""
     names = [name.strip() for name in settings["gpus"].split(",") if name.strip()]
     for name in names:
         if name not in PEAK_TFLOPS:
-            known = [full for full in PEAK_TFLOPS if name.lower() in full.lower()]
-            raise UserError(f"gpus: {name!r} is not in device.py's table; "
-                            f"try {', '.join(known) or '--peak_tflops=VALUE'}")
+            known = ", ".join(full for full in PEAK_TFLOPS if name.lower() in full.lower())
+            raise UserError(f"--gpus: {name!r} is not in device.py; try {known or '--peak_tflops=VALUE'}")
     for path in (Path(settings["out_dir"], name) for name in NAMES):
         if settings["out_dir"] and path.exists():
-            raise UserError(f"{path} is there already; delete it yourself if you no longer need it, or give "
-                            f"another --out_dir=...")
+            raise UserError(f"{path} exists: delete it if you no longer need it, or type another --out_dir")
     if settings["tokenizer"] in ("", "gpt2"):
         n_vocab = GPTConfig.n_vocab
-    elif settings["vocab_size"]:  # only the padded size counts: the file need not be there
-        n_vocab = settings["vocab_size"]
-    else:
+    elif not (n_vocab := settings["vocab_size"]):  # where it is set, the file need not exist
         from bpe import load_tokenizer
         n_vocab = load_tokenizer(settings["tokenizer"]).n_vocab
     vocab_size = settings["vocab_size"] or math.ceil(n_vocab / 128) * 128
-    shape = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "norm_position")
-    config = GPTConfig(vocab_size=vocab_size, n_vocab=n_vocab, **{key: settings[key] for key in shape})
+    config = GPTConfig(vocab_size=vocab_size, n_vocab=n_vocab, **{key: settings[key] for key in SHAPE})
     B, T, batch_tokens = settings["batch_size"], config.block_size, settings["batch_tokens"]
     if batch_tokens % (B * T):
         above = math.ceil(batch_tokens / (B * T)) * B * T
@@ -450,38 +360,41 @@ def check_settings(settings: dict) -> tuple[GPTConfig, int, list[str]]:
     return config, batch_tokens // T, names
 
 
-def main(settings: dict) -> None:
+def main(settings: dict, run: dict) -> None:
+    """Print and write everything; `run`: as find_run returns it."""
     config, sequences, names = check_settings(settings)
     with torch.device("meta"):  # shapes without memory
         model = GPT(config)
     counted = sum(count_parameters(config).values()), 3 * sum(count_flops(config).values())
-    own = model.num_params(), model.flops_per_token(config.block_size)
-    if counted != own:
-        raise UserError(f"model.py is not GPT-2: it has {own[0]:,} parameters and {own[1]:,} FLOPs per "
-                        f"token, not {counted[0]:,} and {counted[1]:,}; measure the memory and speed of a "
-                        f"changed model with python train_gpt2.py --dry_run")
-    dtype = DTYPES[settings["dtype"]]
-    how = {"width": dtype.itemsize} | {key: settings[key] for key in (
-        "loss_chunk", "activation_checkpointing", "optimizer")}
-    cards = [settings["gpu_memory_gb"]] if settings["gpu_memory_gb"] else list(CARDS)
-    report = [
-        (f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, T = {config.block_size}, "
-         f"{config.vocab_size:,} ids, {config.norm_position}-norm; {sequences} sequences a step"), "",
-        *parameter_lines(config), "", *flops_lines(config), "",
-        *memory_lines(config, settings["batch_size"], how), "",
-        *fit_lines(config, sequences, how, cards), "",
-        *time_lines(config, dtype, names, settings),
-        *(["", *run_a_lines()] if config == RUN_A else []),
-    ]
+    if counted != (own := (model.num_params(), model.flops_per_token(config.block_size))):
+        raise UserError("model.py is not GPT-2: it has {:,} parameters and {:,} FLOPs per token, not {:,} "
+                        "and {:,}; measure it: python train_gpt2.py --dry_run".format(*own, *counted))
+    for key in (*SHAPE, "vocab_size", "batch_tokens"):
+        if settings[key] != (value := run.get("config", settings).get(key, settings[key])):
+            raise UserError(f"the run in --log_dir has {key}={value}: leave out --{key}")
+    how = {key: settings[key] for key in ("loss_chunk", "activation_checkpointing", "optimizer")}
+    how["width"] = DTYPES[settings["dtype"]].itemsize
+    cards = [settings["gpu_memory_gb"]] if settings["gpu_memory_gb"] else CARDS
+    head = (f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, T = {config.block_size}, "
+            f"{config.vocab_size:,} ids, {config.norm_position}-norm; {sequences} sequences per step")
+    report = [head, "", *cost_lines(config), "",
+              *memory_lines(config, settings["batch_size"], sequences, how, cards), "",
+              *time_lines(config, peaks_of(names, settings), settings)]
+    if speed := settings["tok_s"] or run.get("tok_s"):
+        peaks = peaks_of([run["device"]] if run else names, settings)
+        report += ["", *speed_lines(config, speed, run.get("world_size", 1), peaks, settings)]
     print("\n".join(report))
     if settings["out_dir"]:
         folder = Path(settings["out_dir"])
         folder.mkdir(parents=True, exist_ok=True)
-        figure = draw(config, settings["batch_size"], how)
-        for name, content in zip(NAMES, ("\n".join([*report, ""]).encode(), figure)):
-            write_atomically(folder / name, content)
+        write_atomically(folder / NAMES[0], "\n".join([*report, ""]).encode())
+        draw(config, settings["batch_size"], how, folder / NAMES[1])
         print(f"written to {folder}: {', '.join(NAMES)}")
 
 
 if __name__ == "__main__":
-    main(configure({**globals(), **train_settings()}))
+    settings, last_start = {**globals(), **train_settings()}, {}
+    log_dir = configure(dict(settings))["log_dir"]
+    if any(re.match("--log[-_]dir=", arg) for arg in sys.argv):  # and not only in a config file
+        last_start = find_run(log_dir)
+    main(configure(settings | last_start.get("config", {})), last_start)

@@ -1,15 +1,15 @@
-"""The tokenizer study: figures of hand-made texts in closed form, words in their groups, files written."""
+"""The tokenizer study: figures of hand-made texts in closed form, groups of words, files written."""
 
 import csv
 import json
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import analyze_tokenizer as study
 from analyze_tokenizer import COLUMNS, GROUPS, groups_of, is_joined, make_items, measure
@@ -19,7 +19,6 @@ from documents import from_texts
 from model import GPT, GPTConfig
 from train_bpe import train_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
 BYTES = [bytes([b]) for b in range(256)]
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
 
@@ -38,12 +37,16 @@ def texts(tmp_path_factory):
     documents = [*topics.values(), "", "na\u00efve caf\u00e9 \u6771\u4eac don't well-known  x\u00b2-y\n" * 3]
     path = tmp_path_factory.mktemp("texts") / "topics.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    return documents, path
+    return [text.encode() for text in documents if text], path
 
 
 @pytest.fixture(scope="module")
 def corpus(texts):
     return study.read_corpus(str(texts[1]), "text", 0.3)
+
+
+def is_val(documents, val_fraction):
+    return from_texts([(document, "", None) for document in documents], val_fraction, []).is_val
 
 
 def test_figures_in_closed_form():
@@ -94,11 +97,11 @@ def test_a_word_is_a_piece_of_letters():
     assert study.as_word(b"\xff") == study.as_word(b" a\xff") == ""
 
 
-def test_the_band_is_the_decade_of_the_frequency():
-    for count, band in ((0, "unseen"), (1, "1-9"), (9, "1-9"), (10, "10-99"), (99, "10-99"),
-                        (100, "100-999"), (999, "100-999"), (1000, "1k-9,999"), (9999, "1k-9,999"),
-                        (10_000, "10k+"), (10**7, "10k+")):
-        assert groups_of("Word", Counter({"word": count})) == [band]
+@pytest.mark.parametrize(("counts", "band"), [
+    ((0,), "unseen"), ((1, 9), "1-9"), ((10, 99), "10-99"), ((100, 999), "100-999"),
+    ((1000, 9999), "1k-9,999"), ((10_000, 10**7), "10k+")])
+def test_the_band_is_the_decade_of_the_frequency(counts, band):
+    assert all(groups_of("Word", Counter({"word": count})) == [band] for count in counts)
 
 
 def test_frequency_counts_every_case_with_and_without_the_space():
@@ -129,26 +132,41 @@ def test_technical_words():
         assert "technical" not in groups_of(word, Counter()), word
 
 
-def test_the_sides_are_those_of_the_hash_and_nothing_is_lost(texts, corpus):
-    documents = [text.encode() for text in texts[0] if text]
-    is_val = from_texts([(document, "", None) for document in documents], 0.3, []).is_val
-    assert corpus.documents == [(~is_val).sum(), is_val.sum()]
-    for counts, size, side in zip((corpus.train, corpus.val), corpus.sizes, (~is_val, is_val)):
-        here = [document for document, chosen in zip(documents, side) if chosen]
+def test_the_parts_are_those_of_the_hash_and_nothing_is_lost(texts, corpus):
+    documents, _ = texts
+    val = is_val(documents, 0.3)
+    assert corpus.documents == [(~val).sum(), val.sum()]
+    for counts, size, part in zip((corpus.train, corpus.val), corpus.sizes, (~val, val)):
+        here = [document for document, chosen in zip(documents, part) if chosen]
         assert size == sum(map(len, here)) == sum(len(piece) * count for piece, count in counts.items())
         words = Counter(word for document in here for word in document.split() if word.isalpha())
         assert all(counts.get(b" " + word, 0) + counts.get(word, 0) >= n for word, n in words.items())
 
 
 def test_tokens_of_pieces_add_up_to_those_of_the_text(texts, corpus):
-    tok, = study.train_tokenizers(corpus.train, [700])
-    documents = [text for text in texts[0] if text]
-    is_val = from_texts([(text.encode(), "", None) for text in documents], 0.3, []).is_val
-    held_out = [text for text, chosen in zip(documents, is_val) if chosen]
+    tok, = study.train_tokenizers(corpus.train, [700], True)
+    held_out = [text for text, chosen in zip(texts[0], is_val(texts[0], 0.3)) if chosen]
     row, _ = measure(tok, "trained", make_items(corpus), SHAPE)
     encoding = tok.to_tiktoken()
-    assert row["tokens"] == sum(len(encoding.encode_ordinary(text)) for text in held_out)
-    assert row["bytes_per_token"] == sum(len(text.encode()) for text in held_out) / row["tokens"]
+    assert row["tokens"] == sum(len(encoding.encode_ordinary(text.decode())) for text in held_out)
+    assert row["bytes_per_token"] == sum(map(len, held_out)) / row["tokens"]
+
+
+def test_one_txt_file_is_divided_as_fineweb_divides_it(tmp_path):
+    """At the start of a line; with separators, by the hash of each document; a short text is one document."""
+    lines, path = [f"line {i} of the text\n" for i in range(2000)], tmp_path / "book.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    corpus = study.read_corpus(str(path), "text", 0.1)
+    assert corpus.documents == [1, 1] and sum(corpus.sizes) == path.stat().st_size
+    assert corpus.sizes[1] - 20 < path.stat().st_size // 10 <= corpus.sizes[1]
+    assert all(part[b"line"] == part[b" text"] for part in (corpus.train, corpus.val))  # complete lines
+
+    path.write_text("<|endoftext|>".join(lines), encoding="utf-8")
+    n_val = is_val([line.strip().encode() for line in lines], 0.1).sum()
+    assert study.read_corpus(str(path), "text", 0.1).documents == [2000 - n_val, n_val]
+    path.write_text("one document", encoding="utf-8")
+    with pytest.raises(UserError, match=r"documents to train on and .* both are needed; .*--val_fraction"):
+        study.read_corpus(str(path), "text", 0.1)
 
 
 def test_hyphenated_words_are_found(tmp_path):
@@ -156,42 +174,35 @@ def test_hyphenated_words_are_found(tmp_path):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     (tmp_path / "b.txt").write_bytes(b"some words\n" * 5)
 
-    def side(text, val_fraction):
-        return from_texts([(text, "", None)], val_fraction, []).is_val[0]
-
-    fraction = next(f for f in np.arange(0.01, 1, 0.01) if side(text.encode(), f))
-    assert not side(b"some words\n" * 5, fraction)
+    fraction = next(f for f in np.arange(0.01, 1, 0.01) if is_val([text.encode()], f)[0])
+    assert not is_val([b"some words\n" * 5], fraction)[0]
     found = study.read_corpus(str(tmp_path), "text", fraction)
     assert found.hyphenated == {b" well-known": 2, b"well-known": 1, b"state-of-the-art": 1,
                                 " \u00fcber-ich".encode(): 1}
 
 
 def test_smaller_vocabularies_are_prefixes_of_the_largest(corpus):
-    toks = study.train_tokenizers(corpus.train, [257, 300, 900])
+    toks = study.train_tokenizers(corpus.train, [257, 300, 900], False)
     assert [tok.n_vocab for tok in toks] == [257, 300, 900]
     for tok in toks:
         assert tok.tokens[:-1] == train_ranks(corpus.train, tok.n_vocab) == toks[-1].tokens[:tok.n_vocab - 1]
 
 
-def test_a_text_too_small_for_the_size_is_refused():
-    with pytest.raises(UserError, match=r"vocab_sizes, 300, cannot be trained: .*--vocab_size=259"):
-        study.train_tokenizers(corpus_of({b"abc": 2}, {b"a": 1}).train, [257, 300])
-
-
-def test_a_figure_that_does_not_exist_is_an_empty_cell():
-    assert study.to_csv([{"a": float("nan"), "b": 1}, {"a": 0.5, "b": 2}]) == b"a,b\n,1\n0.5,2\n"
-    assert study.group_line("x", [float("nan"), 0.5], ".1%").split() == ["x", "-", "50.0%"]
-
-
-def run(cwd, *flags):
-    command = [sys.executable, str(ROOT / "analyze_tokenizer.py"), *flags]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+def test_sizes_that_the_text_is_too_small_for(capsys):
+    """They are left out, unless the user named them or none is left."""
+    pieces = Counter({b"abc": 2})  # two merges
+    assert [tok.n_vocab for tok in study.train_tokenizers(pieces, [258, 300, 400], False)] == [258]
+    assert capsys.readouterr().out.count("left out: ") == 2
+    for sizes, fixed in (([257, 300], True), ([300], False)):
+        with pytest.raises(UserError, match=r"vocab_size=300; .*--vocab_sizes=259$"):
+            study.train_tokenizers(pieces, sizes, fixed)
 
 
 def test_the_script(tmp_path, texts, byte_tokenizer):
-    flags = [f"--input={texts[1]}", "--vocab_sizes=512,257,1024", f"--tokenizer={byte_tokenizer}",
-             "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--out_dir=study"]
-    done = run(tmp_path, *flags)
+    command = [sys.executable, str(ROOT / "analyze_tokenizer.py"), f"--input={texts[1]}", "--out_dir=study",
+               "--vocab_sizes=512,257,1024", f"--tokenizer={byte_tokenizer}",
+               "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "study"
     assert sorted(path.name for path in folder.iterdir()) == sorted(study.NAMES)
@@ -206,8 +217,8 @@ def test_the_script(tmp_path, texts, byte_tokenizer):
     convert = {"s": str, "d": int, "f": float, "%": float}
     for row in rows:  # each line of the table is the row of the CSV, rounded
         values = [convert[form[-1]](row[key]) for key, (*_, form, _) in COLUMNS.items()]
-        cells = [f"{value / unit if unit else value:{form}}" for value, (*_, form, unit)
-                 in zip(values, COLUMNS.values())]
+        cells = [f"{value / unit if unit else value:{form}}"
+                 for value, (*_, form, unit) in zip(values, COLUMNS.values())]
         assert cells in [line.split() for line in report.splitlines()]
         flops = float(row["flops_per_token"]), float(row["flops_per_byte"])
         assert cells[-2:] == [f"{f / 1e6:,.1f}" for f in flops]  # MFLOPs, say the headings
@@ -221,16 +232,11 @@ def test_the_script(tmp_path, texts, byte_tokenizer):
     assert {row["vocabulary"] for row in group_rows[-len(GROUPS):]} == {"bytes"}
     assert all(float(row["whole_words"]) == 0 for row in group_rows if row["group"] == "hyphenated")
 
-    again = run(tmp_path, *flags)
-    assert again.returncode == 2
-    assert "delete it yourself" in again.stderr and "--out_dir=" in again.stderr
-    assert (folder / "tokenizer_study.txt").read_text(encoding="utf-8") == report
-
 
 @pytest.mark.parametrize(("settings", "words"), [
     ({"vocab_sizes": "512,many"}, "wanted different numbers"), ({"vocab_sizes": "256"}, "from 257"),
     ({"vocab_sizes": "512,512"}, "wanted different numbers"), ({"vocab_sizes": "65537"}, "to 65536"),
-    ({"vocab_sizes": ""}, "wanted different numbers"), ({"input": ""}, "--input=PATH"),
+    ({"vocab_sizes": ","}, "wanted different numbers"), ({"input": ""}, "--input=PATH"),
     ({"n_head": 5}, "multiple of n_head")])
 def test_settings_that_cannot_be_studied(settings, words, monkeypatch, tmp_path):
     for key, value in {"input": "a.txt", "out_dir": str(tmp_path), **settings}.items():
@@ -240,16 +246,10 @@ def test_settings_that_cannot_be_studied(settings, words, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("name", study.NAMES)
-def test_any_file_that_is_there_is_kept(name, monkeypatch, tmp_path):
+def test_existing_files_are_kept(name, monkeypatch, tmp_path):
     monkeypatch.setattr(study, "input", "a.txt")
     monkeypatch.setattr(study, "out_dir", str(tmp_path))
-    study.check_settings()
+    assert study.check_settings()[0] == [512, 1024, 2048, 4096, 8192, 16384, 32768, 50257]
     (tmp_path / name).touch()
-    with pytest.raises(UserError, match=f"{name} is there already"):
+    with pytest.raises(UserError, match=f"{name} exists: delete it .*--out_dir"):
         study.check_settings()
-
-
-def test_one_document_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("one document", encoding="utf-8")
-    with pytest.raises(UserError, match=r"documents to train on and .* wanted both"):
-        study.read_corpus(str(tmp_path), "text", 0.1)
