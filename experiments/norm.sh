@@ -1,6 +1,6 @@
 #!/bin/sh
-# Pre-LN against Post-LN, from GPT-2's initial weights and from Xavier's: 30 runs of 1,000 steps, 45 minutes of
-# one idle core.
+# Pre-LN against Post-LN, from GPT-2's initial weights and from Xavier's: 30 runs of 1,000 steps, 45 minutes
+# of one idle core.
 #     make experiment-norm                                     # the data too, and the figure
 #     FLAGS="--max_steps=20 --warmup_steps=2" LOGS=log_try sh experiments/norm.sh   # flags for every run
 # Run it again after a stop: it continues, and finished runs end at once. A run that diverges ends with an
@@ -19,7 +19,8 @@ train() { # seed, steps of warm-up, max_lr in units of 1e-4, norm_position, init
             python experiments/xavier.py --norm_position="$4" --seed="$1" --out="$init" || exit 1
     fi
     python train_gpt2.py config/norm_cpu.py --resume --log_dir="$run" --norm_position="$4" \
-        --init_from="$init" --max_lr="${3}e-4" --min_lr="${3}e-5" --warmup_steps="$2" --seed="$1" $FLAGS > "$run.txt" 2>&1
+        --init_from="$init" --max_lr="${3}e-4" --min_lr="${3}e-5" \
+        --warmup_steps="$2" --seed="$1" $FLAGS > "$run.txt" 2>&1
     tail -n 4 "$run.txt"
 }
 

@@ -26,7 +26,8 @@ train() { # seed, thousands of ids, steps
     run=$logs/vocab${2}k_s$1
     echo "== $(date +%H:%M) $run"
     python train_gpt2.py config/openstax_cpu.py --resume --log_dir="$run" --data_dir=openstax${2}k \
-        --seed="$1" --max_steps="$3" --warmup_steps=$(($3 / 8)) --val_interval=$((($3 + 4) / 5)) --val_tokens=1e9 $FLAGS \
+        --seed="$1" --max_steps="$3" --warmup_steps=$(($3 / 8)) \
+        --val_interval=$((($3 + 4) / 5)) --val_tokens=1e9 $FLAGS \
         > "$run.txt" 2>&1 || { cat "$run.txt"; exit 1; }
     tail -n 3 "$run.txt"
 }

@@ -3,7 +3,7 @@ Xavier's initialisation, which the theory of Pre-LN and Post-LN is about: writes
 checks what the theory says about gradients.
 
     python experiments/xavier.py --out=post_s1.pt --norm_position=post --seed=1   # for --init_from=post_s1.pt
-    python experiments/xavier.py                                       # prints the table of gradients; a few seconds
+    python experiments/xavier.py                              # prints the table of gradients; a few seconds
 
 Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture", theorem 1: at initialisation the
 gradient of the last MLP's second matrix (c_proj) does not depend on the depth L with Post-LN, and falls as
