@@ -64,12 +64,12 @@ gpu-data: install  ## build what `make gpu` reads, 46 MiB: SHARED has openstax/,
 	cp $(SHARED)/hellaswag/hellaswag_val.jsonl $(GPU_DATA)
 	cp $(SHARED)/tokenizer/gpt2.tiktoken $(GPU_DATA)/tokenizer/0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4
 
-experiment-norm: $(RUN_STAMP)  ## Pre-LN against Post-LN: 36 short runs and 18 of one step; again = continue
+experiment-norm: $(RUN_STAMP)  ## Pre-LN against Post-LN: 30 short runs, 45 minutes; again = continue
 	test -e python4k.tiktoken || $(PYTHON) train_bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken
 	test -e python4k/manifest.json || $(PYTHON) fineweb.py --dataset=python --tokenizer=python4k.tiktoken \
 		--data_dir=python4k --val_fraction=0.03
-	$(PYTHON) results/norm_study/theory.py
-	$(PYTHON) results/norm_study/run.py
+	PATH="$$(dirname "$$(command -v $(PYTHON))"):$$PATH" sh experiments/norm.sh
+	$(PYTHON) experiments/plot.py norm
 
 NPROC ?= $(shell $(PYTHON) -c 'import torch; print(max(1, torch.cuda.device_count()))')
 doctor: $(RUN_STAMP)  ## check GPUs, network and folders before a long run; NPROC=8 processes

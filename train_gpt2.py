@@ -80,6 +80,7 @@ max_lr: Between(0, 1e30) = 6e-4  # GPT-3 table 2.1, 125M row
 min_lr: Between(0, 1e30) = 6e-5  # where the schedule ends; GPT-3 decays to 10%
 # ---- optimizer
 optimizer: OneOf("adamw", "muon") = "adamw"  # muon: Muon on the matrices of the blocks, AdamW on the rest
+adamw_lr_scale: Between(0, 10**6) = 1.0  # muon: AdamW's learning rate as a multiple of max_lr, min_lr
 weight_decay: Between(0, 100) = 0.1  # on matrices and embeddings only; GPT-3 appendix B
 beta1: Between(0, 1 - 1e-9) = 0.9  # GPT-3 appendix B
 beta2: Between(0, 1 - 1e-9) = 0.95  # GPT-3 appendix B
@@ -525,8 +526,9 @@ for step in range(start_step, end_step + 1):  # one extra turn, to evaluate and 
     overflow = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm) and scale > 1
     fault = "" if overflow else fault_of(loss, norm, guard["recent"], max_z_score)
     for opt in optimizers:
+        scaled = optimizer == "muon" and opt is optimizers[0]  # its AdamW
         for group in opt.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * adamw_lr_scale if scaled else lr
         if not fault and not overflow:
             scaler.step(opt)
         opt.zero_grad(set_to_none=True)

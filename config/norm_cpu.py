@@ -24,5 +24,5 @@ sample_interval = 0
 grad_norm_interval = 10
 device = "cpu"
 dtype = "float32"
-compile = False  # it takes longer than what it saves in so short a run
+compile = False  # compiling takes longer than it saves in a run this short
 prompt = "def"

@@ -1,5 +1,5 @@
-# What results/optimizer_study/run.sh trains: a GPT-2 with 1.3M parameters, on textbooks, in minutes on one
-# core. With 4,096 ids the blocks, not the output layer, are most of the work.
+# What experiments/optimizers.sh and vocabularies.sh train: a GPT-2 with 1.3M parameters, on textbooks, in
+# minutes on one core. With 4,096 ids the blocks, not the output layer, are most of the work.
 #     python train_gpt2.py config/openstax_cpu.py --optimizer=muon
 prepare = ("python train_bpe.py --input=openstax.parquet --vocab_size=4096 --out=openstax4k.tiktoken && "
            "python fineweb.py --input=openstax.parquet --tokenizer=openstax4k.tiktoken --data_dir=openstax4k")
@@ -20,4 +20,7 @@ val_tokens = 65_536
 hellaswag_interval = 0
 checkpoint_interval = 0
 sample_interval = 0
+device = "cpu"
+dtype = "float32"
+compile = False  # compiling takes longer than it saves in a run this short
 prompt = "The cell"

@@ -128,7 +128,7 @@ def encoding():
 
 
 # the files whose tests start many processes: first, or the last of them would run alone at the end
-SLOWEST = ["train", "scale", "evaluation", "run_options", "stops", "checkpoint", "norm_study", "guard"]
+SLOWEST = ["train", "scale", "evaluation", "run_options", "stops", "checkpoint", "guard"]
 
 
 def pytest_collection_modifyitems(items):

@@ -20,6 +20,8 @@ from training import (
     with_fault,
 )
 
+from checkpoint import load_checkpoint
+
 
 def test_deterministic_runs_have_identical_logs(flags, tmp_path, shared_run):
     logs = []
@@ -129,6 +131,14 @@ def test_a_wrong_initialisation_stops_at_the_first_step(flags, tmp_path):
     train(flags, log_dir=tmp_path / "log", max_steps=4)  # fixed, it starts there: no step was made
     # it may be on purpose
     train(flags, 1, with_fault(tmp_path, wide), log_dir=tmp_path / "wide", first_loss_check="false")
+
+
+def test_adamws_part_under_muon_has_a_rate_of_its_own(flags, tmp_path):
+    train(flags, log_dir=tmp_path, max_steps=4, optimizer="muon", adamw_lr_scale=0.25)
+    *_, lr = read_log(tmp_path, "lr")["lr"].values()
+    adamw, muon = ({group["lr"] for group in optimizer["param_groups"]}
+                   for optimizer in load_checkpoint(tmp_path)["optimizers"])
+    assert (*adamw, *muon) == pytest.approx((0.25 * float(lr), float(lr)))
 
 
 WANDB = """

@@ -1,0 +1,359 @@
+"""
+Tables and figures of the studies, from the logs of their runs.
+
+    python experiments/plot.py norm                     # log_norm/ -> results/norm_study/
+    python experiments/plot.py optimizers               # log_optimizers/ -> results/optimizer_study/
+    python experiments/plot.py vocabularies             # log_vocabularies/ -> results/vocabulary_study/
+    python experiments/plot.py norm --redraw            # from the streams.txt in results/, without the logs
+
+Writes table.txt, figure.png, and streams.txt: what both need of the logs, a line `run stream step:value ...`
+each, with train losses averaged over 10 steps. norm also writes runs.csv, a row for each run.
+
+Loss is val loss after the last step, in nats per token. A run that gave up because its losses were not
+finite has diverged. One whose loss is not 0.1 nats below a unigram model's on the same tokens is stuck: it
+has learned little more than how often each token occurs.
+"""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from xavier import gradient_table
+
+from configurator import PathName, UserError, configure
+from figures import csv_bytes, pyplot, save_figure, table
+from files import read_text, write_atomically
+from model import GPT, GPTConfig
+from plot_log import parse_log, smooth
+
+log_dir: PathName = ""  # folder of the runs; empty = log_norm, log_optimizers or log_vocabularies
+out_dir: PathName = ""  # where the results go; empty = a folder in results/
+redraw = False  # read out_dir's streams.txt instead of logs
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ("val", "val_bpb", "unigram")  # streams of a log that are kept as they are
+AVERAGED = 10  # train losses in one value of streams.txt
+MARGIN = 0.1  # nats below a unigram model's loss, by which a run has learned something
+
+
+# ---- logs and streams.txt
+
+
+def read_run(folder):
+    """{stream: {step: value}} of a run: what is kept of its log. UserError if it is not finished."""
+    config = json.loads(read_text(folder / "runs.jsonl").splitlines()[-1])["config"]
+    log, max_steps = parse_log(folder / "log.txt"), config["max_steps"]
+    kept = {name: log[name] for name in KEPT if name in log}
+    gave_up = (not all(map(math.isfinite, log.get("val", {}).values()))
+               or max(log["train"]) in log.get("skipped", {}))
+    if max_steps not in kept.get("val", {}) and not gave_up:
+        raise UserError(f"{folder} is not finished; run the study's shell script again")
+    kept["max_steps"] = {0: max_steps}
+    train = np.array([log["train"][step] for step in sorted(log["train"])])
+    for first in range(0, len(train), AVERAGED):
+        kept.setdefault("train", {})[first] = train[first:first + AVERAGED].mean()
+    kept["ms"] = {0: 1000 * config["batch_tokens"] / max(log["tok_s"].values())}  # of the fastest step
+    kept["flops"] = {0: flops_per_step(config)}
+    last = f"norm_h{config['n_layer'] - 1}"
+    for name, block in (("first_block", "norm_h0"), ("last_block", last)):
+        if block in log:
+            kept[name] = {step: log[block][step] for step in (min(log[block]), max(log[block]))}
+    return kept
+
+
+def flops_per_step(config):
+    """FLOPs of an optimizer step of a run with these settings."""
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "norm_position")
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_vocab=config["vocab_size"], **{name: config[name] for name in names}))
+    return model.flops_per_token(config["block_size"]) * config["batch_tokens"]
+
+
+def format_streams(runs):
+    """The text of streams.txt."""
+    lines = []
+    for run, streams in runs.items():
+        for name, points in streams.items():
+            pairs = (f"{step}:{value:.8g}" for step, value in sorted(points.items()))
+            lines.append(f"{run} {name} {' '.join(pairs)}\n")
+    return "".join(lines)
+
+
+def parse_streams(text):
+    """The inverse of `format_streams`: {run: {stream: {step: value}}}."""
+    runs = {}
+    for line in text.splitlines():
+        run, name, *points = line.split()
+        pairs = (point.split(":") for point in points)
+        runs.setdefault(run, {})[name] = {int(step): float(value) for step, value in pairs}
+    return runs
+
+
+def curve(streams, name):
+    """(steps, values), two arrays in order of steps."""
+    return np.array(sorted(streams[name].items())).T
+
+
+def final(streams, name="val"):
+    """The value after the last step; nan if the run diverged."""
+    return streams.get(name, {}).get(streams["max_steps"][0], math.nan)
+
+
+def outcome(streams):
+    """learned, stuck or diverged, as the docstring at the top defines them."""
+    if not math.isfinite(final(streams)):
+        return "diverged"
+    return "learned" if final(streams) < streams["unigram"][0] - MARGIN else "stuck"
+
+
+def spread(values):
+    """Mean and standard deviation as text; of one value, the value."""
+    return f"{np.mean(values):.4f}" + (f" +- {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
+
+
+# ---- Pre-LN against Post-LN
+
+ARMS = {(norm, weights): (f"{norm.capitalize()}-LN, {name} initial weights", color)
+        for weights, name in (("gpt2", "GPT-2's"), ("xavier", "Xavier's"))
+        for norm, color in (("pre", "C0"), ("post", "C1"))}
+
+
+def norm_rows(runs):
+    """A dict for each run: its settings, outcome, loss and gradients at the start and the end."""
+    rows = []
+    for run, streams in runs.items():
+        norm, weights, lr, warmup, seed = re.fullmatch(r"(\w+)_(\w+)_lr(.+)_w(\d+)_s(\d+)", run).groups()
+        row = {"run": run, "norm": norm, "weights": weights, "max_lr": float(lr), "warmup_steps": int(warmup),
+               "seed": int(seed), "loss": final(streams), "outcome": outcome(streams)}
+        for block in ("first_block", "last_block"):
+            norms = curve(streams, block)[1] if block in streams else (math.nan, math.nan)
+            row |= {f"{block}_start": norms[0], f"{block}_end": norms[-1]}
+        rows.append(row)
+    return rows
+
+
+def select(rows, arm, warmup):
+    """The rows of an arm of ARMS with this warm-up."""
+    return [row for row in rows if (row["norm"], row["weights"], row["warmup_steps"]) == (*arm, warmup)]
+
+
+def norm_table(runs):
+    rows = norm_rows(runs)
+    lrs = sorted({row["max_lr"] for row in rows})
+    unigram = np.mean([streams["unigram"][0] for streams in runs.values()])
+    lines = []
+    for arm, (name, _) in ARMS.items():
+        for warmup in sorted({row["warmup_steps"] for row in rows}):
+            mine = select(rows, arm, warmup)
+            cells = [" ".join(f"{row['loss']:.3f}{'' if row['outcome'] == 'learned' else '*'}"
+                              for row in mine if row["max_lr"] == lr) or "-" for lr in lrs]
+            lines.append([f"{name}, warm-up {warmup}", *cells])
+    return [f"val loss after the last step, one number per seed; a unigram model has {unigram:.3f}",
+            "* = stuck at a unigram model's loss; nan* = diverged", "",
+            *table(["", *(f"max_lr {lr:g}" for lr in lrs)], lines)]
+
+
+def norm_figure(runs):
+    plt, rows = pyplot(), norm_rows(runs)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    lrs = sorted({row["max_lr"] for row in rows})
+    shown = 2e-3
+    styles = dict(zip(sorted({row["warmup_steps"] for row in rows}), ("--", "-")))
+    for axis, weights, title in ((axes[0], "gpt2", "GPT-2's initial weights"),
+                                 (axes[1], "xavier", "Xavier's initial weights")):
+        named = set()
+        for row in rows:
+            if row["weights"] == weights and row["max_lr"] == shown:
+                steps, losses = curve(runs[row["run"]], "train")
+                name = f"{ARMS[row['norm'], weights][0].split(',')[0]}, " + (
+                    f"{row['warmup_steps']} steps of warm-up" if row["warmup_steps"] else "no warm-up")
+                axis.plot(steps, smooth(losses, 3), styles[row["warmup_steps"]], linewidth=1.2,
+                          color=ARMS[row["norm"], weights][1], label=None if name in named else name)
+                named.add(name)
+        axis.set(title=f"{title}, learning rate {shown:g}", xlabel="optimizer step",
+                 ylabel="train loss (nats per token)")
+    for arm, (name, color) in ARMS.items():
+        filled = arm[1] == "gpt2"
+        for warmup, style in styles.items():
+            mine = select(rows, arm, warmup)
+            for seed in sorted({row["seed"] for row in mine}):  # a line for the first, points for the others
+                points = sorted((row["max_lr"], row["loss"]) for row in mine if row["seed"] == seed)
+                axes[2].plot(*zip(*points), style if seed == 1 else "", color=color, linewidth=1.2,
+                             marker="o" if filled else "s", markerfacecolor=color if filled else "white",
+                             label=name if warmup and seed == 1 else None)
+    unigram = np.mean([streams["unigram"][0] for streams in runs.values()])
+    axes[2].axhline(unigram, color="gray", linestyle=":", label=f"unigram model, {unigram:.2f}")
+    axes[2].set(title="After the last step; dashed without warm-up", xlabel="highest learning rate",
+                xscale="log", ylabel="val loss (nats per token)")
+    axes[2].set_xticks(lrs, [f"{lr:g}" for lr in lrs])
+    axes[2].minorticks_off()
+    return figure, axes
+
+
+# ---- Muon against AdamW
+
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon, one rate", "separate": "Muon, AdamW's part at AdamW's rate",
+              "short": "Muon, one rate, 40% of the steps"}
+
+
+def crossing(steps, losses, goal):
+    """The step at which the loss first is `goal`, interpolated between validations; nan if it never is."""
+    below = np.flatnonzero(losses <= goal)
+    if not below.size:
+        return math.nan
+    i = below[0]
+    return float(np.interp(goal, losses[[i, i - 1]], steps[[i, i - 1]])) if i else float(steps[0])
+
+
+def grouped(runs):
+    """{(name, max_lr): {seed: streams}} of runs named NAME_lrMAX_sSEED, in order of names and rates."""
+    groups = {}
+    for run, streams in runs.items():
+        name, lr, seed = re.fullmatch(r"(\w+)_lr(.+)_s(\d+)", run).groups()
+        groups.setdefault((name, float(lr)), {})[int(seed)] = streams
+    return dict(sorted(groups.items(), key=lambda item: (list(OPTIMIZERS).index(item[0][0]), item[0][1])))
+
+
+def main_groups(runs):
+    """{name: (max_lr, {seed: streams})}: of each, the rate with the most seeds."""
+    found = {}
+    for (name, lr), seeds in grouped(runs).items():
+        if len(seeds) > len(found.get(name, (0, {}))[1]):
+            found[name] = lr, seeds
+    return found
+
+
+def steps_to_adamw(runs):
+    """{name: [share of AdamW's steps after which the run has AdamW's last loss, for each seed]}."""
+    groups = main_groups(runs)
+    adamw = groups["adamw"][1]
+    return {name: [crossing(*curve(streams, "val"), final(adamw[seed])) / adamw[seed]["max_steps"][0]
+                   for seed, streams in seeds.items()]
+            for name, (_, seeds) in groups.items() if name in ("muon", "separate")}
+
+
+def optimizers_table(runs):
+    rows = [[OPTIMIZERS[name], f"{lr:g}", str(len(seeds)),
+             spread([final(streams) for streams in seeds.values()])]
+            for (name, lr), seeds in grouped(runs).items()]
+    lines = ["val loss after the last step, mean +- sd over seeds", "",
+             *table(["", "max_lr", "seeds", "val loss"], rows), ""]
+    for name, shares in steps_to_adamw(runs).items():
+        lines.append(f"{OPTIMIZERS[name]}: has AdamW's last loss after {spread(shares)} of AdamW's steps")
+    ms = {name: min(streams["ms"][0] for run, streams in runs.items() if run.startswith(name))
+          for name in ("adamw", "muon")}
+    return [*lines, "", f"fastest step: AdamW {ms['adamw']:.0f} ms, Muon {ms['muon']:.0f} ms"]
+
+
+def optimizers_figure(runs):
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", width_ratios=(3, 2))
+    colors = dict(zip(OPTIMIZERS, ("C0", "C1", "C2", "C3")))
+    for name, (lr, seeds) in main_groups(runs).items():
+        for i, streams in enumerate(seeds.values()):
+            axes[0].plot(*curve(streams, "val"), color=colors[name], linewidth=1.2, marker=".",
+                         label=None if i else f"{OPTIMIZERS[name]}, {lr:g}: {len(seeds)} seeds")
+    adamw = main_groups(runs)["adamw"][1].values()
+    goal = np.mean([final(streams) for streams in adamw])
+    axes[0].axhline(goal, color="black", linestyle=":", label=f"AdamW after the last step, {goal:.3f}")
+    axes[0].set(title="Best learning rate of each", xlabel="optimizer step of 4,096 tokens", ylim=(None, 6.5),
+                ylabel="val loss (nats per token)")
+    for name in ("adamw", "muon", "separate"):
+        points = [(lr, final(seeds[1])) for (its, lr), seeds in grouped(runs).items() if its == name]
+        axes[1].plot(*zip(*points), color=colors[name], marker="o", label=OPTIMIZERS[name])
+    axes[1].set(title="Seed 1 at every learning rate", xlabel="highest learning rate", xscale="log",
+                ylabel="val loss after the last step")
+    lrs = sorted({lr for _, lr in grouped(runs)})
+    axes[1].set_xticks(lrs, [f"{lr:g}" for lr in lrs])
+    axes[1].minorticks_off()
+    return figure, axes
+
+
+# ---- vocabularies at equal FLOPs
+
+
+def vocabularies(runs):
+    """{thousands of ids: [streams of each seed]}."""
+    found = {}
+    for run, streams in runs.items():
+        found.setdefault(int(re.fullmatch(r"vocab(\d+)k_s\d+", run)[1]), []).append(streams)
+    return dict(sorted(found.items()))
+
+
+def bytes_per_token(streams):
+    """Of the val text, from its loss in both units."""
+    return final(streams) / math.log(2) / final(streams, "val_bpb")
+
+
+def vocabularies_table(runs):
+    rows = []
+    for k, seeds in vocabularies(runs).items():
+        first = seeds[0]
+        flops, steps = first["flops"][0], int(first["max_steps"][0])
+        bits = [final(streams, "val_bpb") for streams in seeds]
+        rows.append(["50,257 (GPT-2's)" if k == 50 else f"{1024 * k:,}", f"{flops / 1e9:.1f}", f"{steps}",
+                     f"{flops * steps / 1e12:.2f}", f"{bytes_per_token(first):.2f}",
+                     *(f"{value:.4f}" for value in bits), f"{np.mean(bits):.4f}"])
+    seeds = [f"seed {i + 1}" for i in range(len(bits))]
+    return ["bits per byte of all of val, the same text for all, after equal training FLOPs", "",
+            *table(["ids", "GFLOPs/step", "steps", "TFLOPs", "bytes/token", *seeds, "mean"], rows)]
+
+
+def vocabularies_figure(runs):
+    figure, axis = pyplot().subplots(figsize=(8, 5), layout="constrained")
+    for i, (k, seeds) in enumerate(vocabularies(runs).items()):
+        name = "50,257 ids (GPT-2's)" if k == 50 else f"{1024 * k:,} ids"
+        for j, streams in enumerate(seeds):
+            steps, bits = curve(streams, "val_bpb")
+            axis.plot(steps[1:] * streams["flops"][0] / 1e12, bits[1:], color=f"C{i}", marker="o",
+                      markersize=4, linewidth=1.2, label=None if j else name)
+    axis.set(title="Four vocabularies, equal compute: a line per seed", xlabel="training compute (TFLOPs)",
+             ylabel="val loss (bits per byte)")
+    return figure, np.array([axis])
+
+
+STUDIES = {"norm": ("norm_study", norm_table, norm_figure),
+           "optimizers": ("optimizer_study", optimizers_table, optimizers_figure),
+           "vocabularies": ("vocabulary_study", vocabularies_table, vocabularies_figure)}
+
+
+def main(study):
+    folder, make_table, make_figure = STUDIES[study]
+    runs_dir, results = Path(log_dir or f"log_{study}"), Path(out_dir or ROOT / "results" / folder)
+    if redraw:
+        runs = parse_streams(read_text(results / "streams.txt"))
+    else:
+        folders = [path.parent for path in sorted(runs_dir.glob("*/log.txt"))]
+        if not folders:
+            raise UserError(f"no runs in {runs_dir}: run sh experiments/{study}.sh first, or add --redraw")
+        # through the text, so that logs and --redraw give the same results to the last digit
+        runs = parse_streams(format_streams({folder.name: read_run(folder) for folder in folders}))
+    lines = make_table(runs)
+    figure, axes = make_figure(runs)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=9)
+    results.mkdir(parents=True, exist_ok=True)
+    if study == "norm":
+        lines += ["", *gradient_table()]
+        write_atomically(results / "runs.csv", csv_bytes(norm_rows(runs)))
+    if not redraw:
+        write_atomically(results / "streams.txt", format_streams(runs).encode())
+    save_figure(figure, results / "figure.png")
+    write_atomically(results / "table.txt", "".join(f"{line}\n" for line in lines).encode())
+    print(*lines, f"results: {results}: table.txt, figure.png", sep="\n")
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    configure(globals(), words[1:] if words and words[0] in STUDIES else words)
+    if not words or words[0] not in STUDIES:
+        raise UserError("name a study: python experiments/plot.py norm, optimizers or vocabularies")
+    main(words[0])
