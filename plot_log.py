@@ -57,6 +57,8 @@ VAL_LOSS_GPT2 = {"124M": 3.2924}
 HELLASWAG = {"GPT-2": {"124M": 0.294463, "350M": 0.375224, "774M": 0.431986, "1558M": 0.488946},
              "GPT-3": {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547}}
 
+PRINTED = ("train", "val", "val_bpb", "hella")
+
 # The streams with bands, each with the one whose mean its narrowest band is a share of: val_minus_unigram
 # itself crosses zero.
 BANDED = {"val_bpb": "val_bpb", "val_minus_unigram": "val"}
@@ -72,7 +74,7 @@ STEP, NUMBER = Between(0, 2**53), Between(-sys.float_info.max, sys.float_info.ma
 START = {"config": {"data_dir?": str, "seed": int}, "data": str}  # what is read of runs.jsonl
 REFERENCE = {  # "bands": [step, mean, low, high]; "data" and "settings": what a comparable run has
     "source": str, "data": str, "settings": {}, "val": [[STEP, NUMBER]],
-    "bands": {"val_bpb?": [[STEP, NUMBER, NUMBER, NUMBER]], "val_minus_unigram?": [[STEP, *3 * [NUMBER]]]}}
+    "bands": {f"{stream}?": [[STEP, NUMBER, NUMBER, NUMBER]] for stream in BANDED}}
 
 
 class Run(NamedTuple):
@@ -151,28 +153,13 @@ def why_no_val_baseline(runs: list[Run]) -> str:
 
 
 def plot_runs(runs: list[Run], out_path: Path) -> None:
-    """Draw runs and print their last values."""
+    """Draw losses, and HellaSwag accuracy beside them if any log has it; print the last values."""
     for run in runs:
         if not {"train", "val", "hella"} & run.streams.keys():
             raise UserError(f"{run.path}: no line of train, val or hella, so nothing to draw; wait until the "
                             f"run has made a step, or name another log")
-    if val_baseline and model_size not in VAL_LOSS_GPT2:
-        raise UserError(f"val_baseline: no val loss is known of model_size={model_size!r}; type "
-                        f"--model_size={' or '.join(VAL_LOSS_GPT2)}")
-    reason = why_no_val_baseline(runs) if model_size in VAL_LOSS_GPT2 and not val_baseline else ""
-    save_figure(draw_runs(runs, model_size in VAL_LOSS_GPT2 and not reason), out_path)
-    for run in runs:
-        last = {stream: finite(run.streams.get(stream, {}))[1]
-                for stream in ("train", "val", "val_bpb", "hella")}
-        words = ", ".join(f"{stream} {values[-1]:.6g}" for stream, values in last.items() if len(values))
-        print(f"{run.name}, last values: {words or 'none yet'}")
-    if reason:
-        print(f"note: OpenAI GPT-2 {model_size}'s val loss on FineWeb-Edu is not drawn: {reason}; "
-              f"--val_baseline draws it anyway")
-
-
-def draw_runs(runs: list[Run], with_val_baseline: bool):
-    """A panel of losses, and one of HellaSwag accuracy if any log has it."""
+    baseline = VAL_LOSS_GPT2.get(model_size)
+    reason = why_no_val_baseline(runs) if baseline and not val_baseline else ""
     has_hella = any(len(finite(run.streams.get("hella", {}))[0]) for run in runs)
     figure, axes = pyplot().subplots(1, 1 + has_hella, figsize=(10, 5), squeeze=False, layout="constrained")
     for i, run in enumerate(runs):
@@ -191,12 +178,15 @@ def draw_runs(runs: list[Run], with_val_baseline: bool):
             axes[0, 1].plot(hella_steps, hella, color=color, marker="o", markersize=3,
                             label=f"{run.name} (last {hella[-1]:.3f})")
         draw_marks(axes[0, 0], run.streams, color, val_color, f"{run.name}: ", i)
+        last = {stream: finite(run.streams.get(stream, {}))[1][-1:] for stream in PRINTED}
+        words = ", ".join(f"{stream} {values[0]:.6g}" for stream, values in last.items() if len(values))
+        print(f"{run.name}, last values: {words or 'none yet'}")
     for loss in {run.streams.get("unigram", {}).get(0, math.nan) for run in runs}:  # equal for equal data
         if math.isfinite(loss):
             axes[0, 0].axhline(loss, color="gray", linestyle=":", label=f"unigram model on val ({loss:.2f})")
-    if with_val_baseline:
-        axes[0, 0].axhline(VAL_LOSS_GPT2[model_size], color="red", linestyle=":", label=(
-            f"OpenAI GPT-2 {model_size} on FineWeb-Edu val ({VAL_LOSS_GPT2[model_size]:.2f})"))
+    if baseline and not reason:
+        axes[0, 0].axhline(baseline, color="red", linestyle=":",
+                           label=f"OpenAI GPT-2 {model_size} on FineWeb-Edu val ({baseline:.2f})")
     for who, color in (("GPT-2", "red"), ("GPT-3", "green")) if has_hella and model_size else ():
         axes[0, 1].axhline(HELLASWAG[who][model_size], color=color, linestyle=":",
                            label=f"OpenAI {who} {model_size} ({HELLASWAG[who][model_size]:.3f})")
@@ -205,7 +195,10 @@ def draw_runs(runs: list[Run], with_val_baseline: bool):
                             ("Loss", "HellaSwag, completion style, mean per token")):
         finish(axis, *words)
     figure.set_figheight(4 + 0.2 * max(len(axis.get_legend().get_texts()) for axis in axes[0]))
-    return figure
+    save_figure(figure, out_path)
+    if reason:
+        print(f"note: OpenAI GPT-2 {model_size}'s val loss on FineWeb-Edu is not drawn: {reason}; "
+              f"--val_baseline draws it anyway")
 
 
 def draw_marks(axis, streams: dict, train_color: str, val_color: str, name: str = "", row: int = 0) -> None:
@@ -369,9 +362,6 @@ def make_reference(runs: list[Run], path: Path) -> None:
 
 def compare(run: Run, path: Path, out_path: Path) -> bool:
     """Print and draw a run beside a reference; False if it has bands and a value is outside."""
-    if not path.is_file():
-        raise UserError(f"ref={path} is not there; name one of reference/, or make one with "
-                        f"--make=log_1,log_2")
     reference = read_json(path, REFERENCE)
     if others := differing(reference["settings"], run.start):
         raise UserError(f"{path} and {run.name} have different settings: {others}; compare with a reference "
@@ -401,14 +391,14 @@ def compare(run: Run, path: Path, out_path: Path) -> bool:
         raise UserError(f"{run.name} has no {' or '.join(expected)} at any step of {path}: "
                         f"{', '.join(f'{point[0]}' for point in points[:3])}, ...; compare again later, or "
                         f"train with a --val_interval that meets these")
-    columns = 7 if reference["bands"] else 5
-    heading = ["step", "stream", "run", "reference", "difference", "band", ""]
-    print("\n", *table(heading[:columns], [row[:columns] for row in rows]), "", sep="\n")
     save_figure(figure, out_path)
+    heading = ["step", "stream", "run", "reference", "difference", "band", ""]
     if not reference["bands"]:
+        print("", *table(heading[:5], [row[:5] for row in rows]), "", sep="\n")
         print("no verdict: this reference is of one seed and has no bands")
         return True
     outside, last, end = [row for row in rows if row[-1] == "OUTSIDE"], rows[-1][0], str(points[-1][0])
+    print("", *table(heading, rows), "", sep="\n")
     print(f"{'' if last == end else 'so far '}{'outside' if outside else 'inside'}: "
           f"{len(rows) - len(outside)} of {len(rows)} values up to step {last} of {end} are in the bands"
           + (f"; the first that is not is {outside[0][1]} at step {outside[0][0]}" if outside else ""))
@@ -417,15 +407,15 @@ def compare(run: Run, path: Path, out_path: Path) -> bool:
 
 def main() -> int:
     """The exit code: 1 for a run outside its reference's bands, otherwise 0."""
-    if sum(map(bool, (a or b, ref, model_size))) > 1:
-        raise UserError("--a and --b, --ref, and --model_size make different figures; choose one")
     if make:
         make_reference(read_group(make), Path(ref))
         return 0
     groups = {"a": read_group(a), "b": read_group(b)} if a or b else {}
     runs = groups["a"] if groups else read_runs(log or log_dir)
-    out_path = Path(out or runs[0].path.with_name(
-        "groups.png" if groups else "comparison.png" if ref else "log_plot.png"))
+    if sum(map(bool, (groups, ref, model_size))) > 1 or (ref and len(runs) > 1):
+        raise UserError("several runs, --ref of one run, and --a with --b are different figures; draw one")
+    name = "groups.png" if groups else "comparison.png" if ref else "log_plot.png"
+    out_path = Path(out or runs[0].path.with_name(name))
     inside = True
     if groups:
         compare_groups(groups, out_path)

@@ -47,6 +47,7 @@ def script(monkeypatch, capsys):
             monkeypatch.setattr(plot_log, key, "")
         configure(vars(plot_log), list(flags))
         code = plot_log.main()
+        plot_log.pyplot().close("all")
         return code, capsys.readouterr().out.rpartition("figure: ")[0], *figures
     return run
 
@@ -198,7 +199,7 @@ def test_what_no_reference_is_made_of(script, made, tmp_path):
     for ref, words in (("reference/demo.json", "demo.json exists"), ("r.log", "r.log is not a .json")):
         with pytest.raises(UserError, match=words):
             script(made, "--make=a,b", f"--ref={ref}")
-    with pytest.raises(UserError, match=r"nosuch\.json is not there"):
+    with pytest.raises(FileNotFoundError, match=r"nosuch\.json"):  # a message in a process of its own
         script(made, "--log_dir=a", "--ref=nosuch.json")
     assert not list(tmp_path.glob("r.*"))
 
