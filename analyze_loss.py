@@ -13,13 +13,13 @@ train-val gap   along training, from the log: val loss less the mean train loss 
                 of it. In a run of less than an epoch, the windows it has already seen are also shown apart.
 position        loss by the tokens of context; windows begin anywhere in a document
 frequency       loss by the rank of the token predicted, counted in the first 2**24 train tokens or all,
-                beside that of a unigram model; "never" is never in those. The means of the bands, each times
-                its share of the tokens, add up to the loss.
+                beside that of a unigram model; "never" does not occur there. The means of the bands, each
+                times its share of the tokens, add up to the loss.
 
 The val loss is that of `train_gpt2.py --eval_only`. Which windows a run has seen follows from its seed, but
-not if it began with other weights. A standard error takes windows as the unit, since tokens of a window are
-not independent; nor quite are windows of one document, so with few long ones the true error is larger. Nats
-per token also depend on how long a text's tokens are; bits per byte do not.
+not if it began with other weights. Standard errors take windows as the unit, since the tokens of a window are
+not independent. Windows of one document are not quite independent either: with few long documents the true
+error is larger. Nats per token also depend on how long a text's tokens are; bits per byte do not.
 
 Shapes: W windows, T tokens in each.
 """
@@ -60,7 +60,7 @@ COLORS = {"val": "C1", "train": "C0", "train seen": "C2", "train unseen": "C4"}
 
 
 class Row(NamedTuple):
-    """A line of the CSV: the mean loss of some tokens. nan stands for what there is not."""
+    """A line of the CSV: the mean loss of some tokens. nan where a column does not apply."""
     kind: str  # loss, gap, position, positions (a range of them), band, log
     split: str  # val, train, train seen, train unseen; of a gap, what is subtracted from val
     key: str  # all; position, which is tokens of context; ranks, or never; of log, the step
@@ -76,7 +76,7 @@ class Row(NamedTuple):
 class Report(NamedTuple):
     rows: list[Row]
     step: int
-    epochs: float  # passes over the train windows so far; nan where the run's data are others, or unknown
+    epochs: float  # passes over the train windows so far; nan if unknown, or trained on other data
     T: int
     train_tokens: int  # in the whole split
     band_ids: dict[str, int]  # ids in each band
@@ -159,7 +159,7 @@ def pick(rows: list[Row], kind: str, split: str) -> list[Row]:
 def train_around(steps: np.ndarray, losses: np.ndarray, step: float) -> tuple[float, float]:
     """Mean of the finite losses of the steps within 5% of `step`, and its standard error; nan of too few.
 
-    A share, because a loss falls ever more slowly. After the last step of a run there are only those before.
+    5%, because a loss falls ever more slowly. At the end of a run there are only earlier steps.
     """
     near = losses[(np.abs(steps - step) <= max(1, step / 20)) & np.isfinite(losses)]
     return (float(near.mean()) if len(near) else math.nan,
@@ -167,8 +167,8 @@ def train_around(steps: np.ndarray, losses: np.ndarray, step: float) -> tuple[fl
 
 
 def along_training(streams: dict[str, dict[int, float]]) -> list[Row]:
-    """Rows of kind log for each step with a finite val loss: that, the train loss around it, and the
-    difference, whose error is that of the train loss: a log does not know that of val."""
+    """Rows of kind log for each step with a finite val loss: that, the train loss around it, and their
+    difference, with the error of the train loss only: a log does not have that of val."""
     rows = []
     steps, losses = finite(streams.get("train", {}))
     for step, val in zip(*finite(streams.get("val", {}))):
@@ -223,7 +223,7 @@ def measure(source: str | Path, data_dir: str, val_tokens: int, device: str, dty
     model.loss_chunk = dev.loss_chunk
     T = model.config.block_size
     val, train = (open_stream(data_dir, split, tok, T) for split in ("val", "train"))
-    # of a run that began with others' weights, what those had seen is not known
+    # of a run that began with other weights it is unknown what those have seen
     known = (config and not config.get("init_from") and state.get("data") == train.fingerprint
              and config["block_size"] == T)
     batch_tokens, run_seed = (config["batch_tokens"], config["seed"]) if known else (T, seed)
@@ -371,7 +371,7 @@ def main() -> None:
     found = measure(source, data_dir, val_tokens, device, dtype, seed)
     found.rows.extend(along_training(streams))
     title = f"{beside.resolve().name if path.exists() else source}, step {found.step:,}: " + (
-        "what it has seen of these tokens is not known" if math.isnan(found.epochs) else
+        "which of these tokens it has seen is unknown" if math.isnan(found.epochs) else
         f"{found.epochs:.2f} epochs of {found.train_tokens:,} train tokens")
     print(title, found.setup, "", *tables(found), sep="\n")
     save_figure(draw_report(found, title, streams), folder / "report.png")

@@ -16,16 +16,15 @@ leave out nan and inf; crosses at the foot of a panel mark them, and steps skipp
 trained on that: its runs.jsonl names a data_dir whose dataset (in the manifest, otherwise the folder's name)
 contains "fineweb" and "edu". --val_baseline draws it anyway.
 
---a and --b: two seeds or more each, nothing else different within a group. Prints the difference of the last
-val losses, its standard error, p by Welch's t test, and how many seeds per group would show half of it.
+--a and --b: at least two seeds each, and nothing else differs within a group. Prints the difference of the
+last val losses, its standard error, p by Welch's t test, and how many seeds per group detect half of it.
 
 --ref: exit code 1 if a value is outside the bands, 2 if the two cannot be compared, as with different
-settings; a run still in training is compared as far as it is. Bits per byte, and nats per token above a
-unigram model, carry over best to a slightly different corpus. A reference from one seed has no bands: the
+settings; a run still in training is compared up to its latest step. Bits per byte, and nats per token less a
+unigram model's, carry over best to a slightly different corpus. A reference from one seed has no bands: the
 distance from it is printed, without a verdict.
 """
 
-import itertools
 import json
 import math
 import statistics
@@ -68,7 +67,7 @@ TITLES = {"val": ("Val loss", "nats per token"), "val_bpb": ("Val loss", "bits p
 CURVE = ("tokenizer n_layer n_head n_embd block_size vocab_size dropout norm_position batch_tokens max_steps "
          "warmup_steps max_lr min_lr schedule decay_fraction optimizer weight_decay beta1 beta2 grad_clip "
          "max_z_score val_tokens"
-         ).split()  # what makes another curve
+         ).split()  # settings that change the curve
 
 STEP, NUMBER = Between(0, 2**53), Between(-sys.float_info.max, sys.float_info.max)
 START = {"config": {"data_dir?": str, "seed": int}, "data": str}  # what is read of runs.jsonl
@@ -156,8 +155,8 @@ def plot_runs(runs: list[Run], out_path: Path) -> None:
     """Draw losses, and HellaSwag accuracy beside them if any log has it; print the last values."""
     for run in runs:
         if not {"train", "val", "hella"} & run.streams.keys():
-            raise UserError(f"{run.path}: no line of train, val or hella, so nothing to draw; wait until the "
-                            f"run has made a step, or name another log")
+            raise UserError(f"{run.path} has no train, val or hella values: nothing to draw; wait for the "
+                            f"first step, or name another log")
     baseline = VAL_LOSS_GPT2.get(model_size)
     reason = why_no_val_baseline(runs) if baseline and not val_baseline else ""
     has_hella = any(len(finite(run.streams.get("hella", {}))[0]) for run in runs)
@@ -231,7 +230,7 @@ def finish(axis, ylabel: str, title: str) -> None:
 
 
 def differing(a: dict, b: dict, keys: Iterable[str] = CURVE) -> str:
-    """What is not equal in both, of what is known of both."""
+    """The settings that are known of both and differ."""
     return "; ".join(f"{key}={a[key]} and {b[key]}" for key in keys if {key} <= a.keys() & b.keys()
                      and a[key] != b[key])
 
@@ -249,8 +248,8 @@ def read_group(names: str) -> list[Run]:
                             f"runs with the same settings and data")
     seeds = [run.start["seed"] for run in runs]
     if len(set(seeds)) < max(2, len(runs)):
-        raise UserError(f"{names} has seeds {', '.join(map(str, seeds))}: only two different seeds or more "
-                        f"show how much a loss varies; train with another --seed=N")
+        raise UserError(f"{names}: seeds {', '.join(map(str, seeds))}, and estimating how much a loss varies "
+                        f"takes at least two different ones; train with another --seed=N")
     return runs
 
 
@@ -265,11 +264,11 @@ def incomplete_beta(p: float, q: float, x: float) -> float:
     if x > 0.5:
         return 1 - incomplete_beta(q, p, 1 - x)
     term = total = math.exp(math.lgamma(p + q) - math.lgamma(p + 1) - math.lgamma(q)) * x**p * (1 - x)**q
-    for n in itertools.count():
+    n = 0
+    while term > 1e-17 * total:
         term *= (p + q + n) / (p + 1 + n) * x
-        total += term
-        if term <= 1e-17 * total:
-            return total
+        total, n = total + term, n + 1
+    return total
 
 
 def welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float, float]:
@@ -281,8 +280,8 @@ def welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def seeds_needed(effect: float, a: np.ndarray, b: np.ndarray) -> int:
-    """Runs per group with which 80% of studies find a difference of `effect` at p < 0.05, two-sided, if each
-    varies as in a and b: by normal quantiles, with Guenther's (1981) term for the t test."""
+    """Runs per group that detect a difference of `effect` with 80% power at 5%, two-sided, if losses vary as
+    in a and b: the normal approximation with Guenther's (1981) correction for the t test."""
     z, z_power = (statistics.NormalDist().inv_cdf(share) for share in (0.975, 0.8))
     return math.ceil((z + z_power)**2 * (a.var(ddof=1) + b.var(ddof=1)) / effect**2 + z**2 / 4)
 
@@ -294,7 +293,7 @@ def compare_groups(groups: dict[str, list[Run]], out_path: Path) -> None:
     for run in runs:
         if max(run.streams["val"]) > steps[-1]:
             raise UserError(f"{run.name} has a val loss at step {max(run.streams['val']):,}, and another run "
-                            f"has none there; compare finished runs of one length")
+                            f"has none there; compare finished runs of the same length")
     losses = dict(zip(groups, np.split(values, [len(groups["a"])])))  # (runs, steps) each
     a, b = (group[:, -1] for group in losses.values())
     for (name, group), last in zip(groups.items(), (a, b)):
@@ -302,13 +301,13 @@ def compare_groups(groups: dict[str, list[Run]], out_path: Path) -> None:
         print(f"{name}: mean {last.mean():.4f}, standard deviation {last.std(ddof=1):.4f} ({each})")
     print(f"a and b differ in {differing(runs[0].start, runs[-1].start, (*CURVE, 'data')) or 'no setting'}")
     if not a.std() + b.std() > 0 or a.mean() == b.mean():
-        raise UserError("these losses are equal: copies of one run; name runs with different seeds")
+        raise UserError("equal losses: these are copies of one run; name runs with different seeds")
     difference, se, df, p = welch(a, b)
     print(f"last val loss, step {steps[-1]:,}, b less a: {difference:+.4f} nats per token, standard error "
           f"{se:.4f}, p = {p:.2g} (Welch's t test, {df:.1f} degrees of freedom): "
           f"{'a difference' if p < 0.05 else 'no difference shown'} at the 5% level\n"
-          f"half of it would take {seeds_needed(difference / 2, a, b):,} seeds per group to show (power 80%, "
-          f"5% two-sided, the same spread)")
+          f"detecting half of it takes {seeds_needed(difference / 2, a, b):,} seeds per group (80% power, 5% "
+          f"two-sided, the same spread)")
 
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 5), layout="constrained")
     for i, (name, values) in enumerate(losses.items()):
@@ -325,12 +324,12 @@ def compare_groups(groups: dict[str, list[Run]], out_path: Path) -> None:
 
 
 def band(steps: list[int], values: np.ndarray, floor: np.ndarray) -> list[list[float]]:
-    """[step, mean, low, high] of each step: within these another seed's values are expected.
+    """[step, mean, low, high] of each step: the range expected for a run with another seed.
 
-    values: (seeds, steps); floor: the least half-width, (steps,). A new value differs from the mean of n by
-    sd sqrt(1 + 1/n), its own spread and the mean's; a band is three of these to either side. Three seeds tell
-    little about the sd at one step, and alone would leave a correct run outside at one step in ten (Student's
-    t, 2 degrees of freedom): so it counts as no less than the median over the steps.
+    values: (seeds, steps); floor: minimum half-width, (steps,). A new value differs from the mean of n by
+    sd sqrt(1 + 1/n), its own spread plus the mean's; a band is three times that to either side. The sd of
+    three seeds at one step is uncertain, and by itself would put a correct run outside at one step in ten
+    (Student's t, 2 degrees of freedom): so the sd is taken as at least its median over the steps.
     """
     mean, sd = values.mean(axis=0), values.std(axis=0, ddof=1)
     half = np.maximum(3 * np.maximum(sd, np.median(sd)) * math.sqrt(1 + 1 / len(values)), floor)
@@ -368,10 +367,10 @@ def compare(run: Run, path: Path, out_path: Path) -> bool:
                         f"for these settings (--make makes one)")
     print(f"reference: {reference['source']}")
     if run.start.get("data") != reference["data"]:
-        print(f"data: {run.start.get('data', 'unknown, without a runs.jsonl')}, of the reference "
-              f"{reference['data']}; on other data the loss differs by itself")
+        print(f"data: {run.start.get('data', 'unknown (no runs.jsonl)')}; the reference's: "
+              f"{reference['data']}. Losses on different data are not directly comparable")
 
-    # without bands: that of val, with no width
+    # a reference without bands: val, and a band of no width
     expected = reference["bands"] or {"val": [[step, *3 * [mean]] for step, mean in reference["val"]]}
     figure, axes = pyplot().subplots(2, len(expected), figsize=(10, 8), squeeze=False, layout="constrained")
     rows = []

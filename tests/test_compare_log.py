@@ -166,7 +166,7 @@ def test_a_run_still_in_training(compare, tmp_path):
 def test_other_data_is_reported_and_other_settings_are_refused(compare, made, tmp_path):
     assert "data:" not in compare(made / "a")[1]
     code, out, _ = compare(write_run(tmp_path / "data", 10, data="ffff"))
-    assert code == 0 and "data: ffff, of the reference d5705165a538cab6; on other" in out
+    assert code == 0 and "data: ffff; the reference's: d5705165a538cab6. Losses" in out
     for key, value in (("n_layer", 4), ("max_lr", 3e-3), ("max_steps", 600)):
         with pytest.raises(UserError, match=f"{key}=.* and {value}; compare"):
             compare(write_run(tmp_path / key, 10, settings={key: value}))
@@ -180,7 +180,7 @@ def test_other_data_is_reported_and_other_settings_are_refused(compare, made, tm
             compare(same)
     (same / "runs.jsonl").unlink()
     code, out, _ = compare(same / "log.txt")
-    assert code == 0 and "data: unknown, without a runs.jsonl" in out
+    assert code == 0 and "data: unknown (no runs.jsonl); the" in out
 
 
 def test_what_no_reference_is_made_of(script, made, tmp_path):
@@ -189,8 +189,8 @@ def test_what_no_reference_is_made_of(script, made, tmp_path):
             "settings": (2, {"settings": {"max_lr": 1e-3}}), "no_val": (2, {"steps": ()})}
     for name, (seed, options) in runs.items():
         write_run(tmp_path / name, seed, **options)
-    for names, words in [("a", "seeds 0: only two different seeds or more"),
-                         ("a,same_seed", "seeds 0, 0: .*train with another --seed=N"),
+    for names, words in [("a", "a: seeds 0, and .* at least two different ones"),
+                         ("a,same_seed", "seeds 0, 0, and .*train with another --seed=N"),
                          ("a,b,data", "differ in more than the seed: data=d5705165a538cab6 and ffff"),
                          ("a,b,settings", "max_lr=0.002 and 0.001"), ("a,no_val", "no_val has .* no val"),
                          ("a,nan", "nan has .* nan or inf"), ("a,nosuch", "neither a log nor a folder")]:
@@ -249,7 +249,7 @@ def test_one_seed_gives_distances_and_no_verdict(script, tmp_path):
     assert rows == [(f"{step}", f"{loss:.4f}", "+0.2500") for step, loss in losses.items()]
     assert len(rows) == 41
     assert code == 0 and "inside" not in out and out.endswith("one seed and has no bands\n")
-    assert "data: d5705165a538cab6, of the reference FineWeb 10B" in out
+    assert "data: d5705165a538cab6; the reference's: FineWeb 10B" in out
     top, bottom = figure.get_axes()
     assert top.get_lines()[0].get_xdata()[-1] == 19_560
     np.testing.assert_allclose(bottom.get_lines()[1].get_ydata()[:41], 0.25)

@@ -193,7 +193,7 @@ def test_log_names_files(tmp_path, monkeypatch, capsys):
 def test_a_log_with_nothing_to_draw_is_refused(tmp_path, monkeypatch, text):
     write_lines(tmp_path / "good", "0 val 3")
     (tmp_path / "log.txt").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"^log\.txt: .*nothing to draw"):
+    with pytest.raises(UserError, match=r"^log\.txt has .*nothing to draw"):
         draw(monkeypatch, tmp_path, "--log_dir=good,log.txt")
 
 
@@ -232,7 +232,7 @@ def test_several_runs_in_one_figure(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("flag", "words"), [
     ("--log_dir=nosuch", "nosuch is neither"), ("--log=nosuch.log", "nosuch.log is neither"),
-    ("--log_dir=", "an empty name"), ("--log=empty.log", "empty.log: no line"),
+    ("--log_dir=", "an empty name"), ("--log=empty.log", "empty.log has no train"),
     ("--log=latin1.log", "log: byte 11"), ("--model_size=1B", "124M, 350M"),
     ("--ref=r.json --log_dir=log,log", "draw one"), ("--ref=r.json --model_size=124M", "draw one")])
 def test_mistakes_are_named(tmp_path, monkeypatch, flag, words):
@@ -317,7 +317,7 @@ def test_groups_of_runs(tmp_path, monkeypatch, capsys):
     assert lines[3] == (
         f"last val loss, step 100, b less a: -0.0500 nats per token, standard error {se:.4f}, p = {p:.2g} "
         f"(Welch's t test, {df:.1f} degrees of freedom): a difference at the 5% level")
-    assert f"half of it would take {seeds_needed(0.025, a, a)} seeds per group" in lines[4]
+    assert f"detecting half of it takes {seeds_needed(0.025, a, a)} seeds per group" in lines[4]
     assert df == pytest.approx(4) and lines[5] == "figure: log_1/groups.png"
     curves, differences = figure.get_axes()
     assert list(lines_of(curves)) == ["a: log_1, log_2, log_3", "b: log_4, log_5, log_6"]
@@ -331,9 +331,9 @@ def test_groups_of_runs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("a", "b", "message"), [
-    ("log_1", "log_4,log_5", "log_1 has seeds 1: only two different seeds or more.* --seed=N"),
-    ("log_1,log_2", "log_4", "log_4 has seeds 4: only two"),
-    ("log_1,log_1", "log_4,log_5", "seeds 1, 1: only two different seeds"),
+    ("log_1", "log_4,log_5", "log_1: seeds 1, and .* at least two different ones; .* --seed=N"),
+    ("log_1,log_2", "log_4", "log_4: seeds 4, and"),
+    ("log_1,log_1", "log_4,log_5", "seeds 1, 1, and .* two different ones"),
     ("log_1,log_4", "log_5,log_6", "log_1 and log_4 differ in more than the seed: optimizer=adamw and muon"),
     ("log_1,short", "log_4,log_5", "log_1 has a val loss at step 100, and another run has none there"),
     ("log_1,log_2", "nan,log_5", "nan has .* nan or inf; name finished runs"),
