@@ -279,11 +279,12 @@ def welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float, float]:
     return difference, se, df, incomplete_beta(df / 2, 0.5, df / (df + (difference / se)**2))
 
 
-def seeds_needed(effect: float, a: np.ndarray, b: np.ndarray) -> int:
+def seeds_needed(effect: float, a: np.ndarray, b: np.ndarray) -> float:
     """Runs per group that detect a difference of `effect` with 80% power at 5%, two-sided, if losses vary as
-    in a and b: the normal approximation with Guenther's (1981) correction for the t test."""
+    in a and b: the normal approximation with Guenther's (1981) correction for the t test. inf for none."""
     z, z_power = (statistics.NormalDist().inv_cdf(share) for share in (0.975, 0.8))
-    return math.ceil((z + z_power)**2 * (a.var(ddof=1) + b.var(ddof=1)) / effect**2 + z**2 / 4)
+    variance = a.var(ddof=1) + b.var(ddof=1)
+    return math.ceil((z + z_power)**2 * variance / effect**2 + z**2 / 4) if effect else math.inf
 
 
 def compare_groups(groups: dict[str, list[Run]], out_path: Path) -> None:
@@ -300,8 +301,8 @@ def compare_groups(groups: dict[str, list[Run]], out_path: Path) -> None:
         each = ", ".join(f"{run.name} {loss:.4f}" for run, loss in zip(group, last))
         print(f"{name}: mean {last.mean():.4f}, standard deviation {last.std(ddof=1):.4f} ({each})")
     print(f"a and b differ in {differing(runs[0].start, runs[-1].start, (*CURVE, 'data')) or 'no setting'}")
-    if not a.std() + b.std() > 0 or a.mean() == b.mean():
-        raise UserError("equal losses: these are copies of one run; name runs with different seeds")
+    if not a.std() + b.std() > 0:
+        raise UserError("equal losses in each group: copies of one run; name runs with different seeds")
     difference, se, df, p = welch(a, b)
     print(f"last val loss, step {steps[-1]:,}, b less a: {difference:+.4f} nats per token, standard error "
           f"{se:.4f}, p = {p:.2g} (Welch's t test, {df:.1f} degrees of freedom): "

@@ -285,7 +285,7 @@ def test_seeds_needed_are_those_of_cohens_table(d, n):
     """Cohen (1988), table 2.4.1: runs per group for power 0.80 at 0.05, two-sided, by the effect in sds."""
     spread = np.array([-1.0, 1.0]) / 2**0.5  # with an sd of 1
     assert seeds_needed(d, spread, 7 + spread) == seeds_needed(-d, spread, spread) == n
-    assert seeds_needed(3 * d, 3 * spread, 3 * spread) == n
+    assert seeds_needed(3 * d, 3 * spread, 3 * spread) == n and seeds_needed(0.0, spread, spread) == math.inf
 
 
 def write_groups(folder):
