@@ -75,7 +75,7 @@ NPROC ?= $(shell $(PYTHON) -c 'import torch; print(max(1, torch.cuda.device_coun
 doctor: $(RUN_STAMP)  ## check GPUs, network and folders before a long run; NPROC=8 processes
 	$(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) doctor.py
 
-REF ?= reference/demo_cpu.log
+REF ?= reference/demo_cpu.json
 RUN ?= log_demo
-compare: $(RUN_STAMP)  ## is a run's curve right? RUN=log_demo REF=reference/demo_cpu.log
-	$(PYTHON) compare_log.py --run=$(RUN) --ref=$(REF)
+compare: $(RUN_STAMP)  ## a run beside a reference: RUN=log_demo REF=reference/demo_cpu.json; draws RUN/comparison.png
+	$(PYTHON) plot_log.py --log_dir=$(RUN) --ref=$(REF)

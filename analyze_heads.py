@@ -52,15 +52,21 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from analyze_tokenizer import to_csv
-from checkpoint import build_model, checkpoint_tokenizer, describe_model, newest_checkpoint, write_checkpoint
+from checkpoint import (
+    build_model,
+    checkpoint_tokenizer,
+    describe_model,
+    find_data_dir,
+    newest_checkpoint,
+    write_checkpoint,
+)
 from configurator import Between, OneOf, PathName, UserError, configure
 from convert_hf import load_any
 from decoding import KVCache, generate
 from device import TOLERANCE, Device, resolve_device
 from files import write_atomically
-from loss_report import find_data_dir, open_stream
 from model import GPT
-from shards import WindowLoader
+from shards import WindowLoader, open_stream
 
 checkpoint: PathName = ""  # a file, FOLDER (its newest), FOLDER:best, gpt2, ...; empty = newest of log*/
 data_dir: PathName = ""  # token shards of the checkpoint's tokenizer; empty = those it was trained on

@@ -469,3 +469,13 @@ def checkpoint_tokenizer(state: dict) -> Tokenizer:
         raise UserError(f"the checkpoint's tokenizer {saved['name']}: its rank file has sha256 "
                         f"{tokenizer.sha256}, wanted {saved['sha256']}; use another checkpoint")
     return tokenizer
+
+
+def find_data_dir(state: dict, source: str | Path, data_dir: str) -> str:
+    """`data_dir`, or if it is empty the shards that the checkpoint was trained on. Raises UserError, which
+    names `source`, if those are not there."""
+    trained_on = state.get("config", {}).get("data_dir", "")
+    if not data_dir and not (trained_on and Path(trained_on).is_dir()):
+        known = f"was trained on data_dir={trained_on}, which is not there" if trained_on else "names no data"
+        raise UserError(f"{source} {known}; give --data_dir=FOLDER of its shards, or of others")
+    return data_dir or trained_on

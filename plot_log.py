@@ -1,77 +1,89 @@
 """
-Draw a run's log: train and validation loss on a log scale, HellaSwag accuracy beside it when the log has it.
-Or measure what the loss is made of: --report.
+Draw the logs of runs, compare a run with a reference, or one group of runs with another.
 
-    python plot_log.py --log_dir=log                                 # -> log/log_plot.png
-    python plot_log.py --log_dir=log --model_size=124M               # with the published baselines as lines
-    python plot_log.py --log_dir=log,log_b --out=plots/compare.png   # several runs in one figure
-    python plot_log.py --log=log/log.txt --out=plots/log_plot.png    # a log file by its name
-    python plot_log.py --report --log_dir=log                        # -> log/report.png, log/report.csv
-    python plot_log.py --report --checkpoint=gpt2 --data_dir=edu_fineweb10B
+    python plot_log.py --log_dir=log --model_size=124M                     # -> log/log_plot.png
+    python plot_log.py --log_dir=log,log_b --out=plots/compare.png         # several runs in one figure
+    python plot_log.py --log=log/log.txt --out=plots/log_plot.png          # a log file by its name
+    python plot_log.py --a=log_1,log_2 --b=log_3,log_4                     # -> log_1/groups.png
+    python plot_log.py --log_dir=log_demo --ref=reference/demo_cpu.json    # -> log_demo/comparison.png
+    python plot_log.py --make=log_1,log_2,log_3 --ref=reference/mine.json  # a reference from several seeds
 
-Reads LOG_DIR/log.txt (`step stream value` per line; where a step occurs twice the later line counts), also
-the logs of build-nanogpt. Writes one figure and prints its path and the last values. Takes a few seconds.
-Curves, means and minima leave out nan and inf. Crosses at the foot of the loss panel mark the steps where a
-loss is nan or inf, and those that the guard of train_gpt2.py skipped.
+Reads log.txt (`step stream value` per line, also build-nanogpt's; where a step occurs twice, the later line
+counts) and runs.jsonl beside it. Writes one figure, in place of an earlier one. Takes a few seconds. Curves
+leave out nan and inf; crosses at the foot of a panel mark them, and steps skipped by train_gpt2.py's guard.
 
---model_size draws the results of OpenAI's models. Their HellaSwag accuracies do not depend on a run's data.
-Their val loss is on FineWeb-Edu, so it is drawn only if every run was trained on that: runs.jsonl beside the
-log names the data_dir; the dataset in its manifest counts or, if it has none, the folder's name: it must
-contain "fineweb" and "edu". Otherwise a note says why the line is missing; --val_baseline draws it anyway.
+--model_size draws OpenAI's results. Their val loss is on FineWeb-Edu, so it is drawn only if every run was
+trained on that: its runs.jsonl names a data_dir whose dataset (in the manifest, otherwise the folder's name)
+contains "fineweb" and "edu". --val_baseline draws it anyway.
 
-A report is of one checkpoint, by default the newest in log_dir, and takes as long as two validations:
+--a and --b: at least two seeds each, and nothing else differs within a group. Prints the difference of the
+last val losses, its standard error, p by Welch's t test, and how many seeds per group detect half of it.
 
-train-val gap   along training, from the log beside the checkpoint, if there is one: val loss less the mean
-                train loss of the steps within 5% of that step. A log's train loss is of batches just before
-                they are learned from, with dropout. And at the checkpoint: both splits in eval mode, as many
-                windows of train as of val, drawn from all of it. In a run of less than an epoch, those that
-                it has had in its batches and those it has not are also shown apart.
-position        loss by the tokens of context; windows begin anywhere in a document
-frequency       loss by the rank of the token predicted, counted in the first 2**24 train tokens or all,
-                beside that of a unigram model; "never" is never in those. The means of the bands, each times
-                its share of the tokens, add up to the loss.
-
-The val loss is that of `train_gpt2.py --eval_only`. A standard error takes windows as the unit. The CSV has a
-row for each position, range of positions, band and point of the log (loss_report.py, Row).
-
-The figure of a log is drawn anew where there is one. A report was measured: its files are not overwritten.
+--ref: exit code 1 if a value is outside the bands, 2 if the two cannot be compared, as with different
+settings; a run still in training is compared up to its latest step. Bits per byte, and nats per token less a
+unigram model's, carry over best to a slightly different corpus. A reference from one seed has no bands: the
+distance from it is printed, without a verdict.
 """
 
-import csv
-import io
 import json
 import math
+import statistics
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from configurator import Between, OneOf, PathName, UserError, configure
-from files import check, read_text, write_atomically
+from figures import log_ticks, pyplot, save_figure, table
+from files import read_json, read_jsonl, read_text, write_atomically
 from shards import read_manifest
 
 log_dir: PathName = "log"  # a run's folder with log.txt, or a log file itself; several separated by commas
 log: PathName = ""  # a log file, or several separated by commas, in place of log_dir
-out: PathName = ""  # the figure, .png, .svg or .pdf; empty = log_plot.png or report.png beside the first log
+out: PathName = ""  # the figure, .png, .svg or .pdf; empty = beside the first log
 model_size: OneOf("", "124M", "350M", "774M", "1558M") = ""  # draw OpenAI's results for it; empty = none
 val_baseline = False  # draw OpenAI's val loss on FineWeb-Edu even if the runs are not known to use that data
-report = False  # measure what a checkpoint's loss is made of; the settings below are for this
-checkpoint: PathName = ""  # a .pt file, a folder whose newest is meant, gpt2, ...; empty = newest in log_dir
-data_dir: PathName = ""  # folder of token shards; empty = the one that the checkpoint was trained on
-val_tokens: Between(0, 10**12) = 0  # the first N of val, N of train; 0 = as the run, or 2**20
-device = "auto"  # auto|cpu|cuda|cuda:1|mps
-dtype: OneOf("auto", "float32", "bfloat16", "float16") = "auto"  # of matrix products
-seed: Between(0, 2**63 - 1) = 1337  # of the choice of train windows
+a: PathName = ""  # runs with several seeds, separated by commas, to compare with those in b
+b: PathName = ""  # the other runs; a negative difference means that their loss is lower
+ref: PathName = ""  # a reference to compare the run in log_dir with
+make: PathName = ""  # write ref from these runs, which differ by the seed alone
 
 # Quoted from build-nanogpt's notebook: loss of OpenAI's checkpoint on FineWeb-Edu's val shard; HellaSwag of
 # OpenAI's GPT-2 in completion style, and of GPT-3 (Brown et al. 2020, table H.1), whose 350M is GPT-3 Medium.
 VAL_LOSS_GPT2 = {"124M": 3.2924}
-HELLASWAG_GPT2 = {"124M": 0.294463, "350M": 0.375224, "774M": 0.431986, "1558M": 0.488946}
-HELLASWAG_GPT3 = {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547}
+HELLASWAG = {"GPT-2": {"124M": 0.294463, "350M": 0.375224, "774M": 0.431986, "1558M": 0.488946},
+             "GPT-3": {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547}}
 
-# of a report's splits: names and colours
-SPLITS = {"val": "val", "train": "train", "train seen": "train seen by the run",
-          "train unseen": "train not seen yet"}
-COLORS = {"val": "C1", "train": "C0", "train seen": "C2", "train unseen": "C4"}
+PRINTED = ("train", "val", "val_bpb", "hella")
+
+# The streams with bands, each with the one whose mean its narrowest band is a share of: val_minus_unigram
+# itself crosses zero.
+BANDED = {"val_bpb": "val_bpb", "val_minus_unigram": "val"}
+FLOOR = 0.01  # that share: other hardware and dtypes move a correct run too
+TITLES = {"val": ("Val loss", "nats per token"), "val_bpb": ("Val loss", "bits per byte"),
+          "val_minus_unigram": ("Val loss less a unigram model's", "nats per token")}
+CURVE = ("tokenizer n_layer n_head n_embd block_size vocab_size dropout norm_position batch_tokens max_steps "
+         "warmup_steps max_lr min_lr schedule decay_fraction optimizer weight_decay beta1 beta2 grad_clip "
+         "max_z_score val_tokens"
+         ).split()  # settings that change the curve
+
+STEP, NUMBER = Between(0, 2**53), Between(-sys.float_info.max, sys.float_info.max)
+START = {"config": {"data_dir?": str, "seed": int}, "data": str}  # what is read of runs.jsonl
+REFERENCE = {  # "bands": [step, mean, low, high]; "data" and "settings": what a comparable run has
+    "source": str, "data": str, "settings": {}, "val": [[STEP, NUMBER]],
+    "bands": {f"{stream}?": [[STEP, NUMBER, NUMBER, NUMBER]] for stream in BANDED}}
+
+
+class Run(NamedTuple):
+    name: str  # of its folder
+    path: Path  # its log
+    streams: dict[str, dict[int, float]]
+    start: dict  # settings, data, versions of its latest start, by runs.jsonl; {} if there is none
+
+
+# ---- reading -------------------------------------------------------------------
 
 
 def parse_log(path: Path) -> dict[str, dict[int, float]]:
@@ -83,50 +95,32 @@ def parse_log(path: Path) -> dict[str, dict[int, float]]:
     for number, line in enumerate(lines, start=1):
         try:
             step, stream, value = line.split()
-            if int(step) not in Between(0, 2**53):
+            if int(step) not in STEP:
                 raise ValueError
             streams.setdefault(stream, {})[int(step)] = float(value)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: got {line.rstrip()[:80]!r}, wanted `step stream value`; "
+            raise UserError(f"{path}, line {number}: {line.rstrip()[:80]!r} is not `step stream value`; "
                             f"remove the line") from error
     return streams
 
 
-def find_log(name: str) -> Path:
-    """The log file that a folder or file name means."""
-    path = Path(name)
-    for candidate in (path / "log.txt", path):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"{name or 'an empty name'} is no log and no folder with a log.txt; name a run's folder "
-                    f"(make demo makes log_demo)")
-
-
-def last_start(log_path: Path) -> dict:
-    """The newest start in the runs.jsonl beside a log: settings, data, versions; {} if there is none."""
-    path = log_path.with_name("runs.jsonl")
-    lines = read_text(path).splitlines() if path.exists() else []
-    if not lines:
-        return {}
-    place = f"{path}, line {len(lines)}"
-    try:
-        record = json.loads(lines[-1])
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON ({error}); remove the line") from error
-    return check(record, {"config": {"data_dir?": str, "seed": int}, "data": str}, place)
-
-
-def why_no_val_baseline(log_paths: list[Path]) -> str:
-    """Why FineWeb-Edu's val loss is no baseline for these runs; empty if all of them were trained on that."""
-    for path in log_paths:
-        folder = last_start(path).get("config", {}).get("data_dir", "")
-        if not folder:
-            return f"no runs.jsonl beside {path} names its data"
-        settings = (read_manifest(folder) or {}).get("settings", {})
-        data = str(settings.get("dataset") or Path(folder).name)
-        if "fineweb" not in data.lower() or "edu" not in data.lower():
-            return f"{path} is of a run on {data}"
-    return ""
+def read_runs(names: str) -> list[Run]:
+    """The runs that a setting names, each with a name of its own and the stream val_minus_unigram."""
+    runs = []
+    for text in names.split(","):
+        path = next((path for path in (Path(text, "log.txt"), Path(text)) if path.is_file()), None)
+        if path is None:
+            raise UserError(f"{text or 'an empty name'} is neither a log nor a folder with a log.txt; name a "
+                            f"run's folder (make demo makes log_demo)")
+        streams, starts = parse_log(path), read_jsonl(path.with_name("runs.jsonl"), START)
+        if 0 in streams.get("unigram", {}):
+            streams["val_minus_unigram"] = {step: value - streams["unigram"][0]
+                                            for step, value in streams.get("val", {}).items()}
+        name = path.resolve().parent.name if path.name == "log.txt" else path.name
+        if name in [run.name for run in runs]:
+            name = f"{name} ({len(runs) + 1})"
+        runs.append(Run(name, path, streams, {**starts[-1]["config"], **starts[-1]} if starts else {}))
+    return runs
 
 
 def finite(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -135,337 +129,304 @@ def finite(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
     return steps[np.isfinite(values)], values[np.isfinite(values)]
 
 
-def marked_steps(streams: dict[str, dict[int, float]]) -> dict[str, list[int]]:
-    """{what: steps} that a figure of losses marks: skipped ones, and those with a loss of nan or inf."""
-    bad = {stream: {step for step, value in streams.get(stream, {}).items() if not math.isfinite(value)}
-           for stream in ("train", "val")}
-    skipped = set(streams.get("skipped", {}))
-    found = {"skipped": skipped, "train nan or inf": bad["train"] - skipped, "val nan or inf": bad["val"]}
-    return {what: sorted(steps) for what, steps in found.items() if steps}
-
-
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Mean of the `width` values centred on each place, an odd number; of fewer at both ends."""
     half = width // 2
     return np.array([values[max(0, i - half):i + half + 1].mean() for i in range(len(values))])
 
 
-def draw(logs: dict[str, dict], out_path: Path, with_val_baseline: bool) -> None:
-    """One panel of losses, and one of HellaSwag accuracy if any log has it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def why_no_val_baseline(runs: list[Run]) -> str:
+    """Why FineWeb-Edu's val loss is no baseline for these runs; empty if all of them were trained on that."""
+    for run in runs:
+        folder = run.start.get("data_dir", "")
+        if not folder:
+            return f"no runs.jsonl beside {run.path} names its data"
+        settings = (read_manifest(folder) or {}).get("settings", {})
+        data = str(settings.get("dataset") or Path(folder).name)
+        if "fineweb" not in data.lower() or "edu" not in data.lower():
+            return f"{run.name} was trained on {data}"
+    return ""
 
-    has_hella = any(len(finite(streams.get("hella", {}))[0]) for streams in logs.values())
-    figure, axes = plt.subplots(1, 1 + has_hella, figsize=(14 if has_hella else 8, 5), squeeze=False,
-                                layout="constrained")
-    loss_axis = axes[0, 0]
-    for i, (name, streams) in enumerate(logs.items()):
-        color = f"C{i}"
-        val_color = "black" if len(logs) == 1 else color
-        train_steps, train = finite(streams.get("train", {}))
+
+# ---- the figure of runs --------------------------------------------------------
+
+
+def plot_runs(runs: list[Run], out_path: Path) -> None:
+    """Draw losses, and HellaSwag accuracy beside them if any log has it; print the last values."""
+    for run in runs:
+        if not {"train", "val", "hella"} & run.streams.keys():
+            raise UserError(f"{run.path} has no train, val or hella values: nothing to draw; wait for the "
+                            f"first step, or name another log")
+    baseline = VAL_LOSS_GPT2.get(model_size)
+    reason = why_no_val_baseline(runs) if baseline and not val_baseline else ""
+    has_hella = any(len(finite(run.streams.get("hella", {}))[0]) for run in runs)
+    figure, axes = pyplot().subplots(1, 1 + has_hella, figsize=(10, 5), squeeze=False, layout="constrained")
+    for i, run in enumerate(runs):
+        color, val_color = f"C{i}", "black" if len(runs) == 1 else f"C{i}"
+        (train_steps, train), (val_steps, val), (hella_steps, hella) = (
+            finite(run.streams.get(stream, {})) for stream in ("train", "val", "hella"))
         if len(train):
             width = len(train) // 100 | 1  # odd, to be centred
-            loss_axis.plot(train_steps, train, color=color, alpha=0.25, linewidth=0.8)
-            loss_axis.plot(train_steps, smooth(train, width), color=color, linewidth=1.2,
-                           label=f"{name} train (mean of {width} steps)")
-        val_steps, val = finite(streams.get("val", {}))
+            axes[0, 0].plot(train_steps, train, color=color, alpha=0.25, linewidth=0.8)
+            axes[0, 0].plot(train_steps, smooth(train, width), color=color, linewidth=1.2,
+                            label=f"{run.name}: train (mean of {width} steps)")
         if len(val):
-            loss_axis.plot(val_steps, val, color=val_color, linestyle="--", marker="o", markersize=3,
-                           label=f"{name} val (last {val[-1]:.3f}, best {val.min():.3f})")
-        hella_steps, hella = finite(streams.get("hella", {}))
+            axes[0, 0].plot(val_steps, val, color=val_color, linestyle="--", marker="o", markersize=3,
+                            label=f"{run.name}: val (last {val[-1]:.3f}, best {val.min():.3f})")
         if len(hella):
             axes[0, 1].plot(hella_steps, hella, color=color, marker="o", markersize=3,
-                            label=f"{name} (last {hella[-1]:.3f})")
-        unigram = streams.get("unigram", {}).get(0, math.nan)
-        if math.isfinite(unigram):
-            loss_axis.axhline(unigram, color="gray", linestyle=":",
-                              label=f"unigram model on {name}'s val ({unigram:.2f})")
-        draw_marks(loss_axis, streams, color, val_color, f"{name} ", i)
-    if with_val_baseline:
-        loss_axis.axhline(VAL_LOSS_GPT2[model_size], color="red", linestyle=":",
-                          label=f"OpenAI GPT-2 {model_size} on FineWeb-Edu val "
-                                f"({VAL_LOSS_GPT2[model_size]:.2f})")
-    log_scale(loss_axis)
-    loss_axis.set(xlabel="optimizer step", ylabel="loss (nats per token, log scale)", title="Loss")
-    if has_hella:
-        if model_size:
-            for who, accuracy, color in (("GPT-2", HELLASWAG_GPT2[model_size], "red"),
-                                         ("GPT-3", HELLASWAG_GPT3[model_size], "green")):
-                axes[0, 1].axhline(accuracy, color=color, linestyle=":",
-                                   label=f"OpenAI {who} {model_size} on HellaSwag ({accuracy:.3f})")
-        axes[0, 1].set(xlabel="optimizer step", ylabel="acc_norm, completion (chance is 0.25)",
-                       title="HellaSwag")
-    for axis in axes[0]:
-        axis.grid(alpha=0.3)
-        axis.legend()
+                            label=f"{run.name} (last {hella[-1]:.3f})")
+        draw_marks(axes[0, 0], run.streams, color, val_color, f"{run.name}: ", i)
+        last = {stream: finite(run.streams.get(stream, {}))[1][-1:] for stream in PRINTED}
+        words = ", ".join(f"{stream} {values[0]:.6g}" for stream, values in last.items() if len(values))
+        print(f"{run.name}, last values: {words or 'none yet'}")
+    for loss in {run.streams.get("unigram", {}).get(0, math.nan) for run in runs}:  # equal for equal data
+        if math.isfinite(loss):
+            axes[0, 0].axhline(loss, color="gray", linestyle=":", label=f"unigram model on val ({loss:.2f})")
+    if baseline and not reason:
+        axes[0, 0].axhline(baseline, color="red", linestyle=":",
+                           label=f"OpenAI GPT-2 {model_size} on FineWeb-Edu val ({baseline:.2f})")
+    for who, color in (("GPT-2", "red"), ("GPT-3", "green")) if has_hella and model_size else ():
+        axes[0, 1].axhline(HELLASWAG[who][model_size], color=color, linestyle=":",
+                           label=f"OpenAI {who} {model_size} ({HELLASWAG[who][model_size]:.3f})")
+    log_ticks(axes[0, 0].yaxis)
+    for axis, *words in zip(axes[0], ("loss (nats per token, log scale)", "accuracy (chance is 0.25)"),
+                            ("Loss", "HellaSwag, completion style, mean per token")):
+        finish(axis, *words)
+    figure.set_figheight(4 + 0.2 * max(len(axis.get_legend().get_texts()) for axis in axes[0]))
     save_figure(figure, out_path)
+    if reason:
+        print(f"note: OpenAI GPT-2 {model_size}'s val loss on FineWeb-Edu is not drawn: {reason}; "
+              f"--val_baseline draws it anyway")
 
 
 def draw_marks(axis, streams: dict, train_color: str, val_color: str, name: str = "", row: int = 0) -> None:
     """Crosses at the foot of a panel where a step was skipped or a loss is nan or inf; a row for each run."""
-    for what, steps in marked_steps(streams).items():
-        color, marker = (val_color, "+") if what == "val nan or inf" else (train_color, "x")
-        axis.plot(steps, [0.02 + 0.03 * row] * len(steps), color=color, marker=marker, linestyle="none",
-                  transform=axis.get_xaxis_transform(), label=f"{name}{what} ({len(steps)})")
+    bad = {stream: {step for step, value in streams.get(stream, {}).items() if not math.isfinite(value)}
+           for stream in ("train", "val")}
+    skipped = set(streams.get("skipped", {}))
+    for what, steps, color, marker in (("skipped", skipped, train_color, "x"),
+                                       ("train nan or inf", bad["train"] - skipped, train_color, "x"),
+                                       ("val nan or inf", bad["val"], val_color, "+")):
+        if steps:
+            axis.plot(sorted(steps), [0.02 + 0.03 * row] * len(steps), color=color, marker=marker,
+                      linestyle="none", transform=axis.get_xaxis_transform(),
+                      label=f"{name}{what} ({len(steps)})")
 
 
-def save_figure(figure, out_path: Path) -> None:
-    """Write a figure; UserError for a suffix that is no picture's."""
-    import matplotlib.pyplot as plt
-
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    try:
-        figure.savefig(picture, format=out_path.suffix[1:], dpi=120)
-    except ValueError as error:  # matplotlib lists the suffixes it knows
-        raise UserError(f"out={out_path}: {error}; type --out=FIGURE.png") from error
-    write_atomically(out_path, picture.getbuffer())
-    plt.close(figure)
+def draw_band(axis, steps, middle, low, high, color: str, label: str) -> None:
+    axis.plot(steps, middle, color=color, marker="o", markersize=3, label=label)
+    axis.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)
 
 
-def log_scale(axis) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
-    axis.yaxis.set_major_formatter(FuncFormatter(format_tick))
-    axis.yaxis.set_minor_formatter(FuncFormatter(no_tick))
+def finish(axis, ylabel: str, title: str) -> None:
+    """Grid and labels of a panel; its legend below it, where it hides no curve."""
+    axis.set(xlabel="optimizer step", ylabel=ylabel, title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4, frameon=False, fontsize=9)
 
 
-def format_tick(value, position):
-    return f"{value:g}"
+# ---- two groups of runs --------------------------------------------------------
 
 
-def no_tick(value, position):
-    return ""
+def differing(a: dict, b: dict, keys: Iterable[str] = CURVE) -> str:
+    """The settings that are known of both and differ."""
+    return "; ".join(f"{key}={a[key]} and {b[key]}" for key in keys if {key} <= a.keys() & b.keys()
+                     and a[key] != b[key])
 
 
-# ---- the report ----------------------------------------------------------------
+def read_group(names: str) -> list[Run]:
+    """Two runs or more that differ by the seed alone, with finite val losses; UserError for any others."""
+    runs = read_runs(names)
+    for run in runs:
+        losses = [*run.streams.get("val", {}).values()]
+        if not (run.start and losses and np.isfinite(losses).all()):
+            raise UserError(f"{run.name} has no runs.jsonl with its seed, no val loss, or one that is nan or "
+                            f"inf; name finished runs of train_gpt2.py")
+        if others := differing(runs[0].start, run.start, (*CURVE, "data")):
+            raise UserError(f"{runs[0].name} and {run.name} differ in more than the seed: {others}; name "
+                            f"runs with the same settings and data")
+    seeds = [run.start["seed"] for run in runs]
+    if len(set(seeds)) < max(2, len(runs)):
+        raise UserError(f"{names}: seeds {', '.join(map(str, seeds))}, and estimating how much a loss varies "
+                        f"takes at least two different ones; train with another --seed=N")
+    return runs
 
 
-def pick(rows: list, kind: str, split: str) -> list:
-    return [row for row in rows if row.kind == kind and row.split == split]
+def series(runs: list[Run], stream: str) -> tuple[list[int], np.ndarray]:
+    """The steps at which all runs have a value, and the values, (runs, steps)."""
+    steps = sorted(set.intersection(*(set(run.streams[stream]) for run in runs)))
+    return steps, np.array([[run.streams[stream][step] for step in steps] for run in runs])
 
 
-def draw_report(found, title: str, streams: dict, out_path: Path) -> None:
-    """Loss by position and by frequency; where there is a log, the loss and the gap along training too."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def incomplete_beta(p: float, q: float, x: float) -> float:
+    """The regularized I_x(p, q), by a series of positive terms (NIST DLMF 8.17.8)."""
+    if x > 0.5:
+        return 1 - incomplete_beta(q, p, 1 - x)
+    term = total = math.exp(math.lgamma(p + q) - math.lgamma(p + 1) - math.lgamma(q)) * x**p * (1 - x)**q
+    n = 0
+    while term > 1e-17 * total:
+        term *= (p + q + n) / (p + 1 + n) * x
+        total, n = total + term, n + 1
+    return total
 
-    has_log = bool(pick(found.rows, "log", "val"))
-    panels = [["loss", "position"], ["gap", "band"]] if has_log else [["position", "band"]]
-    figure, axes = plt.subplot_mosaic(panels, figsize=(14, 9.5 if has_log else 5.5), layout="constrained")
-    figure.suptitle(title)
-    if has_log:
-        draw_training(axes["loss"], axes["gap"], found, streams)
-    draw_positions(axes["position"], found)
-    draw_bands(axes["band"], found)
-    for axis in axes.values():
-        axis.grid(alpha=0.3)
-        axis.legend()
+
+def welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float, float]:
+    """(mean of b less mean of a, its standard error, degrees of freedom, two-sided p): Welch (1947)."""
+    of_a, of_b = (group.var(ddof=1) / len(group) for group in (a, b))
+    difference, se = b.mean() - a.mean(), math.sqrt(of_a + of_b)
+    df = (of_a + of_b)**2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1))
+    return difference, se, df, incomplete_beta(df / 2, 0.5, df / (df + (difference / se)**2))
+
+
+def seeds_needed(effect: float, a: np.ndarray, b: np.ndarray) -> float:
+    """Runs per group that detect a difference of `effect` with 80% power at 5%, two-sided, if losses vary as
+    in a and b: the normal approximation with Guenther's (1981) correction for the t test. inf for none."""
+    z, z_power = (statistics.NormalDist().inv_cdf(share) for share in (0.975, 0.8))
+    variance = a.var(ddof=1) + b.var(ddof=1)
+    return math.ceil((z + z_power)**2 * variance / effect**2 + z**2 / 4) if effect else math.inf
+
+
+def compare_groups(groups: dict[str, list[Run]], out_path: Path) -> None:
+    """Print and draw whether the runs of group b end with another val loss than those of group a."""
+    runs = [run for group in groups.values() for run in group]
+    steps, values = series(runs, "val")
+    for run in runs:
+        if max(run.streams["val"]) > steps[-1]:
+            raise UserError(f"{run.name} has a val loss at step {max(run.streams['val']):,}, and another run "
+                            f"has none there; compare finished runs of the same length")
+    losses = dict(zip(groups, np.split(values, [len(groups["a"])])))  # (runs, steps) each
+    a, b = (group[:, -1] for group in losses.values())
+    for (name, group), last in zip(groups.items(), (a, b)):
+        each = ", ".join(f"{run.name} {loss:.4f}" for run, loss in zip(group, last))
+        print(f"{name}: mean {last.mean():.4f}, standard deviation {last.std(ddof=1):.4f} ({each})")
+    print(f"a and b differ in {differing(runs[0].start, runs[-1].start, (*CURVE, 'data')) or 'no setting'}")
+    if not a.std() + b.std() > 0:
+        raise UserError("equal losses in each group: copies of one run; name runs with different seeds")
+    difference, se, df, p = welch(a, b)
+    print(f"last val loss, step {steps[-1]:,}, b less a: {difference:+.4f} nats per token, standard error "
+          f"{se:.4f}, p = {p:.2g} (Welch's t test, {df:.1f} degrees of freedom): "
+          f"{'a difference' if p < 0.05 else 'no difference shown'} at the 5% level\n"
+          f"detecting half of it takes {seeds_needed(difference / 2, a, b):,} seeds per group (80% power, 5% "
+          f"two-sided, the same spread)")
+
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 5), layout="constrained")
+    for i, (name, values) in enumerate(losses.items()):
+        label = f"{name}: {', '.join(run.name for run in groups[name][:3])}{', ...' * (len(values) > 3)}"
+        for axis, shown in ((left, values), (right, values - losses["a"].mean(axis=0))):
+            draw_band(axis, steps, shown.mean(axis=0), shown.min(axis=0), shown.max(axis=0), f"C{i}", label)
+    log_ticks(left.yaxis)
+    finish(left, "loss (nats per token, log scale)", "Val loss: mean, lowest and highest of a group")
+    finish(right, "difference (nats per token)", "The same less the mean of a")
     save_figure(figure, out_path)
 
 
-def draw_training(loss_axis, gap_axis, found, streams: dict) -> None:
-    """The losses in the log; and val less train, from the log and as measured."""
-    from loss_report import train_around
-
-    steps, values = finite(streams["train"])
-    loss_axis.plot(steps, values, color=COLORS["train"], alpha=0.25, linewidth=0.8)
-    shown = np.unique(np.geomspace(1, len(steps), 200).astype(int)) - 1
-    loss_axis.plot(steps[shown], [train_around(steps, values, step)[0] for step in steps[shown]],
-                   color=COLORS["train"], label="train (mean of the steps within 5%)")
-    points = pick(found.rows, "log", "val")
-    loss_axis.plot([int(row.key) for row in points], [row.loss for row in points], color=COLORS["val"],
-                   marker="o", linestyle="none", label="val")
-    draw_marks(loss_axis, streams, COLORS["train"], COLORS["val"])
-    log_scale(loss_axis)
-    loss_axis.set(xlabel="optimizer step", ylabel="loss (nats per token, log scale)",
-                  title="Loss along training, from the log")
-    gap_axis.sharex(loss_axis)
-    gaps = pick(found.rows, "log", "gap")
-    gap_axis.errorbar([int(row.key) for row in gaps], [row.loss for row in gaps], [row.se for row in gaps],
-                      color="gray", marker="o", markersize=3, linewidth=1,
-                      label="from the log (error of train only)")
-    measured = [row for row in found.rows if row.kind == "gap"]
-    for i, row in enumerate(measured):  # side by side
-        aside = (i - (len(measured) - 1) / 2) * 0.015 * max(steps)
-        gap_axis.errorbar([found.step + aside], [row.loss], [row.se], color=COLORS[row.split], marker="D",
-                          markersize=6, capsize=4, linestyle="none",
-                          label=f"measured, {SPLITS[row.split]}: {row.loss:+.4f} \u00b1 {row.se:.4f}")
-    gap_axis.axhline(0, color="black", linewidth=0.8)
-    gap_axis.set(xlabel="optimizer step", ylabel="difference (nats per token)",
-                 title="Train-val gap: val less train (bars: \u00b11 standard error)")
+# ---- a run and a reference -----------------------------------------------------
 
 
-def draw_positions(axis, found) -> None:
-    from matplotlib.ticker import FuncFormatter, NullLocator
+def band(steps: list[int], values: np.ndarray, floor: np.ndarray) -> list[list[float]]:
+    """[step, mean, low, high] of each step: the range expected for a run with another seed.
 
-    for split in ("train", "val"):
-        bins = pick(found.rows, "positions", split)
-        ends = np.array([[int(end) for end in row.key.split("-")] for row in bins])
-        x = np.sqrt(ends.prod(axis=1))
-        loss, se = np.array([(row.loss, row.se) for row in bins]).T
-        axis.plot(x, loss, color=COLORS[split], marker="o", markersize=3, label=split)
-        axis.fill_between(x, loss - se, loss + se, color=COLORS[split], alpha=0.2, linewidth=0)
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(FuncFormatter(format_tick))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.set(xlabel="tokens of context (log scale)", ylabel="loss (nats per token)",
-             title="Loss by position in the context (shaded: \u00b11 standard error)")
+    values: (seeds, steps); floor: minimum half-width, (steps,). A new value differs from the mean of n by
+    sd sqrt(1 + 1/n), its own spread plus the mean's; a band is three times that to either side. The sd of
+    three seeds at one step is uncertain, and by itself would put a correct run outside at one step in ten
+    (Student's t, 2 degrees of freedom): so the sd is taken as at least its median over the steps.
+    """
+    mean, sd = values.mean(axis=0), values.std(axis=0, ddof=1)
+    half = np.maximum(3 * np.maximum(sd, np.median(sd)) * math.sqrt(1 + 1 / len(values)), floor)
+    return [list(row) for row in zip(steps, mean.tolist(), (mean - half).tolist(), (mean + half).tolist())]
 
 
-def draw_bands(axis, found) -> None:
-    bands = pick(found.rows, "band", "val")
-    places = np.arange(len(bands))
-    for aside, split in ((-0.2, "train"), (0.2, "val")):
-        rows = pick(found.rows, "band", split)
-        axis.bar(places + aside, [row.loss for row in rows], 0.4, yerr=[row.se for row in rows], capsize=3,
-                 color=COLORS[split], label=split)
-    axis.hlines([row.unigram for row in bands], places - 0.4, places + 0.4, color="black",
-                label="unigram model on val")
-    names = [f"{band_name(row.key)}\n{row.token_share:.1%} of tokens\n{row.loss_share:.1%} of loss"
-             for row in bands]
-    axis.set_xticks(places, names, fontsize=9)
-    axis.set(xlim=(-0.6, len(bands) - 0.4), ylabel="loss (nats per token)",
-             xlabel="rank of the token by its count in training, and its shares of val",
-             title="Loss by token frequency (bars: \u00b11 standard error)")
+def make_reference(runs: list[Run], path: Path) -> None:
+    """Write the mean val losses and the bands of runs that differ by the seed alone."""
+    if path.exists() or path.suffix != ".json":
+        raise UserError(f"ref={path} {'exists' if path.exists() else 'is not a .json'}; give another name: "
+                        f"--ref=NAME.json")
+    if any(stream not in run.streams for run in runs for stream in BANDED):
+        raise UserError(f"make={make}: a log has no {' or '.join(BANDED)}; name runs of train_gpt2.py")
+    found = {stream: series(runs, stream) for stream in ("val", *BANDED)}
+    start, steps = runs[0].start, found["val"][0]
+    reference = {
+        "source": f"{len(runs)} runs, bands mean +- max(3 sd sqrt(1 + 1/{len(runs)}), {FLOOR:.0%} of loss); "
+                  + "; ".join(f"seed {run.start['seed']}, git {run.start.get('git')}, "
+                              f"{run.start.get('device')}" for run in runs),
+        "data": start["data"], "settings": {key: start[key] for key in CURVE if key in start},
+        "val": [*zip(steps, found["val"][1].mean(axis=0).tolist())],
+        "bands": {stream: band(*found[stream], FLOOR * found[scale][1].mean(axis=0))
+                  for stream, scale in BANDED.items()}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in reference.items())
+    write_atomically(path, f"{{{lines}}}\n".encode())
+    print(f"{path}: {len(steps)} steps, {steps[0]} to {steps[-1]}, {reference['source']}")
 
 
-def band_name(key: str) -> str:
-    return "-".join(f"{int(end):,}" if end.isdigit() else end for end in key.split("-"))
+def compare(run: Run, path: Path, out_path: Path) -> bool:
+    """Print and draw a run beside a reference; False if it has bands and a value is outside."""
+    reference = read_json(path, REFERENCE)
+    if others := differing(reference["settings"], run.start):
+        raise UserError(f"{path} and {run.name} have different settings: {others}; compare with a reference "
+                        f"for these settings (--make makes one)")
+    print(f"reference: {reference['source']}")
+    if run.start.get("data") != reference["data"]:
+        print(f"data: {run.start.get('data', 'unknown (no runs.jsonl)')}; the reference's: "
+              f"{reference['data']}. Losses on different data are not directly comparable")
+
+    # a reference without bands: val, and a band of no width
+    expected = reference["bands"] or {"val": [[step, *3 * [mean]] for step, mean in reference["val"]]}
+    figure, axes = pyplot().subplots(2, len(expected), figsize=(10, 8), squeeze=False, layout="constrained")
+    rows = []
+    for (stream, points), (top, bottom) in zip(expected.items(), axes.T):
+        ours, (title, unit) = run.streams.get(stream, {}), TITLES[stream]
+        steps, mean, low, high = np.array(points).reshape(-1, 4).T
+        value = np.array([ours.get(int(step), math.nan) for step in steps])
+        for axis, zero in ((top, 0), (bottom, mean)):
+            draw_band(axis, steps, mean - zero, low - zero, high - zero, "gray", "reference")
+            axis.plot(steps, value - zero, color="C0", marker="o", markersize=3, label=run.name)
+        rows += [[f"{step}", stream, f"{ours[step]:.4f}", f"{mean:.4f}", f"{ours[step] - mean:+.4f}",
+                  f"{low:.4f} to {high:.4f}", "inside" if low <= ours[step] <= high else "OUTSIDE"]  # nan too
+                 for step, mean, low, high in points if step in ours]
+        finish(top, f"loss ({unit})", title)
+        finish(bottom, f"difference ({unit})", "Run less reference")
+    if not rows:
+        raise UserError(f"{run.name} has no {' or '.join(expected)} at any step of {path}: "
+                        f"{', '.join(f'{point[0]}' for point in points[:3])}, ...; compare again later, or "
+                        f"train with a --val_interval that meets these")
+    save_figure(figure, out_path)
+    heading = ["step", "stream", "run", "reference", "difference", "band", ""]
+    if not reference["bands"]:
+        print("", *table(heading[:5], [row[:5] for row in rows]), "", sep="\n")
+        print("no verdict: this reference is of one seed and has no bands")
+        return True
+    outside, last, end = [row for row in rows if row[-1] == "OUTSIDE"], rows[-1][0], str(points[-1][0])
+    print("", *table(heading, rows), "", sep="\n")
+    print(f"{'' if last == end else 'so far '}{'outside' if outside else 'inside'}: "
+          f"{len(rows) - len(outside)} of {len(rows)} values up to step {last} of {end} are in the bands"
+          + (f"; the first that is not is {outside[0][1]} at step {outside[0][0]}" if outside else ""))
+    return not outside
 
 
-def table(found) -> list[str]:
-    """What the report prints: each split and gap, some positions, the bands."""
-    lines = [f"{'':28}{'tokens':>12}{'loss':>10}{'+-':>9}{'bits per byte':>15}{'unigram':>10}"]
-    for row in found.rows:
-        if row.kind == "loss":
-            lines.append(f"{SPLITS[row.split]:28}{row.n_tokens:12,.0f}{row.loss:10.4f}{row.se:9.4f}"
-                         f"{row.bits_per_byte:15.4f}{row.unigram:10.4f}")
-        if row.kind == "gap":
-            lines.append(f"{'val less ' + SPLITS[row.split]:40}{row.loss:10.4f}{row.se:9.4f}"
-                         f"{row.bits_per_byte:15.4f}")
-    lines += ["", f"{'tokens of context':28}{'val':>10}{'+-':>9}{'train':>10}{'+-':>9}"]
-    shown = {2**i for i in range(found.T.bit_length())} | {found.T}
-    for val, train in zip(pick(found.rows, "position", "val"), pick(found.rows, "position", "train")):
-        if int(val.key) in shown:
-            lines.append(f"{int(val.key):<28,}{val.loss:10.4f}{val.se:9.4f}{train.loss:10.4f}{train.se:9.4f}")
-    lines += ["", (f"{'rank in training':18}{'ids':>8}{'of val':>9}{'val':>10}{'+-':>9}{'train':>10}{'+-':>9}"
-                   f"{'unigram':>10}{'of val loss':>13}")]
-    for val, train in zip(pick(found.rows, "band", "val"), pick(found.rows, "band", "train")):
-        lines.append(f"{band_name(val.key):18}{found.band_ids[val.key]:8,}{val.token_share:9.2%}"
-                     f"{val.loss:10.4f}{val.se:9.4f}{train.loss:10.4f}{train.se:9.4f}{val.unigram:10.4f}"
-                     f"{val.loss_share:13.2%}")
-    return [line.replace("nan", "  -") for line in lines]
-
-
-def to_csv(rows: list) -> bytes:
-    file = io.StringIO(newline="")
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(rows[0]._fields)
-    for row in rows:
-        values = (f"{value:.10g}" if isinstance(value, float) else value for value in row)
-        writer.writerow("" if value == "nan" else value for value in values)
-    return file.getvalue().encode()
-
-
-def find_model() -> tuple[str, Path]:
-    """What to measure, and the folder that its log is in and the report goes to."""
-    from checkpoint import holds_checkpoint, split_best
-
-    folder = Path(log_dir)
-    if checkpoint:
-        path = split_best(checkpoint)[0]
-        if log_dir != "log":
-            raise UserError(f"checkpoint={checkpoint} and log_dir={log_dir}: a report takes the log beside "
-                            f"its checkpoint; leave one of the two out")
-        if not path.exists():  # a name on the hub
-            return checkpoint, Path()
-        return checkpoint, path.parent if path.is_file() else path
-    if "," in log_dir:
-        raise UserError(f"log_dir={log_dir}: a report is of one run; type --report "
-                        f"--log_dir={log_dir.split(',')[0]}")
-    if not folder.is_dir() or not holds_checkpoint(folder):
-        raise UserError(f"log_dir={log_dir}: no checkpoint there to report on; name a run's folder with "
-                        f"--log_dir=FOLDER, or a model with --checkpoint=FILE, or train one with make demo")
-    return log_dir, folder
-
-
-def make_report() -> None:
-    if log or model_size or val_baseline:
-        raise UserError("log, model_size and val_baseline are for figures of logs; leave these or --report "
-                        "out")
-    source, folder = find_model()
-    figure_path = Path(out) if out else folder / "report.png"
-    csv_path = figure_path.with_suffix(".csv")
-    if figure_path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"out={out}: wanted a figure; type --out=FIGURE.png, or .svg or .pdf")
-    for path in (figure_path, csv_path):
-        if path.exists():
-            raise UserError(f"{path} is there already; delete it yourself if you no longer need it, or give "
-                            f"another one with --out=FIGURE.png")
-    log_path = folder / "log.txt"
-    streams = parse_log(log_path) if log_path.is_file() else {}
-
-    from loss_report import along_training, measure
-
-    found = measure(source, data_dir, val_tokens, device, dtype, seed)
-    found.rows.extend(along_training(streams))
-    title = f"{source}, step {found.step:,}: " + (
-        "what it has seen of these tokens is not known" if math.isnan(found.epochs) else
-        f"{found.epochs:.2f} epochs of {found.n_train_tokens:,} train tokens")
-    print(f"{title}\n"
-          f"data: {found.data_dir}; val: the first of {found.n_val_tokens:,} tokens; "
-          f"train: windows drawn from all {found.n_train_tokens:,}\n"
-          f"ranks: by count in the first {found.n_counted:,} train tokens\n"
-          f"{found.precision}, windows of {found.T} tokens; +- is one standard error, windows the unit\n")
-    print("\n".join(table(found)))
-    csv_path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(csv_path, to_csv(found.rows))
-    draw_report(found, title, streams, figure_path)
-    print(f"\nfigure: {figure_path}\ntable: {csv_path}")
-
-
-def main() -> None:
-    if report:
-        return make_report()
-    if checkpoint or data_dir or val_tokens:
-        raise UserError("checkpoint, data_dir and val_tokens are for a report; type --report beside them")
-    if log and log_dir != "log":
-        raise UserError(f"log={log} and log_dir={log_dir}: both name the logs to draw; leave one of them out")
-    if val_baseline and model_size not in VAL_LOSS_GPT2:
-        raise UserError(f"val_baseline: no val loss is known of model_size={model_size!r}; type "
-                        f"--model_size={' or '.join(VAL_LOSS_GPT2)}")
-    paths = [find_log(name) for name in (log or log_dir).split(",")]
-    logs = {str(path.parent if path.name == "log.txt" else path): parse_log(path) for path in paths}
-    for path, streams in zip(paths, logs.values()):
-        if not {"train", "val", "hella"} & streams.keys():
-            raise UserError(f"{path}: no line of train, val or hella, so nothing to draw; wait until the run "
-                            f"has made a step, or name another log")
-    reason = why_no_val_baseline(paths) if model_size in VAL_LOSS_GPT2 and not val_baseline else ""
-    out_path = Path(out) if out else paths[0].parent / "log_plot.png"
-    draw(logs, out_path, model_size in VAL_LOSS_GPT2 and not reason)
-    for name, streams in logs.items():
-        lines = {"last values": {}, "last gradient norms": {}, "steps marked": {
-            what: len(steps) for what, steps in marked_steps(streams).items()}}
-        for stream in streams:
-            values = finite(streams[stream])[1]
-            if len(values):
-                what = "last gradient norms" if stream.startswith("norm_") else "last values"  # of the layers
-                lines[what][stream.removeprefix("norm_")] = f"{values[-1]:.6g}"
-        for what, values in lines.items():
-            text = ", ".join(f"{stream} {value}" for stream, value in values.items())
-            if text or what == "last values":
-                print(f"{name}, {what}: {text or 'none yet'}")
-    if reason:
-        print(f"note: OpenAI GPT-2 {model_size}'s val loss on FineWeb-Edu is not drawn: {reason}; "
-              f"--val_baseline draws it anyway")
+def main() -> int:
+    """The exit code: 1 for a run outside its reference's bands, otherwise 0."""
+    if make:
+        make_reference(read_group(make), Path(ref))
+        return 0
+    groups = {"a": read_group(a), "b": read_group(b)} if a or b else {}
+    runs = groups["a"] if groups else read_runs(log or log_dir)
+    if sum(map(bool, (groups, ref, model_size))) > 1 or (ref and len(runs) > 1):
+        raise UserError("several runs, --ref of one run, and --a with --b are different figures; draw one")
+    name = "groups.png" if groups else "comparison.png" if ref else "log_plot.png"
+    out_path = Path(out or runs[0].path.with_name(name))
+    inside = True
+    if groups:
+        compare_groups(groups, out_path)
+    elif ref:
+        inside = compare(runs[0], Path(ref), out_path)
+    else:
+        plot_runs(runs, out_path)
     print(f"figure: {out_path}")
+    return int(not inside)
 
 
 if __name__ == "__main__":
     configure(globals())
-    main()
+    sys.exit(main())

@@ -304,6 +304,17 @@ class TokenStream:
         return tokens
 
 
+def open_stream(data_dir: str | Path, split: str, tok, T: int) -> TokenStream:
+    """A split for a model with the tokenizer `tok` and a context of T tokens. Raises UserError where the
+    shards have another vocabulary or fewer than T + 1 tokens."""
+    stream = TokenStream(data_dir, split)
+    stream.require_tokenizer(tok, "give --data_dir=FOLDER of shards with the model's vocabulary, or ")
+    if len(stream) < T + 1:
+        raise UserError(f"data_dir={data_dir} has {len(stream):,} {split} tokens, fewer than a window of the "
+                        f"model's context, {T + 1:,}; give --data_dir=FOLDER of a longer text")
+    return stream
+
+
 def _open(paths, i, process):
     """Shard i, opened once per process: a forked child that shared it would move its parent's position."""
     return open(paths[i], "rb", buffering=0)

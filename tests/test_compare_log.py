@@ -1,5 +1,6 @@
-"""compare_log.py: right curves are inside the band and wrong ones are not, whoever made them and when."""
+"""plot_log.py --ref: right curves are inside the band and wrong ones are not, whoever made them and when."""
 
+import csv
 import json
 import re
 import subprocess
@@ -9,17 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compare_log import CURVE, FLOOR, JUDGED, bands, read_run
-from plot_log import parse_log
+import plot_log
+from configurator import UserError, configure
+from files import read_json
+from plot_log import BANDED, CURVE, FLOOR, REFERENCE, band, parse_log, read_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = range(0, 1201, 200)
 DEMO = ROOT / "results" / "demo_cpu"  # a real run
-
-
-def script(cwd, *flags):
-    command = [sys.executable, str(ROOT / "compare_log.py"), *flags]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+SCRIPT = [sys.executable, str(ROOT / "plot_log.py")]
 
 
 def write_run(folder, seed, shift=0.0, steps=STEPS, data="d5705165a538cab6", unigram=5.4, settings=None):
@@ -31,38 +30,55 @@ def write_run(folder, seed, shift=0.0, steps=STEPS, data="d5705165a538cab6", uni
         lines += [f"{step} val {val:.8g}", f"{step} val_bpb {val / 1.51:.8g}", f"{step} train {val:.8g}"]
     (folder / "log.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     config = {"seed": seed, "n_layer": 6, "max_lr": 2e-3, "max_steps": 1200, "device": "cpu"}
-    record = {"config": config | (settings or {}), "data": data, "git": "abc", "torch": "2.13.0",
-              "device": "EPYC", "world_size": 1}
-    (folder / "runs.jsonl").write_text('{"config": {"n_layer": 99}}\n' + json.dumps(record) + "\n",
-                                       encoding="utf-8")
+    start = {"config": config | (settings or {}), "data": data, "git": "abc", "device": "EPYC"}
+    earlier = {"config": {"seed": 99, "n_layer": 99}, "data": ""}
+    (folder / "runs.jsonl").write_text(f"{json.dumps(earlier)}\n{json.dumps(start)}\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script(cwd, *flags): plot_log.py in this process; its exit code, what it prints, and its figure."""
+    def run(cwd, *flags):
+        figures = []
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(plot_log, "save_figure", lambda figure, path: figures.append(figure))
+        for key in ("log_dir", "ref", "make", "out"):
+            monkeypatch.setattr(plot_log, key, "")
+        configure(vars(plot_log), list(flags))
+        code = plot_log.main()
+        plot_log.pyplot().close("all")
+        return code, capsys.readouterr().out.rpartition("figure: ")[0], *figures
+    return run
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with three runs and the reference made of them."""
+    """A folder with three runs and the reference made of them, by the command itself."""
     folder = tmp_path_factory.mktemp("made")
     for seed, name in enumerate("abc"):
         write_run(folder / name, seed)
-    done = script(folder, "--make=a,b,c", "--ref=reference/demo.log")
+    done = subprocess.run([*SCRIPT, "--make=a,b,c", "--ref=reference/demo.json"], cwd=folder,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("reference/demo.log: 7 steps, 0 to 1200, mean of 3 seeds +- max(3 sd")
+    assert done.stdout.startswith("reference/demo.json: 7 steps, 0 to 1200, 3 runs, bands mean +- max(3 sd")
     return folder
 
 
-def compare(made, run, ref="demo.log"):
-    return script(made, f"--run={run}", f"--ref={made / 'reference' / ref}")
+@pytest.fixture
+def compare(made, script):
+    """compare(run): what the script says of a run beside that reference."""
+    return lambda run: script(made, f"--log_dir={run}", "--ref=reference/demo.json")
 
 
 def test_bands_are_the_formula():
-    """Against numpy: three steps of five seeds, of which one has less spread than the median, one a floor."""
-    values = np.random.default_rng(0).normal(3, [[0.1], [0.01], [0.02]], (3, 5))
-    found = bands(dict(enumerate(values.tolist())), {0: 0.0, 1: 0.0, 2: 9.0})
-    sd, means = values.std(axis=1, ddof=1), values.mean(axis=1)
+    """Three steps of five seeds, of which one has less spread than the median, one a floor."""
+    values = np.random.default_rng(0).normal(3, [0.1, 0.01, 0.02], (5, 3))
+    sd, means = values.std(axis=0, ddof=1), values.mean(axis=0)
     assert sd[0] > sd[2] > sd[1]
-    half = [3 * sd[0] * np.sqrt(6 / 5), 3 * sd[2] * np.sqrt(6 / 5), 9]
-    for step in range(3):
-        assert found[step] == pytest.approx((means[step], means[step] - half[step], means[step] + half[step]))
+    half = np.array([3 * sd[0] * np.sqrt(6 / 5), 3 * sd[2] * np.sqrt(6 / 5), 9])
+    found = band([0, 7, 9], values, np.array([0, 0, 9]))
+    np.testing.assert_allclose(found, np.transpose([(0, 7, 9), means, means - half, means + half]))
 
 
 def test_how_often_a_right_run_is_outside():
@@ -74,122 +90,169 @@ def test_how_often_a_right_run_is_outside():
         runs = 1 + spread * rng.standard_normal((2000, 4, 7))
         count = 0
         for *seeds, new in runs:
-            found = bands(dict(enumerate(np.transpose(seeds).tolist())), dict.fromkeys(range(7), floor))
-            count += any(not found[step][1] <= new[step] <= found[step][2] for step in range(7))
+            _, _, low, high = np.transpose(band([*range(7)], np.array(seeds), np.full(7, floor)))
+            count += not ((low <= new) & (new <= high)).all()
         return count / len(runs)
 
     assert 0.09 < outside(0.003, 0.0) < 0.16
     assert outside(0.003, FLOOR) < 0.03
 
 
-def test_a_reference_is_a_log_and_its_facts(made):
-    streams = parse_log(made / "reference" / "demo.log")
-    assert set(streams) == {"unigram", "val", *(f"{s}{end}" for s in JUDGED for end in ("", "_low", "_high"))}
-    runs = [read_run(str(made / name))[0] for name in "abc"]
-    for stream in ("val", *JUDGED):
-        assert list(streams[stream]) == list(STEPS)
-        for step in STEPS:
-            assert streams[stream][step] == pytest.approx(np.mean([r[stream][step] for r in runs]), rel=1e-7)
-    for step in STEPS:  # the floors are shares of the loss, also where val_minus_unigram is nearly 0
-        for stream, scale in JUDGED.items():
-            half = streams[f"{stream}_high"][step] - streams[stream][step]
-            assert half >= 0.999 * FLOOR * streams[scale][step]
-    facts = json.loads((made / "reference" / "demo.json").read_text(encoding="utf-8"))
-    assert facts["seeds"] == [0, 1, 2] and facts["data"] == "d5705165a538cab6"
-    assert [origin["git"] for origin in facts["made_from"]] == ["abc"] * 3
-    assert facts["settings"] == {"n_layer": 6, "max_lr": 2e-3, "max_steps": 1200}
+def test_a_reference_is_the_mean_the_bands_and_what_they_come_from(made):
+    reference = read_json(made / "reference" / "demo.json", REFERENCE)
+    runs = [run.streams for run in read_runs(",".join(str(made / name) for name in "abc"))]
+    means = {stream: [np.mean([run[stream][step] for run in runs]) for step in STEPS]
+             for stream in ("val", *BANDED)}
+    np.testing.assert_allclose(reference["val"], [*zip(STEPS, means["val"])])
+    for stream, scale in BANDED.items():  # the floors are shares of the loss, also where that is nearly 0
+        steps, mean, low, high = np.transpose(reference["bands"][stream])
+        np.testing.assert_allclose((steps, mean), (STEPS, means[stream]))
+        assert ((high - mean) >= 0.999 * FLOOR * np.array(means[scale])).all()
+        np.testing.assert_allclose(high - mean, mean - low)
+    assert reference["data"] == "d5705165a538cab6"
+    assert all(f"seed {seed}, git abc, EPYC" in reference["source"] for seed in range(3))
+    assert reference["settings"] == {"n_layer": 6, "max_lr": 2e-3, "max_steps": 1200}
 
 
-def test_a_right_run_is_inside(made):
+def test_a_right_run_is_inside(compare, tmp_path):
     for seed in range(10, 14):
-        done = compare(made, write_run(made / f"right{seed}", seed))
-        assert done.returncode == 0, done.stdout
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3 + 14 + 2 and lines[3].split()[:2] == ["0", "val_bpb"]
-    assert all(line.endswith("  inside") for line in lines[3:17])
-    assert lines[-1] == "inside: 14 of 14 values up to step 1200 of 1200 are in the band"
+        code, out, figure = compare(write_run(tmp_path / f"right{seed}", seed))
+        assert code == 0, out
+    lines = out.splitlines()
+    assert [line.endswith("  inside") for line in lines].count(True) == 14
+    assert lines[-1] == "inside: 14 of 14 values up to step 1200 of 1200 are in the bands"
+    value = parse_log(tmp_path / "right13" / "log.txt")["val_bpb"][200]
+    assert re.search(rf"^200 +val_bpb +{value:.4f} ", out, re.M)
+    for axis in figure.get_axes():
+        assert [text.get_text() for text in axis.get_legend().get_texts()] == ["reference", "right13"]
+        assert axis.get_lines()[1].get_xdata().tolist() == list(STEPS) and len(axis.collections) == 1
 
 
 @pytest.mark.parametrize("shift", [-0.3, 0.3, float("nan")])
 def test_a_wrong_run_is_outside(made, tmp_path, shift):
     """Worse, too good to be true, or not a number; step 0, before any training, is right."""
-    done = compare(made, write_run(tmp_path / "wrong", 10, shift))
-    assert done.returncode == 1 and done.stdout.count("OUTSIDE") == 12, done.stdout
-    assert done.stdout.endswith("\noutside: 2 of 14 values up to step 1200 of 1200 are in the band; "
-                                "the first that is not is val_bpb at step 200\n")
+    write_run(tmp_path / "wrong", 10, shift)
+    done = subprocess.run([*SCRIPT, "--log_dir=wrong", f"--ref={made}/reference/demo.json"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.count("OUTSIDE") == 12, done
+    assert done.stdout.endswith("\noutside: 2 of 14 values up to step 1200 of 1200 are in the bands; the "
+                                "first that is not is val_bpb at step 200\nfigure: wrong/comparison.png\n")
+    assert (tmp_path / "wrong" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_value_is_enough_and_either_stream_can_be_it(made, tmp_path):
+def test_one_value_is_enough_and_either_stream_can_be_it(compare, tmp_path):
     run = write_run(tmp_path / "bpb", 10)
     log = run / "log.txt"
     good = log.read_text(encoding="utf-8")
     value = parse_log(log)["val_bpb"][800]
-    log.write_text(f"{good}800 val_bpb {1.05 * value}\n", encoding="utf-8")
-    done = compare(made, run)
-    assert done.returncode == 1 and done.stdout.count("OUTSIDE") == 1
-    assert done.stdout.endswith("the first that is not is val_bpb at step 800\n")
-    log.write_text(f"{good}0 unigram 5.0\n", encoding="utf-8")  # another unigram: easier data
-    done = compare(made, run)
-    assert done.returncode == 1 and done.stdout.count("OUTSIDE") == 7
-    assert "the first that is not is val_minus_unigram at step 0" in done.stdout
+    for line, n, first in ((f"800 val_bpb {1.05 * value}", 1, "val_bpb at step 800"),
+                           ("0 unigram 5.0", 7, "val_minus_unigram at step 0")):  # easier data
+        log.write_text(f"{good}{line}\n", encoding="utf-8")
+        code, out, _ = compare(run)
+        assert code == 1 and out.count("OUTSIDE") == n
+        assert out.endswith(f"the first that is not is {first}\n")
 
 
-def test_a_run_still_in_training(made, tmp_path):
-    done = compare(made, write_run(tmp_path / "short", 10, steps=range(0, 500, 100)))
-    assert done.returncode == 0
-    assert done.stdout.endswith("\nso far inside: 6 of 6 values up to step 400 of 1200 are in the band\n")
-    done = compare(made, write_run(tmp_path / "bad", 10, 0.3, steps=range(0, 500, 100)))
-    assert done.returncode == 1 and "\nso far outside: 2 of 6 values" in done.stdout
-    done = compare(made, write_run(tmp_path / "other", 10, steps=range(50, 500, 100)))
-    assert done.returncode == 2 and re.search(r"no val_bpb at any step of .*: 0, 200, 400", done.stderr)
+def test_a_run_still_in_training(compare, tmp_path):
+    code, out, _ = compare(write_run(tmp_path / "short", 10, steps=range(0, 500, 100)))
+    assert code == 0
+    assert out.endswith("\nso far inside: 6 of 6 values up to step 400 of 1200 are in the bands\n")
+    code, out, _ = compare(write_run(tmp_path / "bad", 10, 0.3, steps=range(0, 500, 100)))
+    assert code == 1 and "\nso far outside: 2 of 6 values" in out
+    with pytest.raises(UserError, match=r"no val_bpb or val_minus_unigram at any step of .*: 0, 200, 400, "):
+        compare(write_run(tmp_path / "other", 10, steps=range(50, 500, 100)))
 
 
-def test_other_data_is_said_and_other_settings_are_refused(made, tmp_path):
-    assert "data:" not in compare(made, made / "a").stdout
-    done = compare(made, write_run(tmp_path / "data", 10, data="ffff"))
-    assert done.returncode == 0
-    assert "data:      ffff, the reference's is d5705165a538cab6: another corpus" in done.stdout
+def test_other_data_is_reported_and_other_settings_are_refused(compare, made, tmp_path):
+    assert "data:" not in compare(made / "a")[1]
+    code, out, _ = compare(write_run(tmp_path / "data", 10, data="ffff"))
+    assert code == 0 and "data: ffff; the reference's: d5705165a538cab6. Losses" in out
     for key, value in (("n_layer", 4), ("max_lr", 3e-3), ("max_steps", 600)):
-        done = compare(made, write_run(tmp_path / key, 10, settings={key: value}))
-        assert done.returncode == 2 and f" and {value};" in done.stderr, done
+        with pytest.raises(UserError, match=f"{key}=.* and {value}; compare"):
+            compare(write_run(tmp_path / key, 10, settings={key: value}))
     # what does not move the curve, or is not known to the older of the two, is no reason to refuse
-    done = compare(made, write_run(tmp_path / "same", 10, settings={"device": "cuda", "optimizer": "adamw"}))
-    assert done.returncode == 0
-    for text in ('{"config": {"n_l', "{}\n[]", '{}\n{"data": "ffff"}'):
-        (tmp_path / "same" / "runs.jsonl").write_text(text, encoding="utf-8")
-        done = compare(made, tmp_path / "same")
-        place = f"runs.jsonl, line {text.count(chr(10)) + 1}: "
-        assert done.returncode == 2 and place in done.stderr and "Traceback" not in done.stderr
-    (tmp_path / "same" / "runs.jsonl").unlink()
-    done = compare(made, tmp_path / "same" / "log.txt")
-    assert done.returncode == 0 and "has no runs.jsonl" in done.stdout
+    same = write_run(tmp_path / "same", 10, settings={"device": "cuda", "optimizer": "adamw"})
+    assert compare(same)[0] == 0
+    good = (same / "runs.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    for line in ('{"config": {"n_l', "[]", '{"data": "ffff"}'):
+        (same / "runs.jsonl").write_text(f"{good}\n{line}\n", encoding="utf-8")
+        with pytest.raises(UserError, match=r"runs\.jsonl, line 2: "):
+            compare(same)
+    (same / "runs.jsonl").unlink()
+    code, out, _ = compare(same / "log.txt")
+    assert code == 0 and "data: unknown (no runs.jsonl); the" in out
 
 
-def test_what_no_reference_is_made_of(made, tmp_path):
+def test_what_no_reference_is_made_of(script, made, tmp_path):
     runs = {"a": (0, {}), "b": (1, {}), "nan": (2, {"shift": float("nan")}),
             "same_seed": (0, {}), "data": (2, {"data": "ffff"}),
             "settings": (2, {"settings": {"max_lr": 1e-3}}), "no_val": (2, {"steps": ()})}
     for name, (seed, options) in runs.items():
         write_run(tmp_path / name, seed, **options)
-    for names, words in [("a", "two seeds or more"), ("a,same_seed", "all different; train with --seed=N"),
-                         ("a,b,data", "differ in more than the seed: data d5705165a538cab6 and ffff"),
-                         ("a,b,settings", "max_lr=0.002 and 0.001"), ("a,no_val", "no val, val_bpb"),
-                         ("a,nan", "nan has nan or inf for val at step 200, "),
-                         ("a,nosuch", "no log and no folder")]:
-        done = script(tmp_path, f"--make={names}", "--ref=r.log")
-        assert done.returncode == 2 and words in done.stderr, (names, done)
-        assert not list(tmp_path.glob("r.*"))
-    done = script(made, "--make=a,b", "--ref=reference/demo.log")
-    assert done.returncode == 2 and "is there already; remove it" in done.stderr
-    done = script(made, "--run=a", "--ref=nosuch.log")
-    assert done.returncode == 2 and "wanted a reference and its .json" in done.stderr
+    for names, words in [("a", "a: seeds 0, and .* at least two different ones"),
+                         ("a,same_seed", "seeds 0, 0, and .*train with another --seed=N"),
+                         ("a,b,data", "differ in more than the seed: data=d5705165a538cab6 and ffff"),
+                         ("a,b,settings", "max_lr=0.002 and 0.001"), ("a,no_val", "no_val has .* no val"),
+                         ("a,nan", "nan has .* nan or inf"), ("a,nosuch", "neither a log nor a folder")]:
+        with pytest.raises(UserError, match=words):
+            script(tmp_path, f"--make={names}", "--ref=r.json")
+    for ref, words in (("reference/demo.json", "demo.json exists"), ("r.log", "r.log is not a .json")):
+        with pytest.raises(UserError, match=words):
+            script(made, "--make=a,b", f"--ref={ref}")
+    with pytest.raises(FileNotFoundError, match=r"nosuch\.json"):  # a message in a process of its own
+        script(made, "--log_dir=a", "--ref=nosuch.json")
+    assert not list(tmp_path.glob("r.*"))
 
 
-def test_the_streams_are_those_that_the_training_script_logs(tmp_path):
-    streams, record = read_run(str(DEMO))
-    assert streams["val_minus_unigram"][1200] == pytest.approx(3.1986451 - 5.3934627)
-    assert list(streams["val_bpb"]) == list(STEPS)
-    assert {*CURVE} <= {*record["config"]}
-    for reference in (ROOT / "reference").glob("*.log"):
-        facts = json.loads(reference.with_suffix(".json").read_text(encoding="utf-8"))
-        assert facts["format"] == 1 and set(parse_log(reference)) >= {"val", *JUDGED}
+@pytest.mark.parametrize(("key", "value"), [
+    ("val", [[0, "x"]]), ("val", None), ("bands", [[0, 1, 2, 3]]), ("bands", {"val_bpb": [[0, 1, 2]]}),
+    ("settings", []), ("data", 5)])
+def test_a_reference_that_is_none_is_named(script, made, tmp_path, key, value):
+    reference = json.loads((made / "reference" / "demo.json").read_text(encoding="utf-8"))
+    (tmp_path / "r.json").write_text(json.dumps(reference | {key: value}), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^r\.json: .*{key}|^r\.json, {key}"):
+        script(tmp_path, f"--log_dir={made / 'a'}", "--ref=r.json")
+
+
+def test_the_streams_are_those_that_the_training_script_logs(script):
+    run, = read_runs(str(DEMO))
+    assert run.streams["val_minus_unigram"][1200] == pytest.approx(3.1986451 - 5.3934627)
+    assert list(run.streams["val_bpb"]) == list(STEPS)
+    assert {*CURVE} <= {*run.start}
+    assert set(read_json(ROOT / "reference" / "demo_cpu.json", REFERENCE)["bands"]) == set(BANDED)
+    assert "inside: 14 of 14" in script(ROOT, f"--log_dir={DEMO}", "--ref=reference/demo_cpu.json")[1]
+
+
+# ---- GPT-2 124M, one seed ------------------------------------------------------
+
+GPT2 = ROOT / "reference" / "gpt2_124m_fineweb.json"
+
+
+def test_the_reference_for_gpt2_is_the_published_curve(shared_data):
+    text = (shared_data / "reference" / "llmc_124m_fineweb10B.csv").read_text(encoding="utf-8")
+    rows = csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))
+    reference = read_json(GPT2, REFERENCE)
+    assert reference["val"] == [[int(row["step"]), float(row["val"])] for row in rows if row["val"]]
+    assert reference["val"][-1] == [19560, 3.2722] and not reference["bands"]
+    for words in ("one seed", "llm.c", "8 H100", "KellerJordan/modded-nanogpt", "2024-10-13_llmc/main.log"):
+        assert words in reference["source"]
+
+
+def test_one_seed_gives_distances_and_no_verdict(script, tmp_path):
+    """Half-way, and far from it: the distance at every common step, exit code 0."""
+    run = write_run(tmp_path / "log", 1, settings={"n_layer": 12, "n_embd": 768, "batch_tokens": 524_288})
+    losses = {step: loss + 0.25 for step, loss in read_json(GPT2, REFERENCE)["val"] if step <= 10_000}
+    (run / "log.txt").write_text("".join(f"{step} val {loss}\n" for step, loss in losses.items()),
+                                 encoding="utf-8")
+    code, out, figure = script(tmp_path, f"--ref={GPT2}", "--log_dir=log")
+    rows = re.findall(r"^(\d+) +val +([\d.]+) +[\d.]+ +([+-][\d.]+)$", out, re.M)
+    assert rows == [(f"{step}", f"{loss:.4f}", "+0.2500") for step, loss in losses.items()]
+    assert len(rows) == 41
+    assert code == 0 and "inside" not in out and out.endswith("one seed and has no bands\n")
+    assert "data: d5705165a538cab6; the reference's: FineWeb 10B" in out
+    top, bottom = figure.get_axes()
+    assert top.get_lines()[0].get_xdata()[-1] == 19_560
+    np.testing.assert_allclose(bottom.get_lines()[1].get_ydata()[:41], 0.25)
+    assert np.isnan(bottom.get_lines()[1].get_ydata()[41:]).all()
+    with pytest.raises(UserError, match="n_layer=12 and 6"):
+        script(ROOT, f"--ref={GPT2}", f"--log_dir={DEMO}")

@@ -1,8 +1,8 @@
-"""Figures of logs: what is parsed is what was logged, and every kind of log is drawn."""
+"""Figures of logs: what is parsed is what was logged, and every kind of log is drawn; groups of runs."""
 
 import json
 import math
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ import pytest
 
 import plot_log
 from configurator import UserError, configure
-from plot_log import parse_log, smooth
+from plot_log import incomplete_beta, parse_log, seeds_needed, smooth, welch
 from shards import write_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,11 +28,12 @@ def draw(monkeypatch, folder, *flags):
     figures = []
     monkeypatch.chdir(folder)
     namespace = vars(plot_log)
-    for key in ("log_dir", "log", "out", "model_size", "val_baseline"):
+    for key in ("log_dir", "log", "out", "model_size", "val_baseline", "a", "b", "ref"):
         monkeypatch.setitem(namespace, key, namespace[key])  # put back after the test
     configure(namespace, list(flags))
     monkeypatch.setattr(plot_log, "save_figure", lambda figure, path: figures.append(figure))
     plot_log.main()
+    plot_log.pyplot().close(figures[0])
     return figures[0]
 
 
@@ -46,8 +47,10 @@ def write_lines(folder, *lines, config=None):
     folder.mkdir(exist_ok=True)
     (folder / "log.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     if config:
-        record = {"config": {"seed": 1, **config}, "data": "d5705165a538cab6"}
-        (folder / "runs.jsonl").write_text(f"not read\n{json.dumps(record)}\n", encoding="utf-8")
+        starts = [{"config": {"seed": 0, "data_dir": "of an earlier start"}, "data": ""},
+                  {"config": {"seed": 1, **config}, "data": "d5705165a538cab6"}]
+        (folder / "runs.jsonl").write_text("".join(f"{json.dumps(start)}\n" for start in starts),
+                                           encoding="utf-8")
 
 
 def write_log(folder, hella=False):
@@ -68,7 +71,7 @@ def test_parse_log_takes_the_later_line_of_a_step(tmp_path):
     path.write_text("0 val 10.9\n1 tra", encoding="utf-8")  # killed while it wrote
     assert parse_log(path) == {"val": {0: 10.9}}
     path.write_text("0 val 10.9\n1 train nine\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"line 2: got '1 train nine'"):
+    with pytest.raises(UserError, match=r"line 2: '1 train nine'"):
         parse_log(path)
 
 
@@ -76,7 +79,7 @@ def test_parse_log_takes_the_later_line_of_a_step(tmp_path):
                                   "1 val 3,5", "x" * 1000])
 def test_a_line_that_is_none_of_a_log_is_named(tmp_path, line):
     write_lines(tmp_path, "0 val 10.9", line, "2 val 9")
-    with pytest.raises(UserError, match=r"log\.txt, line 2: got '.*wanted `step stream value`") as error:
+    with pytest.raises(UserError, match=r"log\.txt, line 2: '.*' is not `step stream value`") as error:
         parse_log(tmp_path / "log.txt")
     assert len(str(error.value)) < len(str(tmp_path)) + 200
 
@@ -115,26 +118,25 @@ def test_values_that_are_not_finite_are_left_out_and_marked(tmp_path, monkeypatc
     steps = [step for step in range(400) if step not in (20, 40)]
     assert raw.get_xdata().tolist() == steps and raw.get_ydata().tolist() == [train[step] for step in steps]
     found = lines_of(losses)
-    marks = {"log skipped (2)": [20, 30], "log train nan or inf (1)": [40],
-             "log val nan or inf (2)": [200, 399]}
-    assert list(found) == ["log train (mean of 3 steps)", "log val (last 4.500, best 4.000)", *marks]
-    smoothed = found["log train (mean of 3 steps)"]
+    marks = {"log: skipped (2)": [20, 30], "log: train nan or inf (1)": [40],
+             "log: val nan or inf (2)": [200, 399]}
+    assert list(found) == ["log: train (mean of 3 steps)", "log: val (last 4.500, best 4.000)", *marks]
+    smoothed = found["log: train (mean of 3 steps)"]
     assert smoothed.get_xdata().tolist() == steps
     np.testing.assert_allclose(smoothed.get_ydata()[18:21], np.mean(  # steps 18, 19, 21
         [[train[k] for k in window] for window in ((17, 18, 19), (18, 19, 21), (19, 21, 22))], axis=1))
-    assert found["log val (last 4.500, best 4.000)"].get_xdata().tolist() == [0, 100, 300, 390]
+    assert found["log: val (last 4.500, best 4.000)"].get_xdata().tolist() == [0, 100, 300, 390]
     for label, marked in marks.items():
         assert list(found[label].get_xdata()) == marked and found[label].get_linestyle() == "None"
     assert list(lines_of(hella)) == ["log (last 0.260)"]
-    assert capsys.readouterr().out.splitlines()[:2] == [
-        f"log, last values: train {train[399]:.6g}, skipped 2, val 4.5, hella 0.26",
-        "log, steps marked: skipped 2, train nan or inf 1, val nan or inf 2"]
+    assert capsys.readouterr().out.startswith(
+        f"log, last values: train {train[399]:.6g}, val 4.5, hella 0.26\n")
 
 
 def test_a_run_of_nothing_but_nan(tmp_path, monkeypatch, capsys):
     write_lines(tmp_path / "log", "0 val nan", "0 train nan", "0 hella inf")
     losses, = draw(monkeypatch, tmp_path).get_axes()  # no panel for a HellaSwag without values
-    assert list(lines_of(losses)) == ["log train nan or inf (1)", "log val nan or inf (1)"]
+    assert list(lines_of(losses)) == ["log: train nan or inf (1)", "log: val nan or inf (1)"]
     assert "log, last values: none yet\n" in capsys.readouterr().out
 
 
@@ -155,8 +157,8 @@ def test_the_val_loss_of_gpt2_is_drawn_beside_fineweb_edu_alone(tmp_path, monkey
     def drawn(*flags):
         figure = draw(monkeypatch, tmp_path, "--model_size=124M", "--val_baseline=no", *flags)
         losses, hella = figure.get_axes()
-        assert list(lines_of(hella))[-2:] == ["OpenAI GPT-2 124M on HellaSwag (0.294)",
-                                              "OpenAI GPT-3 124M on HellaSwag (0.337)"]
+        assert list(lines_of(hella))[-2:] == ["OpenAI GPT-2 124M (0.294)",
+                                              "OpenAI GPT-3 124M (0.337)"]
         found, out = lines_of(losses), capsys.readouterr().out
         assert (line in found) != ("--val_baseline draws it anyway" in out)
         assert line not in found or found[line].get_ydata()[0] == plot_log.VAL_LOSS_GPT2["124M"]
@@ -164,13 +166,12 @@ def test_the_val_loss_of_gpt2_is_drawn_beside_fineweb_edu_alone(tmp_path, monkey
 
     assert {name for name in cases if drawn(f"--log_dir={name}")[0]} == {"edu", "made"}
     assert drawn("--log_dir=edu,made")[0] and not drawn("--log_dir=edu,python")[0]
-    assert "python/log.txt is of a run on python_corpus;" in drawn("--log_dir=edu,python")[1]
+    assert "python was trained on python_corpus;" in drawn("--log_dir=edu,python")[1]
     assert "no runs.jsonl beside unknown/log.txt" in drawn("--log_dir=unknown")[1]
     assert drawn("--log_dir=python", "--val_baseline")[0]
-    with pytest.raises(UserError, match=r"val_baseline: .*type --model_size=124M"):
-        draw(monkeypatch, tmp_path, "--log_dir=edu", "--model_size=350M", "--val_baseline")
     for record in ("[]", '{"config": {}}', "garbage"):
-        (tmp_path / "edu" / "runs.jsonl").write_text(f"{{}}\n{record}\n", encoding="utf-8")
+        (tmp_path / "edu" / "runs.jsonl").write_text(
+            f'{{"config": {{"seed": 1}}, "data": ""}}\n{record}\n', encoding="utf-8")
         with pytest.raises(UserError, match=r"edu/runs\.jsonl, line 2"):
             draw(monkeypatch, tmp_path, "--log_dir=edu", "--model_size=124M", "--val_baseline=no")
 
@@ -180,11 +181,9 @@ def test_log_names_files(tmp_path, monkeypatch, capsys):
     write_lines(tmp_path, "0 val 4")
     (tmp_path / "log.txt").rename(tmp_path / "old.log")
     losses, = draw(monkeypatch, tmp_path, "--log=a/log.txt,old.log", "--out=plots/p.png").get_axes()
-    assert list(lines_of(losses)) == ["a val (last 3.000, best 3.000)",
-                                      "old.log val (last 4.000, best 4.000)"]
+    assert list(lines_of(losses)) == ["a: val (last 3.000, best 3.000)",
+                                      "old.log: val (last 4.000, best 4.000)"]
     assert capsys.readouterr().out.endswith("figure: plots/p.png\n")
-    with pytest.raises(UserError, match="leave one of them out"):
-        draw(monkeypatch, tmp_path, "--log=a/log.txt", "--log_dir=a")
     monkeypatch.setenv("HOME", str(tmp_path))
     draw(monkeypatch, tmp_path, "--log=~/a/log.txt,~/old.log", "--log_dir=log")
     assert capsys.readouterr().out.count("last values: val") == 2
@@ -194,27 +193,11 @@ def test_log_names_files(tmp_path, monkeypatch, capsys):
 def test_a_log_with_nothing_to_draw_is_refused(tmp_path, monkeypatch, text):
     write_lines(tmp_path / "good", "0 val 3")
     (tmp_path / "log.txt").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"^log\.txt: .*nothing to draw"):
+    with pytest.raises(UserError, match=r"^log\.txt has .*nothing to draw"):
         draw(monkeypatch, tmp_path, "--log_dir=good,log.txt")
 
 
-def test_figures_of_two_processes_do_not_meet(tmp_path, monkeypatch):
-    """The temporary name has the process's id; a figure that cannot be written leaves nothing behind."""
-    write_lines(tmp_path / "log", "0 val 3")
-    replaced = []
-    monkeypatch.setattr(os, "replace", lambda a, b: replaced.append((Path(a).name, Path(a).read_bytes()[:4])))
-    save_figure = plot_log.save_figure
-    figure = draw(monkeypatch, tmp_path)
-    save_figure(figure, tmp_path / "figure.png")
-    assert replaced == [(f"figure.png.{os.getpid()}.tmp", b"\x89PNG")]
-    before = sorted(tmp_path.iterdir())
-    for name in ("figure.txt", "figure"):
-        with pytest.raises(UserError, match=r"type --out=FIGURE\.png"):
-            save_figure(figure, tmp_path / name)
-    assert sorted(tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize(("hella", "model_size"), [(False, ""), (True, "124M"), (True, ""), (False, "1558M")])
+@pytest.mark.parametrize(("hella", "model_size"), [(False, ""), (True, "124M"), (False, "1558M")])
 def test_a_figure_is_drawn(tmp_path, hella, model_size):
     write_log(tmp_path / "log", hella)
     done = plot(tmp_path, f"--model_size={model_size}")
@@ -227,32 +210,138 @@ def test_a_figure_is_drawn(tmp_path, hella, model_size):
     assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["log.txt", "log_plot.png"]
 
 
-def test_norms_of_layers_have_a_line_of_their_own(tmp_path):
-    (tmp_path / "log").mkdir()
-    lines = [f"{step} {stream} {step + i}" for step in (0, 10)
-             for i, stream in enumerate(("train", "norm", "norm_wte", "norm_h0", "norm_h11"))]
-    (tmp_path / "log" / "log.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    done = plot(tmp_path)
-    assert done.stdout == ("log, last values: train 10, norm 11\n"
-                           "log, last gradient norms: wte 12, h0 13, h11 14\nfigure: log/log_plot.png\n")
+def test_no_legend_is_a_path_and_runs_of_one_name_differ(tmp_path, monkeypatch):
+    for folder in (tmp_path, tmp_path / "x", tmp_path / "y"):
+        folder.mkdir(exist_ok=True)
+        write_lines(folder / "log", "0 val 3", "0 unigram 5")
+    figure = draw(monkeypatch, tmp_path / "x" / "log", f"--log_dir=.,../../y/log,{tmp_path}/log")
+    val = "val (last 3.000, best 3.000)"
+    assert list(lines_of(figure.get_axes()[0])) == [
+        f"log: {val}", f"log (2): {val}", f"log (3): {val}", "unigram model on val (5.00)"]
 
 
-def test_several_runs_in_one_figure(tmp_path):
+def test_several_runs_in_one_figure(tmp_path, monkeypatch, capsys):
     write_log(tmp_path / "a", hella=True)
     write_log(tmp_path / "b")
-    done = plot(tmp_path, "--log_dir=a,b/log.txt", "--out=plots/both.svg")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "plots" / "both.svg").read_text(encoding="utf-8").startswith("<?xml")
-    assert "a, last values: train" in done.stdout and "b, last values: train" in done.stdout
+    losses, hella = draw(monkeypatch, tmp_path, "--log_dir=a,b/log.txt", "--out=plots/both.svg").get_axes()
+    assert [label.partition(" (")[0] for label in lines_of(losses)] == [
+        "a: train", "a: val", "b: train", "b: val"]
+    assert list(lines_of(hella)) == ["a (last 0.325)"]
+    assert re.findall("^(.), last values: train", capsys.readouterr().out, re.M) == ["a", "b"]
 
 
-def test_mistakes_exit_2(tmp_path):
+@pytest.mark.parametrize(("flag", "words"), [
+    ("--log_dir=nosuch", "nosuch is neither"), ("--log=nosuch.log", "nosuch.log is neither"),
+    ("--log_dir=", "an empty name"), ("--log=empty.log", "empty.log has no train"),
+    ("--log=latin1.log", "log: byte 11"), ("--model_size=1B", "124M, 350M"),
+    ("--ref=r.json --log_dir=log,log", "draw one"), ("--ref=r.json --model_size=124M", "draw one")])
+def test_mistakes_are_named(tmp_path, monkeypatch, flag, words):
     write_log(tmp_path / "log")
     (tmp_path / "empty.log").touch()
     (tmp_path / "latin1.log").write_bytes(b"0 val 3\n1 v\xe9l 3\n")
-    for flag, words in [("--log_dir=nosuch", "nosuch is no log"), ("--model_size=1B", "124M, 350M"),
-                        ("--log=nosuch.log", "nosuch.log is no log"), ("--log_dir=", "an empty name"),
-                        ("--log=empty.log", "empty.log: no line"), ("--log=latin1.log", "log: byte 11"),
-                        ("--out=figure.txt", "--out=FIGURE.png"), ("--out=/proc/x/y.png", "/proc/x")]:
-        done = plot(tmp_path, flag)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(UserError, match=words):
+        draw(monkeypatch, tmp_path, *flag.split())
+
+
+@pytest.mark.parametrize(("flag", "words"), [("--out=a.txt", "FIGURE.png"), ("--out=/proc/x/y.png", "/proc")])
+def test_a_figure_that_cannot_be_written_exits_2(tmp_path, flag, words):
+    write_log(tmp_path / "log")
+    done = plot(tmp_path, flag)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_plot_needs_no_torch():
+    code = "import sys, plot_log; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# ---- two groups of runs --------------------------------------------------------
+
+@pytest.mark.parametrize(("t", "df", "p"), [
+    (12.7062047, 1, 0.05), (4.30265273, 2, 0.05), (2.77644511, 4, 0.05), (2.22813885, 10, 0.05),
+    (63.6567412, 1, 0.01), (4.60409487, 4, 0.01), (1.97993, 120, 0.05), (0.0, 3.3, 1.0),
+    (1.0, 1, 0.5), (2**0.5, 2, 1 - 2**-0.5)])  # tables of Student's t; the last two in closed form
+def test_p_is_that_of_students_t(t, df, p):
+    assert incomplete_beta(df / 2, 0.5, df / (df + t**2)) == pytest.approx(p, rel=1e-5)
+
+
+def test_welch_on_students_sleep_data():
+    """As R's documentation prints it: t = -1.8608, df = 17.776, p-value = 0.07939."""
+    a = np.array([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0])
+    b = np.array([1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4])
+    difference, se, df, p = welch(a, b)
+    assert (difference, difference / se, df, p) == pytest.approx((1.58, 1.8608, 17.776, 0.07939), rel=1e-4)
+    assert welch(b, a) == pytest.approx((-difference, se, df, p))
+
+
+def test_welch_is_wrong_in_5_percent_of_studies_without_a_difference():
+    rng = np.random.default_rng(0)
+    found = [welch(rng.normal(3, 0.01, 4), rng.normal(3, 0.04, 6))[3] < 0.05 for _ in range(4000)]
+    assert 0.04 < np.mean(found) < 0.06
+
+
+@pytest.mark.parametrize(("d", "n"), [(0.5, 64), (0.8, 26), (1.0, 17), (1.2, 12)])
+def test_seeds_needed_are_those_of_cohens_table(d, n):
+    """Cohen (1988), table 2.4.1: runs per group for power 0.80 at 0.05, two-sided, by the effect in sds."""
+    spread = np.array([-1.0, 1.0]) / 2**0.5  # with an sd of 1
+    assert seeds_needed(d, spread, 7 + spread) == seeds_needed(-d, spread, spread) == n
+    assert seeds_needed(3 * d, 3 * spread, 3 * spread) == n and seeds_needed(0.0, spread, spread) == math.inf
+
+
+def write_groups(folder):
+    """log_1 to log_6: seeds 1 to 6, the later three with another optimizer and a loss lower by 0.05."""
+    for n in range(1, 7):
+        loss = 4 + n % 3 / 50 - 0.05 * (n > 3)
+        write_lines(folder / f"log_{n}", f"0 val {11 + n / 100}", f"100 val {loss}",
+                    config={"seed": n, "optimizer": "muon" if n > 3 else "adamw"})
+
+
+def test_groups_of_runs(tmp_path, monkeypatch, capsys):
+    write_groups(tmp_path)
+    figure = draw(monkeypatch, tmp_path, "--a=log_1,log_2,log_3", "--b=log_4,log_5,log_6")
+    a = np.array([4.02, 4.04, 4.0])
+    _, se, df, p = welch(a, a - 0.05)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a: mean 4.0200, standard deviation 0.0200 (log_1 4.0200, log_2 4.0400, log_3 4.0000)"
+    assert lines[2] == "a and b differ in optimizer=adamw and muon"
+    assert lines[3] == (
+        f"last val loss, step 100, b less a: -0.0500 nats per token, standard error {se:.4f}, p = {p:.2g} "
+        f"(Welch's t test, {df:.1f} degrees of freedom): a difference at the 5% level")
+    assert f"detecting half of it takes {seeds_needed(0.025, a, a)} seeds per group" in lines[4]
+    assert df == pytest.approx(4) and lines[5] == "figure: log_1/groups.png"
+    curves, differences = figure.get_axes()
+    assert list(lines_of(curves)) == ["a: log_1, log_2, log_3", "b: log_4, log_5, log_6"]
+    for axis, at_end in ((curves, [(4.02, 4.0, 4.04), (3.97, 3.95, 3.99)]),
+                         (differences, [(0, -0.02, 0.02), (-0.05, -0.07, -0.03)])):
+        for line, shade, (mean, low, high) in zip(axis.get_lines(), axis.collections, at_end):
+            shaded = [y for x, y in shade.get_paths()[0].vertices if x == 100]
+            assert (line.get_ydata()[-1], min(shaded), max(shaded)) == pytest.approx((mean, low, high))
+    draw(monkeypatch, tmp_path, "--a=log_1,log_3", "--b=log_1,log_2")  # p = 0.29
+    assert "no difference shown at the 5% level" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("a", "b", "message"), [
+    ("log_1", "log_4,log_5", "log_1: seeds 1, and .* at least two different ones; .* --seed=N"),
+    ("log_1,log_2", "log_4", "log_4: seeds 4, and"),
+    ("log_1,log_1", "log_4,log_5", "seeds 1, 1, and .* two different ones"),
+    ("log_1,log_4", "log_5,log_6", "log_1 and log_4 differ in more than the seed: optimizer=adamw and muon"),
+    ("log_1,short", "log_4,log_5", "log_1 has a val loss at step 100, and another run has none there"),
+    ("log_1,log_2", "nan,log_5", "nan has .* nan or inf; name finished runs"),
+    ("log_1,unknown", "log_4,log_5", "unknown has no runs.jsonl with its seed"),
+    ("log_1,log_2", "", "an empty name is neither")])
+def test_no_claim_from_one_seed_or_unlike_runs(tmp_path, monkeypatch, capsys, a, b, message):
+    write_groups(tmp_path)
+    for name, lines, config in (("short", ["0 val 11"], {"seed": 8, "optimizer": "adamw"}),
+                                ("nan", ["0 val 11", "100 val nan"], {"seed": 9, "optimizer": "muon"}),
+                                ("unknown", ["0 val 11", "100 val 4"], None)):
+        write_lines(tmp_path / name, *lines, config=config)
+    with pytest.raises(UserError, match=message):
+        draw(monkeypatch, tmp_path, f"--a={a}", f"--b={b}")
+    assert "p =" not in capsys.readouterr().out and not list(tmp_path.glob("*/*.png"))
+
+
+def test_copies_of_a_run_show_nothing(tmp_path, monkeypatch, capsys):
+    for n in range(4):
+        write_lines(tmp_path / f"log_{n}", "100 val 4", config={"seed": n})
+    with pytest.raises(UserError, match="copies of one run"):
+        draw(monkeypatch, tmp_path, "--a=log_0,log_1", "--b=log_2,log_3")
