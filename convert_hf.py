@@ -162,10 +162,13 @@ def import_hf(folder: str | Path, origin: str = "") -> dict:
 
 def _read_tokenizer(folder):
     """The Tokenizer of the rank file in a folder, else GPT-2's. UserError if its vocabulary is another."""
-    tokenizer, path = load_tokenizer("gpt2"), folder / RANK_FILE
+    path = folder / RANK_FILE
     if exported := path.is_file():
-        own = tokenizer_from_ranks(path.read_bytes(), folder.absolute().name)
-        tokenizer = tokenizer if own.sha256 == GPT2_SHA256 else own
+        tokenizer = tokenizer_from_ranks(path.read_bytes(), folder.absolute().name)
+        if tokenizer.sha256 == GPT2_SHA256:
+            tokenizer.name = "gpt2"
+    else:
+        tokenizer = load_tokenizer("gpt2")
     vocab = theirs = hf_vocabulary(tokenizer)
     if (path := folder / "tokenizer.json").is_file():
         saved = read_json(path, TOKENIZER)
