@@ -443,7 +443,7 @@ def theirs(transformers, tmp_path_factory, exported):
 
 @pytest.fixture
 def folder(theirs, tmp_path):
-    """A copy of their folder, to be corrupted."""
+    """A copy of their folder, to change."""
     return Path(shutil.copytree(theirs[0], tmp_path / "folder"))
 
 
@@ -462,25 +462,30 @@ def close_to(folder, theirs, atol=1e-5):
                                atol=atol)
 
 
-def test_what_transformers_saves_comes_in(folder, theirs, tokenizers):
-    close_to(folder, theirs)
-    assert import_hf(folder)["tokenizer"]["sha256"] == tokenizers["own"].sha256
-
-
-def test_a_bare_model_has_no_prefix(folder, theirs, transformers):
-    transformers.GPT2LMHeadModel.from_pretrained(folder).transformer.save_pretrained(folder)
-    assert "wte.weight" in load_file(folder / "model.safetensors")
-    close_to(folder, theirs)
-
-
-def test_buffers_of_old_versions_are_ignored(folder, theirs):
+def with_buffers(folder):
     def add(tensors):
         for i in range(2):
             tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 24, 24, dtype=torch.uint8)
             tensors[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
     rewrite(folder, add)
+
+
+def without_prefix(folder):
+    rewrite(folder, lambda tensors: {name.removeprefix("transformer."): tensor
+                                     for name, tensor in tensors.items()})
+
+
+def other_names(folder):
+    set_json(folder / "config.json", activation_function="gelu_pytorch_tanh", n_inner=96)
+
+
+@pytest.mark.parametrize("change", [lambda folder: None, with_buffers, without_prefix, other_names])
+def test_what_transformers_saves_comes_in(folder, theirs, tokenizers, change):
+    """With the buffers of old versions, the names of a bare GPT2Model, and other words for the same too."""
+    change(folder)
     close_to(folder, theirs)
+    assert import_hf(folder)["tokenizer"]["sha256"] == tokenizers["own"].sha256
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -540,11 +545,6 @@ def test_another_model_is_refused(folder, setting, words):
     set_json(folder / "config.json", **setting)
     with pytest.raises(UserError, match=words):
         import_hf(folder)
-
-
-def test_the_other_name_of_the_activation_and_its_width_are_fine(folder, theirs):
-    set_json(folder / "config.json", activation_function="gelu_pytorch_tanh", n_inner=96)
-    close_to(folder, theirs)
 
 
 def test_tensors_are_named(folder):
@@ -609,23 +609,14 @@ def test_without_the_rank_file_it_is_gpt2s(exported, tmp_path, kept):
     assert import_hf(tmp_path)["tokenizer"] == describe_tokenizer(load_tokenizer("gpt2"))
 
 
-DEEP = "[" * 100_000
-CORRUPT = [
-    ("config.json", "{", r"config.json: not valid JSON"), ("config.json", DEEP, "not valid JSON"),
+CORRUPT = [  # test_formats.py tries every name and value
+    ("config.json", "{", r"config.json: not valid JSON"), ("config.json", "[" * 100_000, "not valid JSON"),
     ("config.json", '{"model_type": "gpt2"}', "config.json: n_layer is missing"),
-    ("config.json", "[]", "wanted an object"), ("config.json", "1e999", "wanted an object"),
     ("config.json", b"\xff\xfe{\0}\0", "is UTF-16"), ("config.json", b'{"\xe9": 1}', "is not UTF-8"),
-    ("tokenizer.json", "null", "wanted an object"), ("tokenizer.json", DEEP, "not valid JSON"),
-    ("tokenizer.json", {"model": None}, "model: None"), ("tokenizer.json", {"model": {}}, "vocab is missing"),
     ("tokenizer.json", {"model": {"vocab": {"a": "0"}}}, "vocab, a: '0'"),
-    ("tokenizer.json", {"model": {"vocab": ["a"]}}, "vocab: .*wanted an object"),
     ("tokenizer.json", {"model": {"vocab": {}}}, "not the vocabulary of tokenizer.tiktoken"),
-    ("tokenizer.json", {"added_tokens": {"a": 1}}, "added_tokens: .*wanted a list"),
-    ("tokenizer.json", {"added_tokens": [{"id": 600}]}, "content is missing"),
-    ("tokenizer.json", {"added_tokens": [{"id": 1e9, "content": "a"}]}, "id: 1000000000.0"),
     ("tokenizer.json", {"added_tokens": [{"id": 600, "content": "<pad>"}]}, "not the vocabulary of"),
-    ("vocab.json", '["a"]', "wanted an object"), ("vocab.json", '{"a": null}', "vocab.json, a: None"),
-    ("vocab.json", '{"a": 18446744073709551616}', "wanted a whole number"),
+    ("vocab.json", '{"a": null}', "vocab.json, a: None"),
     ("tokenizer.tiktoken", b"AA== 1\n", "line 1.*the next rank is 0"),
     ("tokenizer.tiktoken", rank_file(SINGLE), "not the vocabulary of tokenizer.tiktoken beside it"),
 ]
@@ -634,7 +625,6 @@ CORRUPT = [
 @pytest.mark.parametrize(("name", "content", "words"), CORRUPT,
                          ids=[f"{name}-{i}" for i, (name, *_) in enumerate(CORRUPT)])
 def test_a_corrupt_file_of_a_folder_is_named(folder, name, content, words):
-    """Whatever it holds: an error for the user, and no traceback."""
     path = folder / name
     if isinstance(content, dict):
         content = json.dumps(json.loads(path.read_text(encoding="utf-8")) | content)
@@ -791,24 +781,18 @@ def test_no_code_of_a_peers_checkpoint_is_run(peers, tmp_path, monkeypatch):
     assert not (tmp_path / "code_was_run").exists()
 
 
-def test_other_files_are_refused(exported, tmp_path):
-    for name in ("model.safetensors", "config.json"):
-        with pytest.raises(UserError, match="no model found; name a folder"):
-            load_any(exported["bytes"][1] / name)
-    torch.save({"wte.weight": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"not a checkpoint of .*save_pretrained"):
-        load_any(tmp_path / "pytorch_model.bin")
-
-
 # ---- which model is meant ------------------------------------------------------
 
 
-def test_load_any_of_nothing(tmp_path):
-    for path in (tmp_path / "missing", tmp_path, tmp_path / "model.safetensors"):
+def test_paths_without_a_model(tmp_path, exported):
+    hf, empty = exported["bytes"][1], tmp_path / "empty"
+    empty.mkdir()
+    for path in (tmp_path / "missing", empty, hf / "model.safetensors", hf / "config.json"):
         with pytest.raises(UserError, match=r"no model found; .*one of gpt2, .* or a checkpoint"):
             load_any(path)
-        (tmp_path / "model.safetensors").touch()
-        (tmp_path / "log.txt").touch()
+    torch.save({"wte.weight": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"not a checkpoint of .*save_pretrained"):
+        load_any(tmp_path / "pytorch_model.bin")
 
 
 def test_a_folder_called_gpt2(tmp_path, exported, monkeypatch):
@@ -834,12 +818,7 @@ def test_a_folder_called_gpt2(tmp_path, exported, monkeypatch):
 
 
 def test_offline_says_what_to_type(monkeypatch, tmp_path):
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    def download(repo, name):
-        raise OfflineModeIsEnabled("offline")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"(?s)cannot fetch openai-community/gpt2-xl.*HF_HUB_OFFLINE.*"
                                         r"HF_ENDPOINT.*put config.json and model.safetensors"):
@@ -848,18 +827,17 @@ def test_offline_says_what_to_type(monkeypatch, tmp_path):
 
 def test_no_password_of_a_mirror_is_printed(monkeypatch, capsys):
     """HF_ENDPOINT and HTTPS_PROXY may hold one, and the network's errors quote them."""
-    monkeypatch.setattr(hub, "FIRST_WAIT", 0.0)
-    monkeypatch.setattr(constants, "ENDPOINT", "https://user:password@mirror.example")
-
     def download(repo, name):
         raise ConnectionError(f"no route to {constants.ENDPOINT}/{repo}")
 
+    monkeypatch.setattr(hub, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://user:password@mirror.example")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(UserError, match=r"from https://mirror.example: ") as caught:
         load_any("openai-community/gpt2-xl")
-    said = capsys.readouterr().err
-    assert "no route to https://mirror.example/openai-community/gpt2-xl; attempt 2 of 2" in said
-    assert "password" not in said + str(caught.value)
+    printed = capsys.readouterr().err
+    assert "no route to https://mirror.example/openai-community/gpt2-xl; attempt 2 of 2" in printed
+    assert "password" not in printed + str(caught.value)
 
 
 # ---- the script ----------------------------------------------------------------
