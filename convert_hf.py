@@ -232,7 +232,7 @@ def _imported(place, config, stored, tokenizer, origin, nn_linear=False):
     rows, n_vocab = config["vocab_size"], tokenizer.n_vocab
     padded = math.ceil(n_vocab / 1024) * 1024
     if not n_vocab <= rows <= padded:
-        raise UserError(f"{place}: vocab_size={rows}, but {tokenizer.name} has {n_vocab} to {padded} rows; "
+        raise UserError(f"{place}: vocab_size={rows}, but {tokenizer.name} needs {n_vocab} to {padded} rows; "
                         f"a vocabulary other than GPT-2's needs the {RANK_FILE} of an export")
     head = tensors.pop("lm_head.weight", None)
     shapes = gpt2_shapes(config)
@@ -348,8 +348,7 @@ def export_hf(state: dict, out_dir: str | Path, log_dir: Path | None = None) -> 
             "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "resid_pdrop": config.dropout,
             "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "initializer_range": 0.02,
             "tie_word_embeddings": True, "use_cache": True, "torch_dtype": "float32", **ids}),
-        # transformers warns at each call without a pad_token_id; its default of 256 new tokens can exceed the
-        # context
+        # without these transformers warns at each call, and generates 256 tokens however short the context is
         "generation_config.json": _json({"pad_token_id": tokenizer.eot, **ids,
                                          "max_new_tokens": min(256, math.ceil(config.block_size / 2))}),
         **_tokenizer_files(tokenizer, config.block_size),
@@ -360,13 +359,16 @@ def export_hf(state: dict, out_dir: str | Path, log_dir: Path | None = None) -> 
         out.parent.mkdir(parents=True, exist_ok=True)
         with locked(out.parent, "conversion", name=f"{incomplete.name}.lock"):
             shutil.rmtree(incomplete, ignore_errors=True)  # of a killed export
-            incomplete.mkdir()
-            for name, data in files.items():
-                write_atomically(incomplete / name, data)
-            if out.exists():  # and is empty; Windows does not rename over it
-                out.rmdir()
-            os.replace(incomplete, out)
-            sync_folder(out.parent)
+            try:
+                incomplete.mkdir()
+                for name, data in files.items():
+                    write_atomically(incomplete / name, data)
+                if out.exists():  # and is empty; Windows does not rename over it
+                    out.rmdir()
+                os.replace(incomplete, out)
+                sync_folder(out.parent)
+            finally:
+                shutil.rmtree(incomplete, ignore_errors=True)
     except OSError as error:
         raise not_written(out, error) from error
     return [facts["Pruning"]] if "Pruning" in facts else []

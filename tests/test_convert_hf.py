@@ -301,10 +301,20 @@ def test_a_folder_that_cannot_be_synced_is_exported(tmp_path, exported, monkeypa
     assert files_of(tmp_path / "out", "README.md") == files_of(folder, "README.md")
 
 
-def test_a_folder_that_cannot_be_made(tmp_path, exported):
+def test_an_export_that_fails_leaves_nothing(tmp_path, exported, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*out.*check the permissions"):
         export_hf(exported["bytes"][0], tmp_path / "file" / "out")
+
+    def write(path, data):
+        if path.name == "vocab.json":
+            raise UserError("no space")
+        path.write_bytes(data)
+
+    monkeypatch.setattr(convert_hf, "write_atomically", write)
+    with pytest.raises(UserError, match="no space"):
+        export_hf(exported["bytes"][0], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_second_export_to_the_same_folder_is_refused(tmp_path, exported):
@@ -534,8 +544,8 @@ def test_a_padded_wte_keeps_its_rows(folder, theirs):
     ({"n_positions": None}, "n_positions: None, wanted a whole number"),
     ({"n_layer": 2147483648}, "n_layer: 2147483648, wanted a whole number, 1 to 1,000"),  # before any memory
     ({"n_head": 5}, "n_head=5"),
-    ({"vocab_size": 599}, "vocab_size=599, but .* has 600 to 1024 rows"),
-    ({"vocab_size": 1025}, "vocab_size=1025, but .* has 600 to 1024 rows"),
+    ({"vocab_size": 599}, "vocab_size=599, but .* needs 600 to 1024 rows"),
+    ({"vocab_size": 1025}, "vocab_size=1025, but .* needs 600 to 1024 rows"),
     ({"vocab_size": 601}, r"wte.weight: \(600, 24\), GPT-2 has \(601, 24\)"),
     ({"n_positions": 25}, r"wpe.weight: \(24, 24\), GPT-2 has \(25, 24\)"),
     ({"n_layer": 1}, r"h\.1\.attn\.c_attn\.bias: \(72,\), GPT-2 has none"),
@@ -598,7 +608,7 @@ def test_another_vocabulary_than_gpt2s_needs_the_rank_file(folder, exported, tok
         with pytest.raises(UserError, match=rf"{name}: not GPT-2's vocabulary, .*copy tokenizer.tiktoken"):
             import_hf(folder)
         (folder / name).unlink()
-    with pytest.raises(UserError, match="vocab_size=600, but gpt2 has 50257 to 51200 rows"):
+    with pytest.raises(UserError, match="vocab_size=600, but gpt2 needs 50257 to 51200 rows"):
         import_hf(folder)
 
 
@@ -735,8 +745,8 @@ def changed(peers, tmp_path, change, kind="nanoGPT"):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda saved: saved["model_args"].update(vocab_size=65), "vocab_size=65, but gpt2 has 50257 to 51200"),
-    (lambda saved: saved["model_args"].update(vocab_size=128256), "vocab_size=128256, but gpt2 has"),
+    (lambda saved: saved["model_args"].update(vocab_size=65), "vocab_size=65, but gpt2 needs 50257 to 51200"),
+    (lambda saved: saved["model_args"].update(vocab_size=128256), "vocab_size=128256, but gpt2 needs"),
     (lambda saved: saved["model_args"].update(use_rmsnorm=True), "use_rmsnorm: only GPT-2's architecture"),
     (lambda saved: saved["model_args"].update(n_layer=2147483648), "n_layer: 2147483648, wanted a"),
     (lambda saved: saved["model_args"].update(n_layer="2"), "n_layer: '2', wanted a whole number"),
