@@ -99,8 +99,8 @@ def load_any(source: str | Path) -> dict:
         repo = f"{ORGANIZATION}/{name}"
         return import_hf(_download(repo), f"hub: {repo}")
     if not holds_checkpoint(path) or path.suffix in (".json", ".safetensors"):
-        raise UserError(f"{source}: no model found; name a folder with config.json and {WEIGHTS}, one of "
-                        f"{', '.join(HUB_NAMES)}, or a checkpoint: a file, a log_dir or LOG_DIR:best")
+        raise UserError(f"{source}: not there or not a model; name a folder with config.json and {WEIGHTS}, "
+                        f"one of {', '.join(HUB_NAMES)}, or a checkpoint: a file, a log_dir or LOG_DIR:best")
     try:
         return load_checkpoint(source)
     except ForeignCheckpoint:

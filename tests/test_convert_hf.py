@@ -798,7 +798,7 @@ def test_paths_without_a_model(tmp_path, exported):
     hf, empty = exported["bytes"][1], tmp_path / "empty"
     empty.mkdir()
     for path in (tmp_path / "missing", empty, hf / "model.safetensors", hf / "config.json"):
-        with pytest.raises(UserError, match=r"no model found; .*one of gpt2, .* or a checkpoint"):
+        with pytest.raises(UserError, match=r"not there or not a model; .*one of gpt2, .* or a checkpoint"):
             load_any(path)
     torch.save({"wte.weight": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"not a checkpoint of .*save_pretrained"):
@@ -928,8 +928,8 @@ def test_wrong_flags(tmp_path, monkeypatch, exported, tokenizers):
         ({"source": tmp_path, "out_dir": new}, "train_gpt2.py already; to export it, type --checkpoint="),
         ({"checkpoint": tmp_path, "out_dir": hf}, r"not empty; .*--out_dir=ANOTHER"),
         ({"source": hf, "out_dir": tmp_path}, r"not empty; .*--out_dir=ANOTHER"),
-        ({"source": "gpt3", "out_dir": new}, "gpt3: no model found"),
-        ({"checkpoint": "nosuch", "out_dir": new}, "nosuch: no model found"),
+        ({"source": "gpt3", "out_dir": new}, "gpt3: not there or not a model"),
+        ({"checkpoint": "nosuch", "out_dir": new}, "nosuch: not there or not a model"),
     ]:
         with pytest.raises(UserError, match=words):
             run_main(monkeypatch, **flags)
