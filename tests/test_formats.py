@@ -275,7 +275,7 @@ def of_hugging_face(folder, byte_tokenizer):
              "tokenizer": describe_tokenizer(load_tokenizer(str(byte_tokenizer)))}
     export_hf(state, folder / "hf")
     export_hf(state, folder / "slow")
-    (folder / "slow" / "tokenizer.json").unlink()  # so that vocab.json and merges.txt count
+    (folder / "slow" / "tokenizer.json").unlink()  # so that vocab.json counts
 
     def same_shapes(was, now):  # the numbers have no checksum there
         shapes = [{name: tensor.shape for name, tensor in state["model"].items()} for state in (was, now)]
@@ -287,22 +287,18 @@ def of_hugging_face(folder, byte_tokenizer):
     read_of_config = ("vocab_size|n_positions|n_embd|n_layer|n_head|model_type|n_inner|activation_function|"
                       "layer_norm_epsilon")
     free = {"hf/config.json": f"(?!{read_of_config}).*|(activation_function|layer_norm_epsilon|n_inner) gone",
-            "hf/tokenizer_config.json": "(?!add_prefix_space|added_tokens_decoder).*|add_prefix_space gone",
-            "hf/tokenizer.json": "|".join((
-                "(version|truncation|padding|post_processor|decoder).*", "normalizer gone",
-                "model/(?!type|vocab|merges|ignore_merges).*", "model/ignore_merges (gone|True)",
-                "pre_tokenizer/(trim_offsets|use_regex gone).*",
-                "added_tokens/0/(?!id|content).*|added_tokens (gone|\\[\\])|model/merges gone")),
+            "hf/tokenizer.json": "(?!model( |/vocab)|added_tokens).*|added_tokens (gone|\\[\\])|"
+                                 "added_tokens/0/(?!id|content).*",
             "slow/vocab.json": "(?!)"}
     formats = {}
     for name, pattern in free.items():
         path = folder / name
         formats[name] = Format(json.loads(path.read_text(encoding="utf-8")), write_json(path),
                                lambda path=path: import_hf(path.parent), pattern, path, sound)
-    for name in ("slow/merges.txt", "hf/model.safetensors"):
+    for name in ("slow/tokenizer.tiktoken", "hf/model.safetensors"):
         path = folder / name
         formats[name] = Format(path.read_bytes(), path.write_bytes, lambda path=path: import_hf(path.parent),
-                               path=path, sound=sound if name == "slow/merges.txt" else same_shapes)
+                               path=path, sound=same_shapes if name.endswith("safetensors") else sound)
     return formats
 
 
