@@ -17,14 +17,13 @@ pruned models evaluated on the val split. out_dir, which must not exist yet, rec
     pruned_0.15.pt, ...              pruned models, which the other scripts take like any checkpoint
 
 Pairs. Cosines are averaged over queries (but the first), then over windows:
-    pattern        the attention weights. Published work calls heads above 0.85 redundant, but random weights
+    pattern        attention weights. Published work calls heads above 0.85 redundant, but random weights
                    give 0.99: all of their heads attend nearly uniformly
-    centred        the same after subtracting uniform attention, 1/(t+1). Undefined for a uniform head
-    centred_layer  the same after subtracting the mean over the layer's heads; n heads that have nothing else
-                   in common come to -1/(n-1), two heads always to -1
-    output         what the two heads add to the residual stream
-For the most similar pairs above similarity_threshold, each head attends with the other's pattern and keeps
-its own values. If the loss holds, its queries and keys are redundant; the head need not be.
+    centred        the same minus uniform attention, 1/(t+1); undefined for a uniform head
+    centred_layer  the same minus the mean over the layer's heads; n unrelated heads come to -1/(n-1)
+    output         what the heads add to the residual stream
+In the most similar pairs above similarity_threshold, each head attends with the other's pattern and keeps its
+own values. If the loss holds, its queries and keys are redundant; the head need not be.
 
 Heads. importance: mean |dL/dg| of a gate g = 1 on the output (Michel et al. 2019, "Are Sixteen Heads Really
 Better than One?", section 4.1). ablation, mean_ablation: rise of the loss with the output replaced by zero,
@@ -35,13 +34,13 @@ earlier copy and to the token behind it (Olsson et al. 2022, "In-context Learnin
 entropy in nats, distance in tokens. Losses are in nats per token, standard errors over windows. "null" is the
 same measure of one model with random weights.
 
-Pruning. A criterion removes heads one by one, at most layer_cap of any layer: similarity and R2 are highest
-in the first layers, which the model cannot do without. Removed heads are left out ("none"), or what they put
-out is replaced: by its mean, or by a least-squares fit from one partner or from all heads left in the layer.
+Pruning. A criterion removes heads one by one, at most layer_cap of any layer: cosines are highest in the
+first layer, which no model can do without. Removed heads are left out ("none"), or replaced: by their mean
+output, or by a least-squares fit from one partner or from all heads left in the layer.
 
 Cost, in forwards over 65,536 tokens (12 s on one core for 7M parameters and 48 heads): 6 for patterns, 3 for
-importance, 24 for ablation (on ablation_tokens), up to 10 for swaps, 30 for greedy ablation, and one for each
-pruned model, 35 for each share: 200 in all, or 40 minutes. GPT-2 small needs a GPU.
+importance, 24 for ablation (on ablation_tokens), up to 10 for swaps, 30 for greedy ablation, and 35 for the
+pruned models of each share: 210 in all, or 40 minutes. GPT-2 small needs a GPU.
 
 Shapes: B sequences, T tokens, nh heads of a layer, hs head size, C n_embd, N windows, H heads in all layers,
 P pairs.
@@ -102,9 +101,9 @@ HEAD_MEASURES = {"importance": "importance, nats per token", "ablation": "loss r
                  "duplicate": "attention to an earlier copy",
                  "induction": "attention behind an earlier copy",
                  "entropy": "entropy, nats", "distance": "distance, tokens"}
-CRITERIA = {"ablation": "ablation, one-shot", "greedy": "ablation, greedy", "importance": "gradient importance",
-            "r2": "R2 from other heads", "similarity": "similarity, centred", "random": "at random",
-            "chosen": "as chosen"}
+CRITERIA = {"ablation": "ablation, one-shot", "greedy": "ablation, greedy",
+            "importance": "gradient importance", "r2": "R2 from other heads",
+            "similarity": "similarity, centred", "random": "at random", "chosen": "as chosen"}
 MERGES = {"none": "left out", "mean": "mean output", "partner": "fit from one head",
           "layer": "fit from the layer"}
 MOST_SWAPS = 20  # pairs
@@ -362,7 +361,7 @@ def loss_rises(model: GPT, batches: Batches, dev: Device, label: str, changes: l
     for change in tqdm(changes, label, leave=False, disable=None):
         with change:
             rises.append(window_losses(model, batches, dev) - unchanged)
-    return np.array(rises).reshape(len(rises), -1).T
+    return np.array(rises).reshape(len(rises), len(unchanged)).T
 
 
 # ---- predicting one head from others -------------------------------------------
@@ -640,7 +639,8 @@ def swap_lines(pairs: list[dict], ablation: dict[Head, float]) -> list[str]:
     rows, swaps, zeroed = [], [], []
     for pair in pairs:
         layer, head, other = (pair[key] for key in ("layer", "head", "other"))
-        changes = [pair["head_as_other"], pair["other_as_head"], ablation[layer, head], ablation[layer, other]]
+        changes = [pair["head_as_other"], pair["other_as_head"], ablation[layer, head],
+                   ablation[layer, other]]
         if changes[0] == changes[0]:
             swaps, zeroed = swaps + changes[:2], zeroed + changes[2:]
             rows.append([f"{layer}:{head},{other}", *(shown(pair[name]) for name in PAIR_MEASURES),
@@ -649,8 +649,8 @@ def swap_lines(pairs: list[dict], ablation: dict[Head, float]) -> list[str]:
         return [f"no pair's patterns have a cosine above {similarity_threshold}"]
     return [*table(["heads a,b", "pattern", "centred", "by layer", "output", "a attends as b", "b as a",
                     "a zeroed", "b zeroed"], rows),
-            f"median rise of the loss: {np.median(swaps):.4f} with the other's pattern, "
-            f"{np.median(zeroed):.4f} with the head zeroed"]
+            (f"median rise of the loss: {np.median(swaps):.4f} with the other's pattern, "
+             f"{np.median(zeroed):.4f} with the head zeroed")]
 
 
 def table_rows(keys: tuple[str, ...], places: list[tuple], values: dict[str, np.ndarray],
