@@ -35,13 +35,13 @@ entropy in nats, distance in tokens. Losses are in nats per token, standard erro
 same measure of one model with random weights.
 
 Pruning. A criterion removes heads one by one, at most layer_cap of any layer: cosines are highest in the
-first layer, which no model can do without. Removed heads are left out ("none"), or replaced: by their mean
-output, or by a least-squares fit from one partner or from all heads left in the layer.
+first layer, and without a limit a similarity criterion removes nearly all of it. Removed heads are left out
+("none"), or replaced: by their mean output, or by a least-squares fit from one partner or from all heads left
+in the layer.
 
 Cost, in forwards over 65,536 tokens (12 s on one core for 7M parameters and 48 heads): 6 for patterns, 3 for
-importance, 24 for ablation (on ablation_tokens), up to 10 for swaps, 17 for greedy ablation (1.25 for
-each head removed), and 40 for the pruned models of each share: 180 in all, or 36 minutes. GPT-2
-small needs a GPU.
+importance, 24 for ablation (on ablation_tokens), up to 10 for swaps, 17 for greedy ablation (1.25 for each
+head removed), and 40 for the pruned models of each share: 180 in all, or 36 minutes. GPT-2 small needs a GPU.
 
 Shapes: B sequences, T tokens, nh heads of a layer, hs head size, C n_embd, N windows, H heads in all layers,
 P pairs.
@@ -109,8 +109,8 @@ MERGES = {"none": "left out", "mean": "mean output", "partner": "fit from one he
           "layer": "fit from the layer"}
 MOST_SWAPS = 20  # pairs
 GREEDY_CANDIDATES = 5  # heads measured again at each step of greedy ablation: those that last cost least
+SWAPS = ("head_as_other", "other_as_head")  # who attends as whom
 BLOCKS, T_QUANTILE = 20, 2.093  # stretches of val; Student's t, 97.5%, 19 degrees of freedom
-OCCUPIED = "out_dir={} exists already; name a new folder with --out_dir=ANOTHER, or remove this one"
 EXPLAINED = f"""\
 Change of perplexity, +- half the 95% interval over {BLOCKS} stretches of val; at random: mean of the draws
 (lowest to highest). Is all of it below 5%? yes, no (all of it above), ? (neither). 3/5: better than 3 of 5
@@ -363,6 +363,20 @@ def loss_rises(model: GPT, batches: Batches, dev: Device, label: str, changes: l
         with change:
             rises.append(window_losses(model, batches, dev) - unchanged)
     return np.array(rises).reshape(len(rises), len(unchanged)).T
+
+
+def swap_rises(model: GPT, batches: Batches, dev: Device, cosines: np.ndarray) -> dict[str, np.ndarray]:
+    """head_as_other, other_as_head (N, P): the rise of the loss when one head of a pair attends as the other.
+    nan for all but the pairs with the highest cosines (P,)."""
+    pairs, found = all_pairs(model), {}
+    alike = [i for i in np.argsort(-cosines) if cosines[i] > similarity_threshold][:MOST_SWAPS]
+    rises = loss_rises(model, batches, dev, "swapped patterns", [
+        swapped(model, layer, *order) for layer, a, b in (pairs[i] for i in alike)
+        for order in ((b, a), (a, b))])  # (N, 2 alike)
+    for k, name in enumerate(SWAPS):
+        found[name] = np.full((len(rises), len(pairs)), np.nan)
+        found[name][:, alike] = rises[:, k::2]
+    return found
 
 
 # ---- predicting one head from others -------------------------------------------
@@ -637,8 +651,7 @@ def swap_lines(pairs: list[dict], ablation: dict[Head, float]) -> list[str]:
     rows, swaps, zeroed = [], [], []
     for pair in pairs:
         layer, head, other = (pair[key] for key in ("layer", "head", "other"))
-        changes = [pair["head_as_other"], pair["other_as_head"], ablation[layer, head],
-                   ablation[layer, other]]
+        changes = [*(pair[name] for name in SWAPS), ablation[layer, head], ablation[layer, other]]
         if changes[0] == changes[0]:
             swaps, zeroed = swaps + changes[:2], zeroed + changes[2:]
             rows.append([f"{layer}:{head},{other}", *(shown(pair[name]) for name in PAIR_MEASURES),
@@ -803,8 +816,6 @@ def check_settings() -> tuple[list[float], list[Head]]:
             raise UserError(f"prune_heads={prune_heads}: {part!r} is no head; give LAYER:HEAD, counted from "
                             f"0, with commas between them, such as 0:3,2:1")
         chosen.append((int(layer), int(head)))
-    if Path(out_dir).exists():
-        raise UserError(OCCUPIED.format(out_dir))
     return sorted(shares), chosen
 
 
@@ -834,21 +845,6 @@ def open_batches(state: dict, source: str, tok, T: int, dev: Device) -> tuple[Ba
     return tuple(found)
 
 
-def swap_rises(model: GPT, batches: Batches, dev: Device, cosines: np.ndarray) -> list[dict]:
-    """Columns of pairs.csv (P): of the pairs with the highest cosines (P,), the rise of the loss when one
-    head attends as the other; nan for the rest."""
-    pairs, found = all_pairs(model), [{} for _ in cosines]
-    alike = [i for i in np.argsort(-cosines) if cosines[i] > similarity_threshold][:MOST_SWAPS]
-    rises = loss_rises(model, batches, dev, "swapped patterns", [
-        swapped(model, layer, *pair[::step]) for layer, *pair in (pairs[i] for i in alike)
-        for step in (-1, 1)])
-    for i, columns in enumerate(found):
-        for k, name in enumerate(("head_as_other", "other_as_head")):
-            rise = rises[:, 2 * alike.index(i) + k] if i in alike else np.full(2, np.nan)
-            columns |= {name: rise.mean(), f"{name}_se": rise.std(ddof=1) / math.sqrt(len(rise))}
-    return found
-
-
 def main() -> None:
     shares, chosen = check_settings()
     dev = resolve_device(device, dtype)
@@ -868,7 +864,8 @@ def main() -> None:
     try:
         Path(out_dir).mkdir(parents=True)  # a second run into the same folder fails here
     except FileExistsError as error:
-        raise UserError(OCCUPIED.format(out_dir)) from error
+        raise UserError(f"out_dir={out_dir} exists already; name a new folder with --out_dir=ANOTHER, or "
+                        f"remove this one") from error
     measured_on, evaluated_on = (T * sum(len(x) for x, _ in batches) for batches in (calibration, val))
     title = (f"{source}, step {state['step']}: {len(heads)} heads in {model.config.n_layer} layers; measured "
              f"on {measured_on:,} train tokens, evaluated on {evaluated_on:,} val tokens")
@@ -887,13 +884,13 @@ def main() -> None:
             masks = [masked(model, [head], outputs) for head in heads]
             values[name] = loss_rises(model, few, dev, name, masks)
     means = {name: value.mean(axis=0) for name, value in values.items()}
-    pair_rows = table_rows(("layer", "head", "other"), pairs, values, null, PAIR_MEASURES)
+    if pairs and not chosen:
+        values |= swap_rises(model, few, dev, means["pattern"])
     lines = ["", *measure_lines("heads", values, null, HEAD_MEASURES, heads), ""]
+    pair_rows = table_rows(("layer", "head", "other"), pairs, values, null, (*PAIR_MEASURES, *SWAPS))
     if pairs:
         lines += measure_lines("cosines of pairs", values, null, PAIR_MEASURES, pairs)
         if not chosen:
-            for row, columns in zip(pair_rows, swap_rises(model, few, dev, means["pattern"])):
-                row |= columns
             lines += ["", *swap_lines(pair_rows, dict(zip(heads, means["ablation"])))]
         draw_similarity(model, means, {name: value.mean(axis=0) for name, value in null.items()})
     write("heads.csv", csv_bytes(table_rows(("layer", "head"), heads, values, null, HEAD_MEASURES)))

@@ -987,13 +987,15 @@ def test_data_and_heads_that_are_missing(byte_tokenizer, tiny_data, run, tmp_pat
     assert not (tmp_path / "heads").exists()
 
 
-def test_two_runs_into_one_folder(analyzed, run, tmp_path, monkeypatch):
-    """Guarantee 17: the second starts after the first has checked its settings."""
-    monkeypatch.setattr(study, "check_settings", lambda: ([], []))
-    monkeypatch.setattr(study, "watch", None)  # both would measure now
-    with pytest.raises(TypeError):
-        run(checkpoint=str(analyzed[0]))
-    with pytest.raises(UserError, match="out_dir=heads exists already; name a new folder"):
+def test_two_runs_into_one_folder(analyzed, run, monkeypatch):
+    """Guarantee 17: the first is still measuring when the second begins."""
+    def second_run(*_):
+        with pytest.raises(UserError, match="out_dir=heads exists already; name a new folder"):
+            study.main()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(study, "watch", second_run)
+    with pytest.raises(ZeroDivisionError):
         run(checkpoint=str(analyzed[0]))
 
 
