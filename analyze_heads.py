@@ -1,57 +1,67 @@
 """
-Attention heads: how alike they are, how much each matters, and what a GPT-2 without some of them is worth.
+Attention heads: what they attend to, how redundant they are, and what a GPT-2 is worth without some of them.
 
-    python analyze_heads.py --checkpoint=log                          # measure, prune, compare -> heads/
-    python analyze_heads.py --checkpoint=log --merge=mean,partner     # and fold dropped heads into others
+    python analyze_heads.py --checkpoint=log                          # -> heads/
     python analyze_heads.py --checkpoint=log --prune_fractions=       # measure only
-    python analyze_heads.py --checkpoint=log --prune_heads=0:3,2:1 --out_dir=two_less  # remove these
+    python analyze_heads.py --checkpoint=log --prune_heads=0:3,2:1 --out_dir=two_removed  # remove these
+    python analyze_heads.py --checkpoint=log --sentence="The cell divides, and the cell grows."
 
-Any checkpoint, also an imported or an already pruned one: all is relative to the heads it has. Heads are
-chosen on calibration_tokens of the train split and judged on val_tokens of the val split. Into out_dir, which
-must be new, go
+Works on any checkpoint, also an imported or an already pruned one. Heads are chosen on the train split and
+pruned models evaluated on the val split. out_dir, which must not exist yet, receives
 
-    pairs.csv, similar_pairs.txt     cosines of all pairs of heads of a layer; those above the threshold
-    similarity.txt                   how alike heads are, beside the null; how much halves of the data agree
-    heads.csv                        importance, ablation, and trivial attention of every head
-    similarity_*.png, heads.png      the same as heatmaps
-    pruning.csv, .txt, .png          perplexity, size and speed against the share of heads removed
-    pruned_0.15.pt, ...              models without heads: for train_gpt2.py --init_from, generate.py,
-                                     hellaswag.py, convert_hf.py
+    pruning.txt                      the report: perplexity, similarity, swapped patterns, roles
+    heads.csv, pairs.csv             every measure of every head, and of every pair of heads of a layer
+    pruning.csv                      perplexity and size of every pruned model
+    attention.png                    attention maps of a sentence; mean weight by distance
+    similarity.png, pruning.png      cosines by layer; perplexity against the share of heads removed
+    pruned_0.15.pt, ...              pruned models, which the other scripts take like any checkpoint
 
-Similarity of two heads of a layer, averaged over positions, then over sequences (the unit of errors):
-    pattern      cosine of their attention weights, a row of T for each query; the first query is left out
-    rest         the same without the diagonal and the first token, from the fourth query on: weight that all
-                 put there can make heads look alike; how much that is, is in heads.csv
-    output       cosine of what they add to the residual stream, (C,) at each position
-Each stands beside its null: the same of one model of this shape with random weights. A pattern's null is near
-1, as random heads look at all tokens alike. Importance is the mean over sequences of |dL/dg| for a gate g = 1
-on the head's output (Michel et al. 2019, "Are Sixteen Heads Really Better than One?", section 4.1). Ablation
-is the loss without the head minus the loss with it, nats per token. The interval of a change of perplexity
-takes 20 stretches of val as the unit, as windows of one document are alike.
+Pairs. Cosines are averaged over queries (but the first), then over windows:
+    pattern        attention weights. Published work calls heads above 0.85 redundant, but random weights
+                   give 0.99: all of their heads attend nearly uniformly
+    centred        the same minus uniform attention, 1/(t+1); undefined for a uniform head
+    centred_layer  the same minus the mean over the layer's heads; n unrelated heads come to -1/(n-1)
+    output         what the heads add to the residual stream
+In the most similar pairs above similarity_threshold, each head attends with the other's pattern and keeps its
+own values. If the loss holds, its queries and keys are redundant; the head need not be.
 
-Most of the time goes into one forward over calibration_tokens per head, and one over val_tokens per pruned
-model: half an hour on one CPU core for 7M parameters and 48 heads, hours for GPT-2 small, which wants a GPU.
+Heads. importance: mean |dL/dg| of a gate g = 1 on the output (Michel et al. 2019, "Are Sixteen Heads Really
+Better than One?", section 4.1). ablation, mean_ablation: rise of the loss with the output replaced by zero,
+and by its mean over the data. r2: share of the output's variance that the layer's other heads predict, by
+least squares fitted on half of the windows and tested on the other half. previous, first: attention paid to
+the token before and to the first. duplicate, induction: on random tokens repeated once, attention paid to the
+earlier copy and to the token behind it (Olsson et al. 2022, "In-context Learning and Induction Heads").
+entropy in nats, distance in tokens. Losses are in nats per token, standard errors over windows. "null" is the
+same measure of one model with random weights.
 
-Shapes: B sequences, T tokens, nh heads of a layer, hs head size, C n_embd, H heads in all layers, P pairs.
+Pruning. A criterion removes heads one by one, at most layer_cap of any layer: cosines are highest in the
+first layer, and without a limit a similarity criterion removes nearly all of it. Removed heads are left out
+("none"), or replaced: by their mean output, or by a least-squares fit from one partner or from all heads left
+in the layer.
+
+Cost, in forwards over 65,536 tokens (12 s on one core for 7M parameters and 48 heads): 6 for patterns, 3 for
+importance, 24 for ablation (on ablation_tokens), up to 10 for swaps, 17 for greedy ablation (1.25 for each
+head removed), and 40 for the pruned models of each share: 180 in all, or 36 minutes. GPT-2 small needs a GPU.
+
+Shapes: B sequences, T tokens, nh heads of a layer, hs head size, C n_embd, N windows, H heads in all layers,
+P pairs.
 """
 
 import contextlib
 import copy
-import io
+import functools
 import itertools
 import math
 import random
-import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from analyze_tokenizer import to_csv
 from checkpoint import (
     build_model,
     checkpoint_tokenizer,
@@ -62,51 +72,61 @@ from checkpoint import (
 )
 from configurator import Between, OneOf, PathName, UserError, configure
 from convert_hf import load_any
-from decoding import KVCache, generate
+from decoding import KVCache
 from device import TOLERANCE, Device, resolve_device
+from figures import csv_bytes, pyplot, save_figure, table
 from files import write_atomically
 from model import GPT
 from shards import WindowLoader, open_stream
 
 checkpoint: PathName = ""  # a file, FOLDER (its newest), FOLDER:best, gpt2, ...; empty = newest of log*/
 data_dir: PathName = ""  # token shards of the checkpoint's tokenizer; empty = those it was trained on
-out_dir: PathName = "heads"  # tables, figures and pruned models go here
-calibration_tokens: Between(1, 10**12) = 65_536  # spread over the train split: heads are chosen on these
+out_dir: PathName = "heads"  # a new folder for tables, figures and pruned models
+sentence = "When the cat saw the dog, the cat ran up the tree, and the dog sat under the tree."  # to draw
+calibration_tokens: Between(1, 10**12) = 65_536  # spread over the train split: heads are measured on these
+ablation_tokens: Between(1, 10**12) = 16_384  # the same for ablation and swaps, a forward for each head
 val_tokens: Between(1, 10**12) = 65_536  # the first of the val split: pruned models are evaluated on these
-similarity_threshold: Between(-1, 1) = 0.85  # pairs above it are listed
-prune_fractions = "0,0.05,0.1,0.15,0.2,0.3,0.5"  # shares of the heads to remove; empty = none
+similarity_threshold: Between(-1, 1) = 0.85  # of pattern cosines, as published
+prune_fractions = "0.05,0.15,0.3"  # shares of the heads to remove; empty = none
 prune_heads = ""  # remove these instead: LAYER:HEAD,... counted from 0
-criterion: OneOf("ablation", "importance", "redundancy_pattern", "redundancy_rest", "redundancy_output",
-                 "random") = "ablation"  # whose pruned models are saved, timed and merged
-merge = ""  # fold dropped heads into those that are left: any of mean,partner,layer
-random_seeds: Between(1, 10_000) = 5  # random prunings of each size, seed, seed + 1, ...
+layer_cap: Between(0, 1) = 0.5  # at most this share of a layer's heads, while other layers can lose some
+# which of the pruned models are saved: those of this criterion, with removed heads replaced by this
+criterion: OneOf("ablation", "greedy", "importance", "r2", "similarity", "random") = "ablation"
+merge: OneOf("none", "mean", "partner", "layer") = "layer"
+random_seeds: Between(1, 10_000) = 5  # random prunings of each size, with seed, seed + 1, ...
 batch_size: Between(1, 65_536) = 8  # sequences at a time
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
 dtype: OneOf("auto", "float32", "bfloat16", "float16") = "float32"  # of matrix products
-seed: Between(0, 2**63 - 1) = 1337  # of the null and of random pruning
+seed: Between(0, 2**63 - 1) = 1337  # of the null, of repeated tokens and of random pruning
 
-MEASURES = {"pattern": "attention patterns", "rest": "patterns without diagonal and first token",
-            "output": "head outputs"}
-HEAD_MEASURES = {"importance": "importance, |dL/dg|, nats per token", "ablation": "ablation, nats per token",
-                 "diagonal": "attention to the own token", "first": "attention to the first token"}
-CRITERIA = {
-    "ablation": "the smallest loss increase first",
-    "importance": "the smallest gradient importance first, over its layer's norm",
-    "redundancy_pattern": "of the most similar patterns the less important",
-    "redundancy_rest": "of the most similar patterns, without diagonal and first token, the less important",
-    "redundancy_output": "of the most similar outputs the less important",
-    "random": "any",
-}
-MERGES = {"mean": "its mean output, into the bias",
-          "partner": "what the head most similar, or most opposite, can tell of it",
-          "layer": "what all heads left in the layer can tell of it"}
-SPEED_ROUNDS, DECODE_TOKENS = 5, 64
-BLOCKS, T_QUANTILE = 20, 2.093  # of val, for the error of a change; Student's t, 97.5%, 19 degrees of freedom
+PAIR_MEASURES = {"pattern": "attention patterns", "centred": "minus uniform attention",
+                 "centred_layer": "minus the layer's mean pattern", "output": "head outputs"}
+HEAD_MEASURES = {"importance": "importance, nats per token", "ablation": "loss rise, head zeroed",
+                 "mean_ablation": "loss rise, head replaced by its mean",
+                 "r2": "R2 from the layer's other heads",
+                 "previous": "attention to the previous token", "first": "attention to the first token",
+                 "duplicate": "attention to an earlier copy",
+                 "induction": "attention behind an earlier copy",
+                 "entropy": "entropy, nats", "distance": "distance, tokens"}
+CRITERIA = {"ablation": "ablation, one-shot", "greedy": "ablation, greedy",
+            "importance": "gradient importance", "r2": "R2 from other heads",
+            "similarity": "similarity, centred", "random": "at random", "chosen": "as chosen"}
+MERGES = {"none": "left out", "mean": "mean output", "partner": "fit from one head",
+          "layer": "fit from the layer"}
+MOST_SWAPS = 20  # pairs
+GREEDY_CANDIDATES = 5  # heads measured again at each step of greedy ablation: those that last cost least
+SWAPS = ("head_as_other", "other_as_head")  # who attends as whom
+BLOCKS, T_QUANTILE = 20, 2.093  # stretches of val; Student's t, 97.5%, 19 degrees of freedom
+EXPLAINED = f"""\
+Change of perplexity, +- half the 95% interval over {BLOCKS} stretches of val; at random: mean of the draws
+(lowest to highest). Is all of it below 5%? yes, no (all of it above), ? (neither). 3/5: better than 3 of 5
+draws treated alike, by the 95% interval of the difference over the same stretches."""
 Head = tuple[int, int]  # layer, head
-Halves = list[dict[str, "Running"]]  # all that is measured, on each half of the calibration windows
+Batches = list[tuple[torch.Tensor, torch.Tensor]]  # x and y, (B, T) each, on the device
+Moments = tuple[dict[int, np.ndarray], dict[int, np.ndarray]]  # of even and of odd windows, see `watch`
 
 
-# ---- heads of a model: watching, gating, removing ------------------------------
+# ---- heads of a model: watching, changing, removing ----------------------------
 
 
 def all_heads(model: GPT) -> list[Head]:
@@ -124,7 +144,7 @@ def all_pairs(model: GPT) -> list[tuple[int, int, int]]:
 @contextlib.contextmanager
 def watching(model: GPT, see: Callable) -> Iterator[None]:
     """Within it, every forward calls see(layer, attn, qkv (B, T, 3 nh hs), y (B, T, nh hs)) in each layer
-    that has heads; y goes into c_proj, or what `see` returns in its place. Weights stay untouched."""
+    that has heads; c_proj takes y, or what `see` returns instead. Weights stay untouched."""
     latest, handles = {}, []
     for layer, block in enumerate(model.transformer.h):
         def keep(module, args, qkv, layer=layer):
@@ -143,42 +163,60 @@ def watching(model: GPT, see: Callable) -> Iterator[None]:
             handle.remove()
 
 
-def gated(model: GPT, gates: torch.Tensor):
-    """Within it, head outputs are multiplied by `gates` (H,), or (B, H) with a row for each sequence."""
+def gated(model: GPT, gates: torch.Tensor, means: dict[int, torch.Tensor] | None = None):
+    """Within it, head outputs are multiplied by `gates` (H,), or (B, H) with a row for each sequence.
+
+    With `means` {layer: (nh hs,)}, a gate g gives g y + (1 - g) mean.
+    """
     sizes = [block.attn.n_head for block in model.transformer.h]
     of_layer = torch.atleast_2d(gates).split(sizes, dim=1)  # (1 or B, nh) each
 
     def see(layer, attn, qkv, y):
-        return y * of_layer[layer].repeat_interleave(attn.head_size, dim=-1)[:, None]  # (B, T, nh hs)
+        gate = of_layer[layer].repeat_interleave(attn.head_size, dim=-1)[:, None]  # (1 or B, 1, nh hs)
+        return y * gate if means is None else (y * gate + means[layer] * (1 - gate)).to(y.dtype)
 
     return watching(model, see)
 
 
-def masked(model: GPT, heads: list[Head]):
-    """Within it, the model computes as if `heads` put out zeros: the slow twin of `prune`."""
-    device = model.lm_head.weight.device
-    return gated(model, torch.tensor([float(head not in set(heads)) for head in all_heads(model)],
-                                     device=device))
+def masked(model: GPT, heads: Iterable[Head], means: dict[int, torch.Tensor] | None = None):
+    """Within it, `heads` put out zeros, or their `means`: the slow twin of `prune`, or of folding by mean."""
+    device, gone = model.lm_head.weight.device, set(heads)
+    return gated(model, torch.tensor([float(head not in gone) for head in all_heads(model)], device=device),
+                 means)
+
+
+@contextlib.contextmanager
+def swapped(model: GPT, layer: int, source: int, target: int) -> Iterator[None]:
+    """Within it, head `target` of a layer attends with the pattern of head `source` and keeps its values."""
+    attn = model.transformer.h[layer].attn
+
+    def swap(module, args, qkv):
+        parts = qkv.clone().unflatten(2, (3, attn.n_head, attn.head_size))  # (B, T, 3, nh, hs)
+        parts[:, :, :2, target] = parts[:, :, :2, source]  # queries and keys
+        return parts.flatten(2)
+
+    handle = attn.c_attn.register_forward_hook(swap)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def check_heads(model: GPT, heads: list[Head], what: str) -> None:
-    """Raises UserError, which speaks of `what`, unless these are different heads of the model."""
+    """Raises UserError, naming the setting `what`, unless these are different heads of the model."""
     known = all_heads(model)
-    left = ", ".join(f"{layer}: {block.attn.n_head}" for layer, block in enumerate(model.transformer.h))
-    if len(heads) > len(known):
-        raise UserError(f"{what}: got {len(heads)} heads, and there are no more than {len(known)} (by layer "
-                        f"{left})")
     for layer, head in heads:
         if (layer, head) not in known:
-            raise UserError(f"{what}: there is no head {layer}:{head}; wanted LAYER:HEAD, counted from 0; "
-                            f"this model has, by layer, so many: {left}")
+            left = ", ".join(f"{i}: {block.attn.n_head}" for i, block in enumerate(model.transformer.h))
+            raise UserError(f"{what}: there is no head {layer}:{head}; give LAYER:HEAD, counted from 0; "
+                            f"heads by layer: {left}")
     if len(set(heads)) < len(heads):
-        raise UserError(f"{what}: got a head twice, wanted different ones")
+        raise UserError(f"{what}: a head is named twice; name each once")
 
 
 def prune(model: GPT, heads: list[Head]) -> GPT:
     """A new model without `heads`: their rows of c_attn (in Q, in K and in V) and columns of c_proj are gone,
-    and its logits are those of `masked`. A layer may lose all. Raises UserError for heads that are not there.
+    and its logits are those of `masked`. A layer may lose all. Raises UserError for heads that do not exist.
     """
     check_heads(model, heads, "prune")
     weights = model.state_dict()
@@ -193,63 +231,13 @@ def prune(model: GPT, heads: list[Head]) -> GPT:
             weights[f"{name}c_attn.{part}"] = qkv.view(3, nh * hs, *qkv.shape[1:])[:, rows].flatten(0, 1)
         weights[f"{name}c_proj.weight"] = weights[f"{name}c_proj.weight"][:, rows]
         counts.append(len(kept))
-    smaller = GPT(replace(model.config, heads=tuple(counts))).to(model.lm_head.weight.device)
-    smaller.load_state_dict(weights)
-    smaller.loss_chunk = model.loss_chunk
-    return smaller.train(model.training)
+    pruned = GPT(replace(model.config, heads=tuple(counts))).to(model.lm_head.weight.device)
+    pruned.load_state_dict(weights)
+    pruned.loss_chunk = model.loss_chunk
+    return pruned.train(model.training)
 
 
-# ---- streaming statistics ------------------------------------------------------
-
-
-class Running:
-    """Mean and standard error of vectors that come in batches (B, N); keeps no more than two sums."""
-
-    def __init__(self):
-        self.n, self.sum, self.squares = 0, 0.0, 0.0
-
-    def add(self, values: torch.Tensor) -> None:
-        values = values.cpu().double().numpy()  # MPS has no float64
-        self.n += len(values)
-        self.sum = self.sum + values.sum(axis=0)
-        self.squares = self.squares + (values**2).sum(axis=0)
-
-    def __add__(self, other: "Running") -> "Running":
-        both = Running()
-        both.n, both.sum = self.n + other.n, self.sum + other.sum
-        both.squares = self.squares + other.squares
-        return both
-
-    @property
-    def mean(self) -> np.ndarray:
-        return self.sum / self.n
-
-    @property
-    def error(self) -> np.ndarray:
-        """Standard error of the mean over the vectors that came, nan for fewer than two."""
-        if self.n < 2:
-            return np.full_like(self.mean, np.nan)
-        variance = np.maximum(0.0, self.squares / self.n - self.mean**2) * self.n / (self.n - 1)
-        return np.sqrt(variance / self.n)
-
-
-class Windows:
-    """Some windows (x, y) of a split, in batches on the device."""
-
-    def __init__(self, loader: WindowLoader, ids: np.ndarray, dev: Device):
-        self.loader, self.ids, self.dev = loader, ids, dev
-
-    def __len__(self) -> int:
-        """Batches."""
-        return math.ceil(len(self.ids) / batch_size)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for first in range(0, len(self.ids), batch_size):
-            x, y = self.loader.read_windows(self.ids[first:first + batch_size])
-            yield self.dev.to_device(x), self.dev.to_device(y)
-
-    def halves(self) -> tuple["Windows", "Windows"]:
-        return tuple(Windows(self.loader, self.ids[i::2], self.dev) for i in (0, 1))
+# ---- what heads do -------------------------------------------------------------
 
 
 def attention_patterns(attn, qkv: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -265,155 +253,288 @@ def attention_patterns(attn, qkv: torch.Tensor, y: torch.Tensor) -> torch.Tensor
     again = (patterns @ v).transpose(1, 2).reshape(B, T, -1)
     distance, size = (again - y.float()).abs().max().item(), y.float().abs().max().item()
     if not distance <= TOLERANCE[y.dtype] * size:
-        raise UserError(f"attention computed again for the analysis differs from the layer's own by "
-                        f"{distance:.2e}, of {size:.2e}; try --dtype=float32 or --device=cpu, or, if "
-                        f"model.py attends in another way (RoPE, QK-norm), change attention_patterns too")
+        raise UserError(f"recomputed attention differs from the layer's own by {distance:.2e} of {size:.2e}; "
+                        f"try --dtype=float32 or --device=cpu; if model.py attends in another way (RoPE, "
+                        f"QK-norm), change attention_patterns too")
     return patterns
 
 
 def pair_cosines(vectors: torch.Tensor) -> torch.Tensor:
-    """Cosines of the heads of a layer: vectors (B, nh, R, N) -> (B, pairs), the mean over the R rows."""
-    rows = F.normalize(vectors, dim=-1).flatten(2)  # (B, nh, R * N)
-    cosines = rows @ rows.mT / vectors.size(2)  # (B, nh, nh)
+    """Cosines of the heads of a layer: vectors (B, nh, R, N) -> (B, pairs), the mean over the R rows.
+
+    Rows where either vector is zero do not count; nan where none does.
+    """
+    norms = vectors.norm(dim=-1, keepdim=True)
+    defined = norms > 1e-6  # a uniform pattern minus 1/(t+1) is rounding
+    rows = torch.where(defined, vectors / norms, 0.0).flatten(2)  # (B, nh, R * N)
+    counts = defined.flatten(2).float()  # (B, nh, R)
+    cosines = (rows @ rows.mT) / (counts @ counts.mT)  # (B, nh, nh)
     first, second = torch.triu_indices(vectors.size(1), vectors.size(1), 1, device=vectors.device)
     return cosines[:, first, second]
 
 
 @torch.no_grad()
-def watch(model: GPT, windows: Windows) -> tuple[dict[str, Running], dict[int, torch.Tensor]]:
-    """What the heads do on the windows, and the second moments of what they put out, for `fold`.
-
-    The first: each of MEASURES (P,); diagonal and first (H,), the attention that queries behind the first
-    pay to their own token and to the first one. The second: {layer: sum over tokens of (y, 1) (y, 1)^T},
-    float64 (nh hs + 1, nh hs + 1). Raises UserError where attention cannot be reproduced.
-    """
-    running, moments = {name: Running() for name in (*MEASURES, "diagonal", "first")}, {}
-
+def each_pattern(model: GPT, x: torch.Tensor, dev: Device, use: Callable) -> None:
+    """Run a forward that calls use(layer, attn, patterns (B, nh, T, T), y (B, T, nh hs)), in float32."""
     def see(layer, attn, qkv, y):
         with torch.autocast(y.device.type, enabled=False):  # or the statistics would be in 16 bits
-            add(layer, attn, qkv.float(), y)
+            use(layer, attn, attention_patterns(attn, qkv.float(), y), y.float())
 
-    def add(layer, attn, qkv, y):
-        patterns = attention_patterns(attn, qkv, y)  # (B, nh, T, T)
-        found["pattern"].append(pair_cosines(patterns[:, :, 1:]))
-        found["diagonal"].append(patterns.diagonal(dim1=2, dim2=3)[..., 1:].mean(dim=-1))
-        found["first"].append(patterns[:, :, 1:, 0].mean(dim=-1))
-        trivial = torch.eye(y.size(1), dtype=torch.bool, device=y.device)
-        trivial[:, 0] = True
-        # of the first two queries nothing is left, of the third one key, whose cosine is 1
-        found["rest"].append(pair_cosines(patterns.masked_fill_(trivial, 0.0)[:, :, 3:]))
-        y = y.float()
+    with watching(model, see), dev.autocast():
+        model(x, only_last=True)
+
+
+def watch(model: GPT, batches: Batches, dev: Device) -> tuple[dict[str, np.ndarray], Moments]:
+    """What heads do in each window: PAIR_MEASURES (N, P); previous, first, entropy and distance (N, H);
+    by_distance (N, H, T), the mean weight of keys that many tokens back. Then the second moments of outputs.
+
+    Moments are {layer: sum over tokens of (y, 1) (y, 1)^T}, float64 (nh hs + 1, nh hs + 1), of the even and
+    of the odd windows. Raises UserError where attention cannot be recomputed.
+    """
+    values, moments, n = defaultdict(list), ({}, {}), 0
+
+    def measure(layer, attn, patterns, y):
+        t = torch.arange(y.size(1), device=y.device)
+        back = (t[:, None] - t).clamp(min=0)  # [t, d] -> t - d, the key d tokens back
+        by_distance = patterns.gather(3, back.expand_as(patterns)).tril()  # (B, nh, T, T), of query and d
+        rows = patterns[:, :, 1:]  # the first query has one key
+        uniform = (torch.ones_like(patterns[0, 0]) / (t + 1)[:, None]).tril()[1:]
         heads = y.unflatten(2, (attn.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
         columns = attn.c_proj.weight.float().unflatten(1, (attn.n_head, -1)).permute(1, 2, 0)  # (nh, hs, C)
-        found["output"].append(pair_cosines(heads @ columns))
-        rows = F.pad(y.flatten(0, 1), (0, 1), value=1.0)  # (B * T, nh hs + 1)
-        rows = (rows.cpu() if y.device.type == "mps" else rows).double()  # squares need twice the digits
-        moments[layer] = moments.get(layer, 0.0) + (rows.T @ rows).cpu()
+        for name, found in {
+                "pattern": pair_cosines(rows), "centred": pair_cosines(rows - uniform),
+                "centred_layer": pair_cosines(rows - rows.mean(dim=1, keepdim=True)),
+                "output": pair_cosines(heads @ columns),
+                "previous": rows.diagonal(dim1=2, dim2=3).mean(dim=-1), "first": rows[..., 0].mean(dim=-1),
+                "entropy": torch.special.entr(rows).sum(dim=-1).mean(dim=-1),
+                "distance": (by_distance[:, :, 1:] @ t.float()).mean(dim=-1),
+                "by_distance": by_distance.sum(dim=2) / (len(t) - t)}.items():
+            seen[name].append(found)
+        for parity, of_half in enumerate(moments):
+            rows = y[(n + parity) % 2::2].flatten(0, 1)  # (tokens, nh hs)
+            rows = torch.nn.functional.pad(rows, (0, 1), value=1.0).cpu().double()
+            of_half[layer] = of_half.get(layer, 0.0) + (rows.T @ rows).numpy()
 
-    with watching(model, see):
-        for x, _ in windows:
-            found = {name: [] for name in running}
-            with windows.dev.autocast():
-                model(x, only_last=True)
-            for name, parts in found.items():
-                running[name].add(torch.cat(parts, dim=1))
-    return running, moments
+    for x, _ in batches:
+        seen = defaultdict(list)
+        each_pattern(model, x, dev, measure)
+        n += len(x)
+        for name, parts in seen.items():
+            values[name].append(torch.cat(parts, dim=1).cpu().double().numpy())
+    return {name: np.concatenate(parts) for name, parts in values.items()}, moments
 
 
-def importance(model: GPT, windows: Windows) -> Running:
-    """|dL/dg| for the gates g (H,): L the loss of a sequence, nats per token (Michel et al. 2019, 4.1)."""
-    result = Running()
-    for x, y in windows:
+def repeated_scores(model: GPT, dev: Device, n: int = 32) -> dict[str, np.ndarray]:
+    """duplicate and induction (n, H) on n sequences of random tokens, each repeated once."""
+    length = model.config.block_size // 2
+    half = np.random.default_rng(seed).integers(max(1, model.config.n_vocab - 1), size=(n, length))
+    scores = []
+
+    def measure(layer, attn, patterns, y):
+        seen.append(torch.stack([patterns.diagonal(-back, dim1=2, dim2=3)[..., -length:].mean(dim=-1)
+                                 for back in (length, length - 1)]))  # (2, B, nh)
+
+    for first in range(0, n, batch_size):
+        seen = []
+        each_pattern(model, dev.to_device(np.tile(half[first:first + batch_size], 2)), dev, measure)
+        scores.append(torch.cat(seen, dim=2).cpu().double().numpy())
+    return dict(zip(("duplicate", "induction"), np.concatenate(scores, axis=1)))
+
+
+def importance(model: GPT, batches: Batches, dev: Device) -> np.ndarray:
+    """|dL/dg| for the gates g (N, H): L the loss of a window, nats per token (Michel et al. 2019, 4.1)."""
+    found = []
+    for x, y in batches:
         gates = torch.ones(len(x), len(all_heads(model)), device=x.device, requires_grad=True)
-        with gated(model, gates), windows.dev.autocast():
+        with gated(model, gates), dev.autocast():
             loss = model(x, y, reduction="sum") / y.size(1)
-        result.add(torch.autograd.grad(loss, gates)[0].abs())
-    return result
-
-
-def ablation(model: GPT, windows: Windows) -> Running:
-    """Loss without a head minus loss with it (H,), of each sequence, in nats per token."""
-    result, heads = Running(), all_heads(model)
-    for x, y in tqdm(windows, "ablation", leave=False, unit=" batches", disable=None):
-        with_all, rises = losses(model, x, y, windows.dev), []
-        for head in heads:
-            with masked(model, [head]):
-                rises.append(losses(model, x, y, windows.dev) - with_all)
-        result.add(torch.stack(rises, dim=1))
-    return result
+        found.append(torch.autograd.grad(loss, gates)[0].abs().cpu().double().numpy())
+    return np.concatenate(found)
 
 
 @torch.no_grad()
-def losses(model: GPT, x: torch.Tensor, y: torch.Tensor, dev: Device) -> torch.Tensor:
-    """Mean loss of each sequence (B,), nats per token."""
-    with dev.autocast():
-        return model(x, y, reduction="none").float().mean(dim=1)
+def window_losses(model: GPT, batches: Batches, dev: Device) -> np.ndarray:
+    """Mean loss of each window, nats per token, float64 (N,)."""
+    found = []
+    for x, y in batches:
+        with dev.autocast():
+            found.append(model(x, y, reduction="none").float().mean(dim=1).cpu().double().numpy())
+    return np.concatenate(found)
 
 
-def window_losses(model: GPT, windows: Windows) -> np.ndarray:
-    """Mean loss of each window, float64 (N,)."""
-    return torch.cat([losses(model, x, y, windows.dev) for x, y in windows]).cpu().double().numpy()
+def loss_rises(model: GPT, batches: Batches, dev: Device, label: str, changes: list) -> np.ndarray:
+    """Loss of each window within each of the contexts `changes`, minus its loss without: (N, changes)."""
+    unchanged, rises = window_losses(model, batches, dev), []
+    for change in tqdm(changes, label, leave=False, disable=None):
+        with change:
+            rises.append(window_losses(model, batches, dev) - unchanged)
+    return np.array(rises).reshape(len(rises), len(unchanged)).T
 
 
-# ---- which heads to drop, and what takes their place ---------------------------
+def swap_rises(model: GPT, batches: Batches, dev: Device, cosines: np.ndarray) -> dict[str, np.ndarray]:
+    """head_as_other, other_as_head (N, P): the rise of the loss when one head of a pair attends as the other.
+    nan for all but the pairs with the highest cosines (P,)."""
+    pairs, found = all_pairs(model), {}
+    alike = [i for i in np.argsort(-cosines) if cosines[i] > similarity_threshold][:MOST_SWAPS]
+    rises = loss_rises(model, batches, dev, "swapped patterns", [
+        swapped(model, layer, *order) for layer, a, b in (pairs[i] for i in alike)
+        for order in ((b, a), (a, b))])  # (N, 2 alike)
+    for k, name in enumerate(SWAPS):
+        found[name] = np.full((len(rises), len(pairs)), np.nan)
+        found[name][:, alike] = rises[:, k::2]
+    return found
 
 
-def drop_order(name: str, model: GPT, values: dict[str, np.ndarray]) -> list[Head]:
-    """All heads in the order in which criterion `name` drops them.
+# ---- predicting one head from others -------------------------------------------
 
-    values: importance and ablation (H,), MEASURES (P,). Redundancy goes through the pairs from the most
-    similar on, and drops the less important head of a pair that is still whole; heads that no pair decides
-    about (the last of each layer) follow by importance.
+
+def columns_of(model: GPT, layer: int, heads: Iterable[int]) -> list[int]:
+    """Columns of y that these heads of a layer fill."""
+    hs = model.config.head_size
+    return [column for head in heads for column in range(head * hs, (head + 1) * hs)]
+
+
+def fit(sums: np.ndarray, known: list[int], target: list[int]) -> np.ndarray:
+    """Least squares from second moments: the map (known, target) of columns `known` to columns `target`."""
+    # directions with 1e-5 of the largest amplitude are rounding; fitted to, they would get huge weights
+    return np.linalg.lstsq(sums[np.ix_(known, known)], sums[np.ix_(known, target)], 1e-10)[0]
+
+
+def left_over(fit_on: np.ndarray, test_on: np.ndarray, known: list[int], target: list[int],
+              weight: np.ndarray) -> float:
+    """Squared error of what columns `known` predict of weight (C, target) @ y[target], summed over tokens:
+    fitted on one set of second moments, tested on another."""
+    columns, coef = [*target, *known], np.concatenate((np.eye(len(target)), -fit(fit_on, known, target)))
+    return np.trace(weight @ coef.T @ test_on[np.ix_(columns, columns)] @ coef @ weight.T)
+
+
+def r2(model: GPT, moments: Moments, layer: int, head: int, others: Iterable[int]) -> np.ndarray:
+    """R2 of what a head adds to the residual stream, from the outputs of `others` and a constant: (2,),
+    fitted on either half of the windows and tested on the other. 1 for a head whose output is constant."""
+    weight = model.transformer.h[layer].attn.c_proj.weight.detach().cpu().double().numpy()  # (C, nh hs)
+    target, constant, found = columns_of(model, layer, [head]), [weight.shape[1]], []
+    known, weight = columns_of(model, layer, others) + constant, weight[:, target]
+    for one, other in ((0, 1), (1, 0)):
+        of = (moments[one][layer], moments[other][layer])
+        size = np.trace(weight @ of[1][np.ix_(target, target)] @ weight.T)
+        error, variance = (left_over(*of, columns, target, weight) for columns in (known, constant))
+        found.append(1.0 - error / variance if variance > 1e-9 * size else 1.0)  # below, it is rounding
+    return np.array(found)
+
+
+def mean_outputs(model: GPT, moments: Moments) -> dict[int, torch.Tensor]:
+    """{layer: mean of y over tokens (nh hs,)}, on the model's device."""
+    sums = {layer: moments[0][layer] + moments[1][layer] for layer in moments[0]}
+    return {layer: torch.from_numpy(square[:-1, -1] / square[-1, -1]).float().to(model.lm_head.weight.device)
+            for layer, square in sums.items()}
+
+
+def fold(model: GPT, heads: list[Head], how: str, moments: Moments) -> GPT:
+    """`model` without `heads`; `how` is one of MERGES. No training.
+
+    The output of a removed head, y_d (hs,), is fitted as an affine map of other heads in its layer, over the
+    calibration tokens; that map, times the head's columns of c_proj, is added to the others' columns and to
+    the bias. The partner is the head left with the highest R2.
     """
-    heads, important = all_heads(model), values["importance"]
-    if name == "ablation":
-        return [heads[i] for i in np.argsort(values["ablation"], kind="stable")]
-    layers = np.array([layer for layer, _ in heads])
-    norms = np.sqrt(np.bincount(layers, important**2))[layers]  # (H,), L2 over the layer, as in the paper
-    relative = important / np.where(norms > 0, norms, 1.0)  # 0 in a layer that does nothing
-    by_importance = [heads[i] for i in np.argsort(relative, kind="stable")]
-    if name == "importance":
-        return by_importance
-    importance_of, dropped, pairs = dict(zip(heads, important)), [], all_pairs(model)
-    for i in np.argsort(-values[name.removeprefix("redundancy_")], kind="stable"):
-        layer, *pair = pairs[i]
-        if not any((layer, head) in dropped for head in pair):
-            dropped.append(min(((layer, head) for head in pair), key=importance_of.get))
-    return dropped + [head for head in by_importance if head not in dropped]
-
-
-def fold(model: GPT, heads: list[Head], how: str, moments: dict[int, torch.Tensor],
-         similarity: np.ndarray) -> GPT:
-    """`model` without `heads`, whose outputs are told from what is left, by least squares and no training.
-
-    `how` is one of MERGES. The output of a dropped head, y_d (hs,), is fitted as an affine map of others in
-    its layer, over the calibration tokens (`moments`, from `watch`); that map, times the head's columns of
-    c_proj, is added to the others' columns and to the bias. similarity (P,) chooses partners.
-    """
-    folded, layers = copy.deepcopy(model), sorted({layer for layer, _ in heads})
-    similar = {frozenset(((layer, a), (layer, b))): value
-               for (layer, a, b), value in zip(all_pairs(model), similarity)}
-    for layer in layers:
-        attn, sums = folded.transformer.h[layer].attn, moments[layer].numpy()
+    if how == "none":
+        return prune(model, heads)
+    folded = copy.deepcopy(model)
+    for layer in sorted({layer for layer, _ in heads}):
+        attn, sums = folded.transformer.h[layer].attn, moments[0][layer] + moments[1][layer]
         weight = model.transformer.h[layer].attn.c_proj.weight.detach().cpu().double().numpy()
-        columns = np.arange(weight.shape[1]).reshape(attn.n_head, attn.head_size)
         left = [head for head in range(attn.n_head) if (layer, head) not in heads]
-        more = np.zeros((len(weight), weight.shape[1] + 1))  # to be added to (weight, bias)
-        for _, head in (pair for pair in heads if pair[0] == layer):
-            others = {"mean": [], "layer": left, "partner": sorted(
-                left, key=lambda other: abs(similar[frozenset(((layer, head), (layer, other)))]))[-1:]}[how]
-            known = np.append(columns[others].ravel(), weight.shape[1]).astype(int)  # and the constant 1
-            # what varies 1e-5 as much as the largest is rounding; fitted to, it would get huge weights
-            told = np.linalg.lstsq(sums[np.ix_(known, known)], sums[np.ix_(known, columns[head])], 1e-10)[0]
-            more[:, known] += weight[:, columns[head]] @ told.T
-        more = torch.from_numpy(more).float().to(attn.c_proj.weight.device)
+        change = np.zeros((len(weight), weight.shape[1] + 1))  # of the weight and the bias
+        for head in (head for other, head in heads if other == layer):
+            if how == "partner" and left:
+                others = [max(left, key=lambda other: r2(model, moments, layer, head, [other]).mean())]
+            else:
+                others = left if how == "layer" else []
+            known, target = (columns_of(model, layer, some) for some in (others, [head]))
+            known.append(weight.shape[1])  # the constant 1
+            change[:, known] += weight[:, target] @ fit(sums, known, target).T
+        change = torch.from_numpy(change).float().to(attn.c_proj.weight.device)
         with torch.no_grad():
-            attn.c_proj.weight += more[:, :-1]
-            attn.c_proj.bias += more[:, -1]
+            attn.c_proj.weight += change[:, :-1]
+            attn.c_proj.bias += change[:, -1]
     return prune(folded, heads)
 
 
-# ---- what a smaller model is worth ---------------------------------------------
+# ---- which heads to remove -----------------------------------------------------
+
+
+def select(model: GPT, n: int, choose: Callable) -> list[Head]:
+    """`n` heads, each choose(allowed, removed): from layers that have not lost layer_cap of their heads, or
+    from any once no layer can."""
+    heads, removed = all_heads(model), []
+    caps = [max(1, int(layer_cap * block.attn.n_head)) for block in model.transformer.h]
+    while len(removed) < n:
+        left = [head for head in heads if head not in removed]
+        allowed = [head for head in left if sum(head[0] == layer for layer, _ in removed) < caps[head[0]]]
+        removed.append(choose(allowed or left, removed))
+    return removed
+
+
+def smallest(score: Callable) -> Callable:
+    """For `select`: the head with the smallest score(head, removed)."""
+    return lambda allowed, removed: min(allowed, key=lambda head: score(head, removed))
+
+
+def greedy(loss: Callable, rises: dict[Head, float]) -> Callable:
+    """For `select`: the head whose removal raises loss(heads removed) least.
+
+    Of the heads left, only the GREEDY_CANDIDATES whose rise was smallest when last measured are measured
+    again. `rises` is what was measured with all heads in place.
+    """
+    rises, losses = dict(rises), {(): loss([])}
+
+    def choose(allowed, removed):
+        candidates = sorted(allowed, key=rises.get)[:GREEDY_CANDIDATES]
+        for head in candidates:
+            losses[*removed, head] = loss([*removed, head])
+            rises[head] = losses[*removed, head] - losses[*removed,]
+        return min(candidates, key=rises.get)
+
+    return choose
+
+
+def removal_orders(model: GPT, n: int, means: dict[str, np.ndarray], moments: Moments, batches: Batches,
+                   dev: Device) -> dict[str, list[Head]]:
+    """The first `n` heads that each criterion but `random` removes; `means` (H,) or (P,) of the measures."""
+    heads, layers = all_heads(model), np.array([layer for layer, _ in all_heads(model)])
+    norms = np.sqrt(np.bincount(layers, means["importance"]**2))[layers]  # L2 over the layer, as in the paper
+    relative = dict(zip(heads, means["importance"] / np.where(norms > 0, norms, 1.0)))
+    ablation = dict(zip(heads, means["ablation"]))
+    cosines = {frozenset(((layer, a), (layer, b))): value if value == value else -1.0
+               for (layer, a, b), value in zip(all_pairs(model), means["centred"])}
+
+    def similarity(head, removed):  # of the most similar pair the less important head
+        others = [cosines[frozenset((head, other))] for other in heads
+                  if other[0] == head[0] and other != head and other not in removed]
+        return -max(others, default=-1.0), relative[head]
+
+    @functools.cache
+    def unpredicted(head, others):
+        return -r2(model, moments, *head, others).mean()
+
+    def loss(removed):
+        with masked(model, removed):
+            return window_losses(model, batches, dev).mean()
+
+    choices = {
+        "ablation": smallest(lambda head, removed: ablation[head]), "greedy": greedy(loss, ablation),
+        "importance": smallest(lambda head, removed: relative[head]), "similarity": smallest(similarity),
+        "r2": smallest(lambda head, removed: unpredicted(head, tuple(
+            other for layer, other in heads if layer == head[0] and (layer, other) not in [head, *removed])))}
+    return {name: select(model, n, choices[name])
+            for name in tqdm(choices, "choosing heads", leave=False, disable=None)}
+
+
+def count_heads(share: float, n_heads: int) -> int:
+    """Heads that a share of them is, to the nearest."""
+    return math.floor(share * n_heads + 0.5)
+
+
+# ---- what a pruned model is worth ----------------------------------------------
 
 
 def cache_bytes(model: GPT, dtype: torch.dtype) -> int:
@@ -422,509 +543,404 @@ def cache_bytes(model: GPT, dtype: torch.dtype) -> int:
     return sum(tensor.nbytes for tensor in (*cache.k, *cache.v)) // model.config.block_size
 
 
-@torch.no_grad()
-def measure_speed(models: list[GPT], dev: Device) -> list[tuple[float, float]]:
-    """(prefill, decode) tokens per second of each, one sequence: the fastest of SPEED_ROUNDS, in turns.
-
-    prefill: block_size tokens at once; decode: one token at a time, behind half a context.
-    """
-    best = [[math.inf, math.inf] for _ in models]
-    T = models[0].config.block_size
-    n = min(DECODE_TOKENS, T - T // 2)  # behind which the cache would be filled anew
-    idx = torch.zeros(1, T, dtype=torch.long, device=dev.device)
-    for model, times in list(zip(models, best)) * (1 + SPEED_ROUNDS):
-        with dev.autocast():
-            dev.synchronize()
-            t0 = time.perf_counter()
-            model(idx, cache=KVCache(model.config, 1, dev.device, dev.dtype), only_last=True)
-            dev.synchronize()
-            t1 = time.perf_counter()
-            steps = generate(model, idx[:, :max(1, T // 2)], 1 + n, temperature=0.0)
-            next(steps)  # fills the cache
-            dev.synchronize()
-            t2 = time.perf_counter()
-            for _ in steps:
-                pass
-            dev.synchronize()
-            times[:] = min(times[0], t1 - t0), min(times[1], time.perf_counter() - t2)
-    return [(T / prefill, n / decode) for prefill, decode in best]
-
-
-def judge(model: GPT, windows: Windows, dense: np.ndarray) -> dict:
-    """Perplexity, and its change against `dense` (N,), the windows' losses with all heads, with the 95%
-    interval that BLOCKS stretches of val give it; nan where there are fewer windows."""
-    found = window_losses(model, windows)
-    rise, half = found - dense, math.nan
-    if len(rise) >= BLOCKS:  # windows of one document are alike, so neighbours count as one draw
-        blocks = np.array([part.mean() for part in np.array_split(rise, BLOCKS)])
+def interval(rises: np.ndarray) -> tuple[float, float, float]:
+    """(change, low, high) of perplexity from the rise of each window's loss (N,): a 95% interval over BLOCKS
+    stretches of val, as windows of one document are alike; nan where there are fewer windows."""
+    half = math.nan
+    if len(rises) >= BLOCKS:
+        blocks = np.array([part.mean() for part in np.array_split(rises, BLOCKS)])
         half = T_QUANTILE * blocks.std(ddof=1) / math.sqrt(BLOCKS)
-    return {"perplexity": math.exp(found.mean()), "change": math.expm1(rise.mean()),
-            "low": math.expm1(rise.mean() - half), "high": math.expm1(rise.mean() + half)}
-
-
-def describe_size(model: GPT, dev: Device) -> dict:
-    """Parameters, FLOPs of a forward and bytes of KV cache, both per token."""
-    return {"heads": len(all_heads(model)), "params": model.num_params(),
-            "flops_per_token": model.flops_per_token(model.config.block_size) // 3,
-            "cache_bytes": cache_bytes(model, dev.dtype)}
-
-
-def sweep(model: GPT, orders: dict[tuple[str, int], list[Head]], shares: list[float], main: str,
-          merges: list[str], moments: dict[int, torch.Tensor], similarity: np.ndarray, windows: Windows,
-          keep: Callable) -> list[dict]:
-    """A row for every (criterion, seed, merge) and share.
-
-    orders {(criterion, seed or ""): heads in the order in which they go}. Of criterion `main` the models are
-    timed, merged and given to keep(share, merge, model, heads removed) (of `random`, the first seed's).
-    """
-    n_heads, dense = len(all_heads(model)), window_losses(model, windows)
-    main_order = next(key for key in orders if key[0] == main)
-    rows, judged = [], {}
-    jobs = [(share, key, how) for share in shares for key in orders
-            for how in ("", *(merges if key == main_order else ()))]
-    for share, key, how in tqdm(jobs, "pruning", leave=False, unit=" models", disable=None):
-        heads = orders[key][:count_heads(share, n_heads)]
-        less = fold(model, heads, how, moments, similarity) if how else prune(model, heads)
-        same = frozenset(heads), how if heads else ""  # with nothing to drop, all criteria are one
-        if same not in judged:
-            judged[same] = judge(less, windows, dense)
-            if not how:
-                check_pruned(model, less, heads, windows)
-        if key == main_order:
-            keep(share, how, less, heads)
-        rows.append({"share": share, "criterion": key[0], "seed": key[1], "merge": how,
-                     **judged[same], **describe_size(less, windows.dev),
-                     "prefill_tok_s": "", "decode_tok_s": "",
-                     "removed": " ".join(f"{layer}:{head}" for layer, head in sorted(heads))})
-    timed = [prune(model, orders[main_order][:count_heads(share, n_heads)]) for share in shares]
-    speeds = dict(zip(shares, measure_speed(timed, windows.dev)))
-    for row in rows:
-        if (row["criterion"], row["seed"], row["merge"]) == (*main_order, ""):
-            row["prefill_tok_s"], row["decode_tok_s"] = speeds[row["share"]]
-    return rows
-
-
-def count_heads(share: float, n_heads: int) -> int:
-    """Heads that a share of them is, to the nearest."""
-    return math.floor(share * n_heads + 0.5)
+    return tuple(math.expm1(rises.mean() + step) for step in (0.0, -half, half))
 
 
 @torch.no_grad()
-def check_pruned(model: GPT, less: GPT, heads: list[Head], windows: Windows) -> None:
+def check_pruned(model: GPT, pruned: GPT, heads: list[Head], batches: Batches, dev: Device) -> None:
     """Raises UserError unless the pruned model's logits are those of the model with these heads masked."""
-    x, _ = next(iter(windows))
-    with windows.dev.autocast(), masked(model, heads):
-        wanted = model(x[:1]).float()
-    with windows.dev.autocast():
-        distance, size = (less(x[:1]).float() - wanted).abs().max().item(), wanted.abs().max().item()
-    if not distance <= TOLERANCE[windows.dev.dtype] * size:
+    x = batches[0][0][:1]
+    with dev.autocast(), masked(model, heads):
+        expected = model(x).float()
+    with dev.autocast():
+        distance, size = (pruned(x).float() - expected).abs().max().item(), expected.abs().max().item()
+    if not distance <= TOLERANCE[dev.dtype] * size:
         raise UserError(f"without {len(heads)} heads the logits differ by {distance:.2e} of {size:.2e} from "
                         f"those with the same heads masked; try --dtype=float32 or --device=cpu")
 
 
-# ---- what is shown -------------------------------------------------------------
+def sweep(model: GPT, orders: dict[tuple[str, int], list[Head]], shares: list[float], moments: Moments,
+          batches: Batches, dev: Device, keep: Callable) -> list[dict]:
+    """A row for every (criterion, seed), share and merge; `rises` in it are those of each window's loss (N,).
+
+    orders {(criterion, seed or ""): heads in the order of their removal}. Each model goes to keep(row, model,
+    heads removed).
+    """
+    n_heads, unpruned = len(all_heads(model)), window_losses(model, batches, dev)
+    rows, rises = [], {}
+    jobs = [*itertools.product(shares, orders, MERGES)]
+    for share, (name, number), how in tqdm(jobs, "pruning", leave=False, disable=None):
+        heads = orders[name, number][:count_heads(share, n_heads)]
+        pruned = fold(model, heads, how, moments)
+        same = frozenset(heads), how  # criteria may agree
+        if same not in rises:
+            if how == "none":
+                check_pruned(model, pruned, heads, batches, dev)
+            rises[same] = window_losses(pruned, batches, dev) - unpruned
+        change, low, high = interval(rises[same])
+        rows.append({"share": share, "criterion": name, "seed": number, "merge": how,
+                     "perplexity": math.exp((unpruned + rises[same]).mean()), "change": change, "low": low,
+                     "high": high, "heads": n_heads - len(heads), "params": pruned.num_params(),
+                     "flops_per_token": pruned.flops_per_token(model.config.block_size) // 3,  # of a forward
+                     "cache_bytes": cache_bytes(pruned, dev.dtype), "rises": rises[same],
+                     "removed": " ".join(f"{layer}:{head}" for layer, head in sorted(heads))})
+        keep(rows[-1], pruned, heads)
+    return rows
 
 
-def correlation(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """(Pearson, Spearman) of two vectors; nan where one of them is constant, or empty."""
-    def pearson(a, b):
-        if len(a) == 0 or np.ptp(a) == 0 or np.ptp(b) == 0:
-            return math.nan
-        a, b = a - a.mean(), b - b.mean()
-        return (a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum())
-
-    def ranks(values):  # of equal values the mean of theirs
-        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (counts.cumsum() - (counts - 1) / 2)[place]
-
-    return pearson(a, b), pearson(ranks(a), ranks(b))
+# ---- the report ----------------------------------------------------------------
 
 
-def shown(number: float, form: str = ".4f") -> str:
+def shown(number: float, form: str = ".3f") -> str:
     """The number, or a dash where there is none."""
     return format(number, form) if number == number else "-"
 
 
-def similarity_lines(model: GPT, halves: Halves, null: dict[str, Running]) -> tuple[list[str], list[str]]:
-    """Mean similarity by measure beside its null, and its stability; then the pairs above the threshold."""
-    heading = (f"{'similarity of pairs':>48} {'mean':>6} {'null':>6} {'highest':>8} {'above':>6} {'null':>6} "
-               f"{'both halves':>12} {'Pearson':>8} {'Spearman':>8}")
-    lines, listed, pairs = [heading], [], all_pairs(model)
-    if not pairs:
-        return ["no layer has two heads: there are no pairs to compare"], ["no layer has two heads"]
-    for name, title in MEASURES.items():
-        a, b = (half[name] for half in halves)
-        mean, error, nulls = (a + b).mean, (a + b).error, null[name].mean
-        above, above_null, above_a, above_b = (values > similarity_threshold
-                                               for values in (mean, nulls, a.mean, b.mean))
-        pearson, spearman = correlation(a.mean, b.mean)
-        stable = f"{(above_a & above_b).sum()} of {(above_a | above_b).sum()}"
-        lines.append(f"{name + ': ' + title:>48} {mean.mean():6.3f} {nulls.mean():6.3f} {mean.max():8.3f} "
-                     f"{above.sum():6} {above_null.sum():6} {stable:>12} {shown(pearson):>8} "
-                     f"{shown(spearman):>8}")
-        for i in sorted(np.flatnonzero(above), key=lambda i: -mean[i]):
-            layer, first, second = pairs[i]
-            listed.append(f"{name:8} layer {layer:2} heads {first:2} {second:2}  "
-                          f"{mean[i]:.4f} +- {error[i]:.4f}, random weights {nulls[i]:.4f}")
-    lines.append(f"{len(pairs)} pairs; above: more than {similarity_threshold}; both halves: of the pairs "
-                 f"above it on either half of the data, those above it on both; then the halves' correlation")
-    return lines, listed or [f"no pair is above {similarity_threshold}"]
+def agreement(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson correlation of two vectors without their nan; nan where one is constant or too short."""
+    both = np.isfinite(a) & np.isfinite(b)
+    a, b = a[both], b[both]
+    return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and np.ptp(a) > 0 < np.ptp(b) else math.nan
 
 
-def importance_lines(halves: Halves) -> list[str]:
-    """Each measure by head: how large, how stable over the halves; whether the two of importance agree."""
-    lines = [f"{'by head':>48} {'mean':>9} {'lowest':>9} {'highest':>9} {'Pearson':>8} {'Spearman':>8}"]
-    names = [name for name in HEAD_MEASURES if name in halves[0]]
-    for name in names:
-        a, b = (half[name] for half in halves)
-        mean, (pearson, spearman) = (a + b).mean, correlation(a.mean, b.mean)
-        lines.append(f"{HEAD_MEASURES[name]:>48} {mean.mean():9.5f} {mean.min():9.5f} {mean.max():9.5f} "
-                     f"{shown(pearson):>8} {shown(spearman):>8}")
-    if "ablation" in names:
-        pearson, spearman = correlation(*(sum_of(halves)[name].mean for name in ("importance", "ablation")))
-        lines.append(f"{'importance against ablation':>48} {'':>29} {shown(pearson):>8} {shown(spearman):>8}")
-    return lines
+def measure_lines(heading: str, values: dict[str, np.ndarray], null: dict[str, np.ndarray],
+                  titles: dict[str, str], places: list[tuple]) -> list[str]:
+    """A table of measures: mean, extremes and where the highest is, beside random weights; and how well the
+    two halves of the data agree."""
+    rows = []
+    for name in (name for name in titles if name in values):
+        mean = values[name].mean(axis=0)
+        at_random = np.nanmean(null[name].mean(axis=0)) if name in null else math.nan
+        if not np.isfinite(mean).any():
+            continue
+        layer, *at = places[int(np.nanargmax(mean))]
+        halves = agreement(values[name][::2].mean(axis=0), values[name][1::2].mean(axis=0))
+        rows.append([titles[name], shown(np.nanmean(mean), ".4f"), shown(at_random, ".4f"),
+                     shown(np.nanmin(mean), ".4f"), shown(np.nanmax(mean), ".4f"),
+                     f"{layer}:{','.join(map(str, at))}", shown(halves)])
+    return table([heading, "mean", "random weights", "lowest", "highest", "at", "halves agree"], rows)
 
 
-def sum_of(halves: Halves) -> dict[str, Running]:
-    return {name: halves[0][name] + halves[1][name] for name in halves[0]}
-
-
-def table_rows(places: list[dict], names: Iterable[str], halves: Halves,
-               null: dict[str, Running]) -> list[dict]:
-    """The rows `places`, and of each measure its mean, its standard error over sequences, the mean of each
-    half of the data, and the null where there is one."""
-    rows = [dict(place) for place in places]
-    for name in names:
-        a, b = (half[name] for half in halves)
-        columns = {name: (a + b).mean, f"{name}_se": (a + b).error, f"{name}_half_a": a.mean,
-                   f"{name}_half_b": b.mean, **({f"{name}_null": null[name].mean} if name in null else {})}
-        for key, values in columns.items():
-            for row, value in zip(rows, values):
-                row[key] = value
-    return rows
-
-
-def grouped(rows: list[dict]) -> dict[tuple, dict[float, tuple[float, float, float]]]:
-    """{(criterion, merge): {share: (change, low, high)}}: the interval of `judge`, or for `random` the mean
-    over its seeds and one standard deviation to either side; nan where a single one gives no interval."""
-    groups = {}
+def pruning_lines(rows: list[dict], share: float) -> list[str]:
+    """Change of perplexity by criterion and merge with `share` of the heads removed, see EXPLAINED."""
+    groups = defaultdict(lambda: defaultdict(list))  # criterion, merge -> its rows, one for each seed
     for row in rows:
-        groups.setdefault((row["criterion"], row["merge"]), {}).setdefault(row["share"], []).append(row)
-    found = {}
-    for key, by_share in groups.items():
-        for share, same in by_share.items():
-            change = np.array([row["change"] for row in same])
-            spread = change.std(ddof=1) if len(same) > 1 else math.nan
-            interval = ((change.mean(), change.mean() - spread, change.mean() + spread)
-                        if key == ("random", "")
-                        else (same[0]["change"], same[0]["low"], same[0]["high"]))
-            found.setdefault(key, {})[share] = interval
-    return found
+        if row["share"] == share:
+            groups[row["criterion"]][row["merge"]].append(row)
+
+    def cell(name, how):
+        same = groups[name][how]
+        if name == "random":
+            changes = [row["change"] for row in same]
+            low, high = min(changes), max(changes)
+            text = f"{np.mean(changes):+.1%} ({low:.1%} to {high:.1%})"
+        else:
+            change, low, high = (same[0][key] for key in ("change", "low", "high"))
+            text = f"{change:+.1%} +-{shown((high - low) / 2, '.1%')}"
+        text += " yes" if high < 0.05 else " no" if low > 0.05 else " ?"
+        better = [interval(row["rises"] - same[0]["rises"])[1] > 0 for row in groups["random"][how]]
+        return text + (f" {sum(better)}/{len(better)}" if better and name != "random" else "")
+
+    return table([f"{share:.0%} of the heads removed", *MERGES.values()],
+                 [[CRITERIA[name], *(cell(name, how) for how in MERGES)] for name in [*groups]])
 
 
-def pruning_lines(rows: list[dict]) -> list[str]:
-    """Tables of size and speed, and of perplexity by criterion; then what they say."""
-    timed, groups = [row for row in rows if row["prefill_tok_s"] != ""], grouped(rows)
-    shares = [row["share"] for row in timed]
-    columns = {"share": (6, ".0%", "share"), "heads": (6, "", "heads"), "params": (12, ",", "parameters"),
-               "flops_per_token": (12, ",", "FLOPs/token"), "cache_bytes": (14, ",", "cache B/token"),
-               "prefill_tok_s": (14, ",.0f", "prefill tok/s"), "decode_tok_s": (14, ",.0f", "decode tok/s")}
-    lines = [" ".join(f"{title:>{width}}" for width, _, title in columns.values())]
-    lines += [" ".join(f"{row[key]:>{width}{form}}" for key, (width, form, _) in columns.items())
-              for row in timed]
-    dense = timed[0]["perplexity"] / (1 + timed[0]["change"])
-    names = {key: " + ".join(filter(None, key)) for key in groups}
-    width = max(map(len, names.values()))
-    lines += ["", (f"change of the perplexity {dense:.3f}, without healing; +- half the 95% interval over "
-                   f"{BLOCKS} parts of val, or the standard deviation of {random_seeds} random prunings"),
-              f"{'':>{width}} " + " ".join(f"{share:>16.0%}" for share in shares)]
-    for key, by_share in groups.items():
-        cells = (f"{change:+.2%} +-{shown((high - low) / 2, '.2%')}"
-                 for change, low, high in (by_share[share] for share in shares))
-        lines.append(f"{names[key]:>{width}} " + " ".join(f"{cell:>16}" for cell in cells))
-    lines.append("")
-    main = timed[0]["criterion"]
-    for share in filter(None, shares):
-        change, low, high = groups[main, ""][share]
-        mean, least, most = groups["random", ""][share]
-        below = (high if high == high else change) < 0.05
-        verdict = "better than" if high < least else "worse than" if low > most else "not to be told from"
-        if main != "random":
-            lines.append(f"{share:.0%} of the heads by {main}: {change:+.2%}, {verdict} random, {mean:+.2%}, "
-                         f"by these errors; {'' if below else 'not '}below 5%")
-    return lines
+def swap_lines(pairs: list[dict], ablation: dict[Head, float]) -> list[str]:
+    """The table of swapped patterns, and its medians beside those of ablation."""
+    rows, swaps, zeroed = [], [], []
+    for pair in pairs:
+        layer, head, other = (pair[key] for key in ("layer", "head", "other"))
+        changes = [*(pair[name] for name in SWAPS), ablation[layer, head], ablation[layer, other]]
+        if changes[0] == changes[0]:
+            swaps, zeroed = swaps + changes[:2], zeroed + changes[2:]
+            rows.append([f"{layer}:{head},{other}", *(shown(pair[name]) for name in PAIR_MEASURES),
+                         *(f"{change:+.4f}" for change in changes)])
+    if not rows:
+        return [f"no pair's patterns have a cosine above {similarity_threshold}"]
+    return [*table(["heads a,b", "pattern", "centred", "by layer", "output", "a attends as b", "b as a",
+                    "a zeroed", "b zeroed"], rows),
+            (f"median rise of the loss: {np.median(swaps):.4f} with the other's pattern, "
+             f"{np.median(zeroed):.4f} with the head zeroed")]
 
 
-def stability_lines(model: GPT, of_halves: list[dict[str, np.ndarray]], shares: list[float]) -> list[str]:
-    """How many of the heads that a criterion drops it drops on either half of the data alone."""
-    lines = ["", "heads that are dropped on both halves of the data, of those dropped on one"]
-    for name in CRITERIA:
-        if name != "random":
-            a, b = (drop_order(name, model, values) for values in of_halves)
-            counts = [count_heads(share, len(a)) for share in shares]
-            cells = (f"{len({*a[:n]} & {*b[:n]})} of {n}" for n in counts)
-            lines.append(f"{name:>20} " + " ".join(f"{cell:>9}" for cell in cells))
-    return lines
+def table_rows(keys: tuple[str, ...], places: list[tuple], values: dict[str, np.ndarray],
+               null: dict[str, np.ndarray], names: Iterable[str]) -> list[dict]:
+    """A row for each place: of each measure its mean, the standard error over windows, and its null."""
+    columns = {}
+    for name in (name for name in names if name in values):
+        columns[name] = values[name].mean(axis=0)
+        if name != "r2":  # which has two values, not one of each window
+            columns[f"{name}_se"] = values[name].std(axis=0, ddof=1) / math.sqrt(len(values[name]))
+        if name in null:
+            columns[f"{name}_null"] = null[name].mean(axis=0)
+    return [dict(zip(keys, place)) | {key: column[i] for key, column in columns.items()}
+            for i, place in enumerate(places)]
 
 
-def save_figure(name: str, figure) -> None:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=90)
-    write_atomically(Path(out_dir, name), file.getvalue())
+# ---- figures -------------------------------------------------------------------
 
 
-def draw_similarity(plt, model: GPT, name: str, found: np.ndarray, null: np.ndarray) -> None:
-    """A heatmap of head against head for each layer: found (P,) below the diagonal, null (P,) above it.
-    There must be a pair in some layer."""
+def draw_attention(model: GPT, tok, dev: Device, by_distance: np.ndarray) -> None:
+    """Attention maps of `sentence`, a row of heads for each layer, and mean weight by distance (H, T)."""
+    ids, maps = sentence_ids(tok, model.config.block_size), {}
+
+    def keep(layer, attn, patterns, y):
+        future = torch.ones_like(patterns[0], dtype=torch.bool).triu(1)
+        maps[layer] = patterns[0].masked_fill(future, math.nan).cpu().numpy()
+
+    each_pattern(model, dev.to_device(ids[None]), dev, keep)
+    labels = [tok.decode([int(i)]).replace("\n", "\\n").replace("$", r"\$") for i in ids]
     counts = [block.attn.n_head for block in model.transformer.h]
-    columns = math.ceil(math.sqrt(len(counts)))
-    rows = math.ceil(len(counts) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(max(5.2, 2.7 * columns + 0.8), 2.75 * rows + 0.6),
-                                squeeze=False, layout="constrained")
-    pairs = np.array(all_pairs(model)).reshape(-1, 3)
-    low = -1.0 if name == "output" else 0.0
-    for axis in axes.flat[len(counts):]:
+    plt, columns = pyplot(), max(counts)
+    side = max(1.1, 5 / columns)  # inches
+    figure, axes = plt.subplots(len(counts), columns + 1, squeeze=False, layout="constrained", figsize=(
+        side * (columns + 2.4), side * len(counts) + 1.2), width_ratios=[1] * columns + [2])
+    readable = side * 72 / len(ids) > 6  # points for each token
+    curves = dict(zip(all_heads(model), by_distance))
+    for layer, row in enumerate(axes):
+        for head, axis in enumerate(row[:-1]):
+            axis.set(xticks=[], yticks=[])
+            if head >= counts[layer]:
+                axis.set_axis_off()
+                continue
+            axis.imshow(maps[layer][head], vmin=0, vmax=1, cmap="magma_r", aspect="auto")
+            axis.set_title(f"head {head}", fontsize=8, color=plt.cm.tab10(head % 10), pad=2)
+            row[-1].plot(range(1, 1 + by_distance.shape[1]), curves[layer, head], linewidth=1,
+                         color=plt.cm.tab10(head % 10))
+            if readable and head == 0:
+                axis.set_yticks(range(len(ids)), labels, fontsize=6)
+            if readable and layer == len(counts) - 1:
+                axis.set_xticks(range(len(ids)), labels, fontsize=6, rotation=90)
+        row[0].set_ylabel(f"layer {layer}", fontsize=9)
+        row[-1].set(xscale="log", yscale="log", ylim=(1e-4, 1.2), xlim=(1, by_distance.shape[1]))
+        row[-1].tick_params(labelsize=7)
+        row[-1].grid(alpha=0.3)
+    axes[0, -1].set_title("mean weight by distance", fontsize=8)
+    axes[-1, -1].set_xlabel("1 + tokens back", fontsize=8)
+    text = "|".join(labels)
+    figure.suptitle("Attention: queries from top to bottom, keys from left to right, dark is 1\n"
+                    + (text if len(text) < 120 else text[:119] + "..."), fontsize=10)
+    save_figure(figure, Path(out_dir, "attention.png"))
+
+
+def draw_similarity(model: GPT, means: dict[str, np.ndarray], null: dict[str, np.ndarray]) -> None:
+    """Head against head for each layer, pattern cosines below the diagonal and centred ones above; last, the
+    pairs above the threshold by layer. `means` and `null` (P,)."""
+    counts, pairs = [block.attn.n_head for block in model.transformer.h], np.array(all_pairs(model))
+    columns = min(4, len(counts) + 1)
+    rows = math.ceil((len(counts) + 1) / columns)
+    plt = pyplot()
+    figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns + 1, 2.6 * rows + 0.7), squeeze=False,
+                                layout="constrained")
+    for axis in axes.flat[len(counts) + 1:]:
         axis.set_axis_off()
     for layer, (axis, nh) in enumerate(zip(axes.flat, counts)):
         square, here = np.full((nh, nh), np.nan), pairs[:, 0] == layer
-        square[pairs[here, 2], pairs[here, 1]] = found[here]
-        square[pairs[here, 1], pairs[here, 2]] = null[here]
+        square[pairs[here, 2], pairs[here, 1]] = means["pattern"][here]
+        square[pairs[here, 1], pairs[here, 2]] = means["centred"][here]
+        axis.set_title(f"layer {layer}" if here.any() else f"layer {layer}: no pairs", fontsize=9)
         if not here.any():
-            axis.set_title(f"layer {layer}: no pairs", fontsize=9)
             axis.set_axis_off()
             continue
-        image = axis.imshow(square, vmin=low, vmax=1, cmap="RdBu_r" if low else "viridis")
-        step = math.ceil(nh / 8)
-        axis.set(xticks=range(0, nh, step), yticks=range(0, nh, step), xlabel="head", ylabel="head")
-        means = f"mean {found[here].mean():.2f}, null {null[here].mean():.2f}"
-        axis.set_title(f"layer {layer}: {means}", fontsize=9)
+        image = axis.imshow(square, vmin=-1, vmax=1, cmap="RdBu_r")
+        ticks = range(0, nh, math.ceil(nh / 8))
+        axis.set(xticks=ticks, yticks=ticks, xlabel="head", ylabel="head")
     figure.colorbar(image, ax=axes, label="mean cosine", shrink=0.8)
-    figure.suptitle(f"Similarity of {MEASURES[name]}\nbelow the diagonal: this model; above: random weights")
-    save_figure(f"similarity_{name}.png", figure)
-    plt.close(figure)
+    axis = axes.flat[len(counts)]
+    for i, (label, cosines) in enumerate({"this model": means["pattern"], "centred": means["centred"],
+                                          "random weights": null["pattern"]}.items()):
+        above = np.bincount(pairs[cosines > similarity_threshold, 0], minlength=len(counts))
+        axis.bar(np.arange(len(counts)) + 0.27 * (i - 1), above, 0.27, label=label, color=f"C{i}")
+    axis.set_title(f"pairs above {similarity_threshold:g}", fontsize=9)
+    axis.set(xticks=range(len(counts)), xlabel="layer", ylim=(0, 1.6 * np.bincount(pairs[:, 0]).max()))
+    axis.legend(fontsize=7)
+    figure.suptitle("Similarity of attention patterns\nbelow the diagonal: cosine; above: after subtracting "
+                    "uniform attention")
+    save_figure(figure, Path(out_dir, "similarity.png"))
 
 
-def draw_heads(plt, model: GPT, both: dict[str, Running]) -> None:
-    """A map of layer against head for each measure."""
-    names = [name for name in HEAD_MEASURES if name in both]
-    figure, axes = plt.subplots(1, len(names), figsize=(4.3 * len(names), 4.2), layout="constrained",
-                                squeeze=False)
-    layers, heads = np.array(all_heads(model)).T
-    for axis, name in zip(axes[0], names):
-        square = np.full((model.config.n_layer, heads.max() + 1), np.nan)
-        square[layers, heads] = both[name].mean
-        image = axis.imshow(square, cmap="viridis", aspect="auto")
-        steps = [max(1, math.ceil(size / 12)) for size in square.shape]
-        axis.set(xticks=range(0, square.shape[1], steps[1]), yticks=range(0, square.shape[0], steps[0]),
-                 xlabel="head", ylabel="layer")
-        axis.set_title(HEAD_MEASURES[name], fontsize=10)
-        figure.colorbar(image, ax=axis)
-    save_figure("heads.png", figure)
-    plt.close(figure)
-
-
-def draw_pruning(plt, rows: list[dict]) -> None:
-    """Change of perplexity by criterion, by merging, and size and speed, against the share of heads."""
-    groups, merged = grouped(rows), [row["criterion"] for row in rows if row["merge"]][:1]
-    n = 2 + len(merged)
-    figure, axes = plt.subplots(1, n, figsize=(6.2 * n, 5), layout="constrained")
-    panels = {axes[0]: [key for key in groups if not key[1]]}
-    if merged:
-        panels[axes[1]] = [key for key in groups if key[0] in merged]
-    for axis, keys in panels.items():
-        for i, key in enumerate(keys):
-            shares, values = zip(*groups[key].items())
-            change, low, high = 100 * np.array(values).T
-            errors = np.nan_to_num([change - low, high - change])
-            label, style = " + ".join(filter(None, key)), {"color": f"C{i}"}
-            if label == "random":
-                label, style = f"random, mean and sd of {random_seeds}", {"color": "gray", "linestyle": "--"}
-            beside = 0.3 * (i - len(keys) / 2)  # or bars would lie on bars
-            axis.errorbar(100 * np.array(shares) + beside, change, errors, marker="o", markersize=4,
-                          capsize=3, label=label, **style)
-        axis.axhline(5, color="black", linestyle=":", linewidth=1, label="5%")
+def draw_pruning(rows: list[dict]) -> None:
+    """Change of perplexity against the share of heads removed, a panel for each way of replacing them."""
+    plt, shares = pyplot(), sorted({row["share"] for row in rows})
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, sharey=True, layout="constrained")
+    for axis, (how, title) in zip(axes.flat, MERGES.items()):
+        for i, name in enumerate(dict.fromkeys(row["criterion"] for row in rows)):
+            same = [[[100 * row[key] for key in ("change", "low", "high")] for row in rows
+                     if (row["criterion"], row["merge"], row["share"]) == (name, how, share)]
+                    for share in shares]
+            if not all(same):
+                continue
+            change, low, high = np.array([np.mean(at, axis=0) for at in same]).T
+            style = {"color": f"C{i}", "marker": "o"}
+            if name == "random":
+                low, high = np.array([[min(at)[0], max(at)[0]] for at in same]).T
+                style = {"color": "gray", "linestyle": "--"}
+            x = 100 * np.array(shares) + 0.25 * (i - 2)  # or bars would cover each other
+            axis.errorbar(x, change, np.nan_to_num([change - low, high - change]), markersize=4, capsize=3,
+                          label=CRITERIA[name], **style)
+        axis.axhline(5, color="black", linestyle=":", linewidth=1)
         axis.set_yscale("symlog", linthresh=1)
-        lows = [low for key in keys for _, low, _ in groups[key].values() if low == low]
-        axis.set_ylim(bottom=min([-0.5, *(120 * low for low in lows)]))
-        axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
-        axis.set(xlabel="heads removed (%)", ylabel="change of perplexity (%, linear below 1, log above)",
-                 title=("Without healing" if axis is axes[0] else f"{merged[0]}, dropped heads folded")
-                 + f"; bars: 95% over {BLOCKS} parts of val")
-    timed = [row for row in rows if row["prefill_tok_s"] != ""]
-    for key, label in (("params", "parameters"), ("flops_per_token", "FLOPs per token"),
-                       ("cache_bytes", "KV cache"), ("prefill_tok_s", "prefill, tok/s (measured)"),
-                       ("decode_tok_s", "decode, tok/s (measured)")):
-        axes[-1].plot([100 * row["share"] for row in timed], [row[key] / timed[0][key] for row in timed],
-                      marker="o", markersize=4, linestyle="--" if "tok_s" in key else "-", label=label)
-    axes[-1].set(xlabel="heads removed (%)", ylabel=f"relative to {timed[0]['share']:.0%} removed",
-                 title="Size and speed")
-    for axis in axes:
+        axis.set_yticks([0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
+        axis.set_yticks([], minor=True)
+        axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}%")
+        axis.set_xticks([100 * share for share in shares], [f"{share:.0%}" for share in shares])
+        axis.set_title(title)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    save_figure("pruning.png", figure)
-    plt.close(figure)
+    changes = [100 * row["change"] for row in rows]
+    axes[0, 0].set_ylim(min(-0.1, 1.2 * min(changes)), 1.3 * max(changes) + 1)
+    axes[0, 0].legend(fontsize=8)
+    figure.supxlabel("heads removed")
+    figure.supylabel("change of perplexity")
+    figure.suptitle("Perplexity without some heads, by what takes their place. Dotted: 5%\nBars: 95% over "
+                    f"{BLOCKS} stretches of val; at random: lowest to highest draw")
+    save_figure(figure, Path(out_dir, "pruning.png"))
 
 
 # ---- the script ----------------------------------------------------------------
 
 
-def check_settings() -> tuple[list[float], list[Head], list[str]]:
-    """(shares, given heads, merges) of the settings. Raises UserError for what does not fit."""
+def check_settings() -> tuple[list[float], list[Head]]:
+    """(shares, chosen heads) of the settings. Raises UserError for what does not fit."""
     try:
         shares = {float(part) for part in prune_fractions.split(",") if part.strip()}
     except ValueError:
         shares = {math.nan}
-    if not all(0 <= share < 1 for share in shares):
-        raise UserError(f"prune_fractions={prune_fractions}: wanted numbers from 0 on, below 1, with commas "
-                        f"between them, such as 0,0.15,0.3")
-    given = []
+    if not all(0 < share < 1 for share in shares):
+        raise UserError(f"prune_fractions={prune_fractions}: give numbers above 0 and below 1 with commas "
+                        f"between them, such as 0.15,0.3")
+    chosen = []
     for part in prune_heads.split(",") if prune_heads else []:
         layer, colon, head = part.strip().partition(":")
         if not (colon and layer.isdecimal() and head.isdecimal()):
-            raise UserError(f"prune_heads={prune_heads}: got {part!r}, wanted LAYER:HEAD, counted from 0, "
-                            f"with commas between them, such as 0:3,2:1")
-        given.append((int(layer), int(head)))
-    merges = list(dict.fromkeys(part for part in merge.split(",") if part))
-    if merges and not (shares or given):
-        raise UserError(f"merge={merge}: got no heads to fold; give --prune_fractions or --prune_heads too")
-    for how in merges:
-        if how not in MERGES:
-            raise UserError(f"merge={how}: wanted {', '.join(MERGES)}")
-    folder = Path(out_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"out_dir={out_dir} is there already and not empty; give the name of a new folder "
-                        f"with --out_dir=ANOTHER, or remove this one")
-    return sorted({0.0, *shares}) if shares else [], given, merges  # 0: what the others are compared with
+            raise UserError(f"prune_heads={prune_heads}: {part!r} is no head; give LAYER:HEAD, counted from "
+                            f"0, with commas between them, such as 0:3,2:1")
+        chosen.append((int(layer), int(head)))
+    return sorted(shares), chosen
 
 
-def open_windows(state: dict, source: str, model: GPT, dev: Device) -> list[Windows]:
-    """Calibration windows, spread over the train split, and the first windows of the val split."""
-    folder = find_data_dir(state, source, data_dir)
-    tok, T, found = checkpoint_tokenizer(state), model.config.block_size, []
-    for split, n_tokens in (("train", calibration_tokens), ("val", val_tokens)):
-        stream = open_stream(folder, split, tok, T)
-        loader = WindowLoader(stream, T, T, seed, tok.n_vocab, shuffle=False)
-        n = min(loader.n_windows, max(4, n_tokens // T))  # 4: two for each half
-        ids = np.linspace(0, loader.n_windows - 1, n).astype(np.int64) if split == "train" else np.arange(n)
-        found.append(Windows(loader, ids, dev))
+def sentence_ids(tok, T: int) -> np.ndarray:
+    """The first T ids of `sentence`. Raises UserError for fewer than two."""
+    ids = tok.encode(sentence)[:T].astype(np.int64)
+    if len(ids) < 2:
+        raise UserError(f"sentence={sentence!r} has fewer than two tokens; give a longer --sentence")
+    return ids
+
+
+def open_batches(state: dict, source: str, tok, T: int, dev: Device) -> tuple[Batches, Batches, Batches]:
+    """Windows for calibration and for ablation, spread over the train split, and the first of val."""
+    folder, found = find_data_dir(state, source, data_dir), []
     if T < 4:
-        raise UserError(f"{source} has a context of {T} tokens, in which there is nothing to compare; wanted "
-                        f"4 or more: name another --checkpoint")
-    if len(found[0].ids) < 4:
-        raise UserError(f"got {len(found[0].ids)} windows of {T} tokens to calibrate on, wanted at least 4; "
-                        f"build more data with fineweb.py")
-    return found
-
-
-def save_pruned(state: dict, source: str, less: GPT, removed: list[Head], name: str) -> None:
-    """Write a model without `removed` heads as a checkpoint that is no run: it has no optimizers."""
-    kept = {key: state[key] for key in ("step", "config", "tokenizer", "data", "provenance") if key in state}
-    write_checkpoint(Path(out_dir, name), {
-        **kept, "model": less.state_dict(), "model_config": describe_model(less),
-        "pruned": {"from": str(source), "removed": [list(head) for head in sorted(removed)]}})
-
-
-def analyze(model: GPT, calibration: Windows, with_ablation: bool) -> tuple[Halves, dict]:
-    """Measure all heads on both halves of the windows; write the tables and figures, print what they say.
-
-    Returns what was measured, and the moments for `fold`.
-    """
-    torch.manual_seed(seed)
-    null, _ = watch(GPT(model.config).to(calibration.dev.device).eval(), calibration)
-    halves, moments = [], {}
-    for part in calibration.halves():
-        half, of_half = watch(model, part)
-        half["importance"] = importance(model, part)
-        if with_ablation:
-            half["ablation"] = ablation(model, part)
-        halves.append(half)
-        moments = {layer: moments.get(layer, 0.0) + of_half[layer] for layer in of_half}
-    lines, listed = similarity_lines(model, halves, null)
-    lines += ["", *importance_lines(halves)]
-    print("\n".join(lines), flush=True)
-    pairs = [dict(zip(("layer", "head", "other"), pair)) for pair in all_pairs(model)]
-    heads = [dict(zip(("layer", "head"), head)) for head in all_heads(model)]
-    write("pairs.csv", to_csv(table_rows(pairs, MEASURES, halves, null)) if pairs else b"layer,head,other\n")
-    write("heads.csv", to_csv(table_rows(heads, [name for name in HEAD_MEASURES if name in halves[0]], halves,
-                                         null)))
-    write("similarity.txt", "\n".join([*lines, ""]).encode())
-    write("similar_pairs.txt", "\n".join([*listed, ""]).encode())
-    plt = pyplot()
-    for name in MEASURES if pairs else ():
-        draw_similarity(plt, model, name, sum_of(halves)[name].mean, null[name].mean)
-    draw_heads(plt, model, sum_of(halves))
-    return halves, moments
-
-
-def pyplot():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
-
-def write(name: str, content: bytes) -> None:
-    write_atomically(Path(out_dir, name), content)
+        raise UserError(f"{source} has a context of {T} tokens, too short to compare heads; name another "
+                        f"--checkpoint, with 4 or more")
+    for split, n_tokens in (("train", calibration_tokens), ("train", ablation_tokens), ("val", val_tokens)):
+        loader = WindowLoader(open_stream(folder, split, tok, T), T, T, seed, tok.n_vocab, shuffle=False)
+        n = min(loader.n_windows, max(4, n_tokens // T))  # 4: two for each half
+        if split == "train" and n < 4:
+            raise UserError(f"data_dir={folder} has {n} train windows of {T} tokens, 4 are needed to measure "
+                            f"heads on; build more data with fineweb.py")
+        ids = np.linspace(0, loader.n_windows - 1, n).astype(np.int64) if split == "train" else np.arange(n)
+        found.append([tuple(map(dev.to_device, loader.read_windows(ids[first:first + batch_size])))
+                      for first in range(0, n, batch_size)])
+    return tuple(found)
 
 
 def main() -> None:
-    shares, given, merges = check_settings()
+    shares, chosen = check_settings()
     dev = resolve_device(device, dtype)
     source = checkpoint or newest_checkpoint()
     state = load_any(source)
+    tok = checkpoint_tokenizer(state)
     model = build_model(state, str(source)).to(dev.device).requires_grad_(False)
     for key in ("model", "optimizers"):  # more than the model itself takes
         state.pop(key, None)
     model.loss_chunk = dev.loss_chunk
-    heads = all_heads(model)
+    heads, pairs, T = all_heads(model), all_pairs(model), model.config.block_size
     if not heads:
         raise UserError(f"checkpoint {source}: it has no heads left to analyze or to remove")
-    check_heads(model, given, f"prune_heads={prune_heads}")
-    calibration, val = open_windows(state, source, model, dev)
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    T = model.config.block_size
-    print(f"{source}, step {state['step']}: {len(heads)} heads in {model.config.n_layer} layers; measured on "
-          f"{len(calibration.ids) * T:,} train tokens, judged on {len(val.ids) * T:,} val tokens\n",
-          flush=True)
-    halves, moments = analyze(model, calibration, with_ablation=not given)
-    if given:
-        shares, orders = [0.0, len(given) / len(heads)], {("given", ""): given}
-    elif shares:
-        counts = {count_heads(share, len(heads)): share for share in reversed(shares)}  # the lowest of each
-        for share in sorted({*shares} - {*counts.values()}):
-            print(f"note: {share:.1%} of {len(heads)} heads, {count_heads(share, len(heads))}, is as many as "
-                  f"of another share, and left out")
-        shares = sorted(counts.values())
-        *of_halves, values = ({name: running.mean for name, running in measured.items()}
-                              for measured in (*halves, sum_of(halves)))
-        orders = {(name, ""): drop_order(name, model, values) for name in CRITERIA if name != "random"}
-    else:
-        print(f"written to {out_dir}")
-        return
-    for number in range(seed, seed + random_seeds):
-        orders["random", number] = random.Random(number).sample(heads, len(heads))
-    main_criterion = "given" if given else criterion
-    similarity = sum_of(halves)["output"].mean
-    names = []
+    check_heads(model, chosen, f"prune_heads={prune_heads}")
+    sentence_ids(tok, T)
+    calibration, few, val = open_batches(state, source, tok, T, dev)
+    try:
+        Path(out_dir).mkdir(parents=True)  # a second run into the same folder fails here
+    except FileExistsError as error:
+        raise UserError(f"out_dir={out_dir} exists already; name a new folder with --out_dir=ANOTHER, or "
+                        f"remove this one") from error
+    measured_on, evaluated_on = (T * sum(len(x) for x, _ in batches) for batches in (calibration, val))
+    title = (f"{source}, step {state['step']}: {len(heads)} heads in {model.config.n_layer} layers; measured "
+             f"on {measured_on:,} train tokens, evaluated on {evaluated_on:,} val tokens")
+    print(title, flush=True)
 
-    def keep(share, how, less, removed):
-        if removed:
-            names.append("_".join(filter(None, ("pruned", "" if given else f"{share}", how))) + ".pt")
-            save_pruned(state, source, less, removed, names[-1])
+    # ---- measure
+    torch.manual_seed(seed)
+    random_model = GPT(model.config).to(dev.device).eval().requires_grad_(False)
+    null = watch(random_model, calibration, dev)[0] | repeated_scores(random_model, dev)
+    values, moments = watch(model, calibration, dev)
+    values |= repeated_scores(model, dev) | {"importance": importance(model, calibration, dev)}
+    values["r2"] = np.stack([r2(model, moments, layer, head, [other for at, other in heads if (
+        at == layer and other != head)]) for layer, head in heads], axis=1)
+    if not chosen:
+        for name, outputs in (("ablation", None), ("mean_ablation", mean_outputs(model, moments))):
+            masks = [masked(model, [head], outputs) for head in heads]
+            values[name] = loss_rises(model, few, dev, name, masks)
+    means = {name: value.mean(axis=0) for name, value in values.items()}
+    if pairs and not chosen:
+        values |= swap_rises(model, few, dev, means["pattern"])
+    lines = ["", *measure_lines("heads", values, null, HEAD_MEASURES, heads), ""]
+    pair_rows = table_rows(("layer", "head", "other"), pairs, values, null, (*PAIR_MEASURES, *SWAPS))
+    if pairs:
+        lines += measure_lines("cosines of pairs", values, null, PAIR_MEASURES, pairs)
+        if not chosen:
+            lines += ["", *swap_lines(pair_rows, dict(zip(heads, means["ablation"])))]
+        draw_similarity(model, means, {name: value.mean(axis=0) for name, value in null.items()})
+    write("heads.csv", csv_bytes(table_rows(("layer", "head"), heads, values, null, HEAD_MEASURES)))
+    write("pairs.csv", csv_bytes(pair_rows) if pairs else b"layer,head,other\n")
+    draw_attention(model, tok, dev, means["by_distance"])
 
-    rows = sweep(model, orders, shares, main_criterion, merges, moments, similarity, val, keep)
-    lines = pruning_lines(rows)
-    if not given:
-        lines += stability_lines(model, of_halves, shares)
-    print("\n" + "\n".join(lines), flush=True)
-    write("pruning.csv", to_csv(rows))
-    write("pruning.txt", "\n".join([*lines, ""]).encode())
-    draw_pruning(pyplot(), rows)
-    if names:
-        print(f"\nnext: python generate.py --checkpoint={Path(out_dir, names[0])}\n"
-              f"      python train_gpt2.py config/finetune_gpt2.py --init_from={Path(out_dir, names[0])} "
-              f"--data_dir={val.loader.stream.paths[0].parent}")
+    # ---- prune
+    counts = {count_heads(share, len(heads)): share for share in reversed(shares)}  # the lowest of each
+    shares = [len(chosen) / len(heads)] if chosen else sorted(counts[n] for n in counts if n)
+    if shares:
+        n = count_heads(shares[-1], len(heads))
+        orders = {("chosen", ""): chosen} if chosen else {
+            (name, ""): order
+            for name, order in removal_orders(model, n, means, moments, few, dev).items()}
+        for number in range(seed, seed + random_seeds):
+            rank = random.Random(number).sample(heads, len(heads)).index
+            orders["random", number] = select(model, n, smallest(lambda head, removed, rank=rank: rank(head)))
+        saved = next(key for key in orders if key[0] == ("chosen" if chosen else criterion)), merge
+
+        def keep(row, pruned, removed):
+            if ((row["criterion"], row["seed"]), row["merge"]) == saved:
+                name = Path(out_dir, "pruned.pt" if chosen else f"pruned_{row['share']}.pt")
+                save_pruned(state, source, pruned, removed, name)
+
+        rows = sweep(model, orders, shares, moments, val, dev, keep)
+        write("pruning.csv", csv_bytes([{key: row[key] for key in row if key != "rises"} for row in rows]))
+        draw_pruning(rows)
+        shares.sort(key=lambda share: abs(share - 0.15))  # the published one first
+        tables = (line for share in shares for line in ("", *pruning_lines(rows, share)))
+        lines = ["", EXPLAINED, *tables, *lines]
+    print("\n".join(lines), flush=True)
+    write("pruning.txt", "\n".join([title, *lines, ""]).encode())
+
+
+def save_pruned(state: dict, source: str, pruned: GPT, removed: list[Head], path: Path) -> None:
+    """Write a model without `removed` heads as a checkpoint that is no run: it has no optimizers."""
+    kept = {key: state[key] for key in ("step", "config", "tokenizer", "data", "provenance") if key in state}
+    write_checkpoint(path, {
+        **kept, "model": pruned.state_dict(), "model_config": describe_model(pruned),
+        "pruned": {"from": str(source), "removed": [list(head) for head in sorted(removed)], "merge": merge}})
+
+
+def write(name: str, content: bytes) -> None:
+    write_atomically(Path(out_dir, name), content)
 
 
 if __name__ == "__main__":
