@@ -344,10 +344,11 @@ def test_the_script_reads_a_run_and_writes_what_it_prints(tmp_path):
     """A run of two starts; the first step was slow, the last line is incomplete."""
     starts = [{"config": {"n_layer": 2, "batch_size": size, "retired": 1}, "device": "NVIDIA H200",
                "world_size": 8, "arguments": []} for size in (2, 4)]
-    (tmp_path / "runs.jsonl").write_text("".join(f"{json.dumps(start)}\n" for start in starts))
+    text = "".join(f"{json.dumps(start)}\n" for start in starts)
+    (tmp_path / "runs.jsonl").write_text(text, encoding="utf-8")
     speeds = enumerate(("5", "2e+06", "1000.5", "3000000"))
     lines = [f"{step} train 3\n{step} tok_s {speed}\n" for step, speed in speeds]
-    (tmp_path / "log.txt").write_text("".join([*lines, "4 to"]))
+    (tmp_path / "log.txt").write_text("".join([*lines, "4 to"]), encoding="utf-8")
     command = [sys.executable, str(ROOT / "analyze_compute.py"), "--log_dir=.", "--gpu_memory_gb=6",
                "--dtype=float32", "--peak_tflops=1000", "--out_dir=study"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")

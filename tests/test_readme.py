@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def shown_commands(text):
     """The commands of a text: lines of sh blocks in Markdown, command lines in a docstring or comment."""
+    text = re.sub(r"\\+\n *", "", text)  # a command on two lines
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).splitlines() or re.findall(r"^[# ]*((?:python|torchrun) .*)$", text, re.M)
     return [re.sub(r"\s+#\s.*", "", line).strip() for line in lines if line.strip()]
