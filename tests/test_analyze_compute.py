@@ -366,7 +366,7 @@ def test_the_script_reads_a_run_and_writes_what_it_prints(tmp_path):
             study.check_settings(settings_of(f"--out_dir={folder}"))
         (folder / name).unlink()
     for name in ("log.txt", "runs.jsonl"):
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("", encoding="utf-8")
         with pytest.raises(UserError, match=r"no run with speeds .*--tok_s=VALUE"):
             study.find_run(str(tmp_path))
 

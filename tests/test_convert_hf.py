@@ -164,10 +164,12 @@ def test_the_model_card_holds_what_is_known(exported, tmp_path, tokenizers):
     state = random_state(tokenizers["bytes"]) | {
         "step": 20, "val_loss": 2.34567, "config": {"data_dir": "/data/books", "batch_tokens": 512},
         "provenance": {"git": "1a2b3c4", "torch": "2.13.0", "device": "H100", "world_size": 8}}
-    (tmp_path / "log.txt").write_text("10 val_bpb 9\n20 val 2.34567\n20 val_bpb 1.25\n120 val_bpb 8\n")
+    log = "10 val_bpb 9\n20 val 2.34567\n20 val_bpb 1.25\n120 val_bpb 8\n"
+    (tmp_path / "log.txt").write_text(log, encoding="utf-8")
     starts = [{"start_step": 0, "arguments": ["config/x.py", "--prompt=a b"]},
               {"start_step": 10, "arguments": ["config/x.py", "--resume"]}]
-    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    lines = "".join(f"{json.dumps(start)}\n" for start in starts)
+    (tmp_path / "runs.jsonl").write_text(lines, encoding="utf-8")
     export_hf(state, tmp_path / "out", tmp_path)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for line in ("# out", "- **Data:** books", "- **Tokens seen:** 10,240 in 20 steps",
