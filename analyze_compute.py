@@ -382,7 +382,8 @@ def main(settings: dict, run: dict) -> None:
               *time_lines(config, peaks_of(names, settings), settings)]
     if speed := settings["tok_s"] or run.get("tok_s"):
         peaks = peaks_of([run["device"]] if run else names, settings)
-        report += ["", *speed_lines(config, speed, run.get("world_size", 1), peaks, settings)]
+        gpus = 1 if settings["tok_s"] else run["world_size"]
+        report += ["", *speed_lines(config, speed, gpus, peaks, settings)]
     print("\n".join(report))
     if settings["out_dir"]:
         folder = Path(settings["out_dir"])

@@ -153,9 +153,12 @@ def import_hf(folder: str | Path, origin: str = "") -> dict:
     stored = {}
     for file in files:
         try:
-            stored |= load_file(file)
+            part = load_file(file)
         except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
             raise UserError(f"{file}: corrupt ({error}); fetch it again") from error
+        if twice := stored.keys() & part.keys():
+            raise UserError(f"{file}: {min(twice)} is in another file too; remove the files of the older save")
+        stored |= part
     return _imported(folder, {**config, "block_size": config["n_positions"]}, stored, tokenizer,
                      origin or str(folder.absolute()))
 
@@ -354,7 +357,7 @@ def export_hf(state: dict, out_dir: str | Path, log_dir: Path | None = None) -> 
         **_tokenizer_files(tokenizer, config.block_size),
         "README.md": model_card(out.name, facts).encode()}
 
-    incomplete = out.with_name(f"{out.name}.incomplete")
+    incomplete = out.with_name(f".{out.name}.convert_hf.incomplete")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with locked(out.parent, "conversion", name=f"{incomplete.name}.lock"):
@@ -377,8 +380,8 @@ def export_hf(state: dict, out_dir: str | Path, log_dir: Path | None = None) -> 
 def check_out_dir(out_dir: str | Path) -> Path:
     """Raises UserError unless the folder is new or empty."""
     out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out_dir={out_dir} exists and is not empty; choose a new folder with "
+    if not out.name or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UserError(f"out_dir={out_dir} has no name or is not empty; choose a new folder with "
                         f"--out_dir=ANOTHER, or remove this one")
     return out
 
@@ -554,7 +557,7 @@ def main() -> None:
         if "imported_from" not in state.get("provenance", {}):
             raise UserError(f"source={source} is a checkpoint of train_gpt2.py already; to export it, type "
                             f"--checkpoint={shlex.quote(source)}")
-        out.mkdir(parents=True, exist_ok=True)
+        check_out_dir(out).mkdir(parents=True, exist_ok=True)  # once more, as a download takes long
         written = save_checkpoint(out, 0, state)
     for heading, fact in describe(state, log_dir).items():
         print(f"{heading + ':':19} {fact}")

@@ -136,7 +136,7 @@ def start_worker(tokenizer: str):
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, tokenizer), daemon=True)
     process.start()
-    theirs.close()  # the worker's copy is the only one: if it dies, ours reads the end
+    theirs.close()  # the worker has the only copy: if it dies, recv on ours raises EOFError
     return process, ours
 
 
@@ -144,7 +144,7 @@ def encode_in_order(chunks: Iterator[tuple[Place, Chunk]], tokenizer: str,
                     num_workers: int) -> Iterator[tuple[Place, Encoded]]:
     """(place, encode_chunk(chunk)) of each chunk, in order; at most 2 * num_workers + 1 in memory.
 
-    Each worker process has a pipe of its own: where one is killed while it sends, nobody waits for the rest.
+    Each worker process has a pipe of its own, so that one killed while it sends cannot block the others.
     """
     if num_workers == 1:
         yield from ((place, encode_chunk(chunk, tokenizer)) for place, chunk in chunks)
@@ -156,9 +156,9 @@ def encode_in_order(chunks: Iterator[tuple[Place, Chunk]], tokenizer: str,
         try:
             pipe.send(chunk)
             result = pipe.recv()
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError):  # as the cause, an OSError would pass for a fault of the disk
             raise UserError(f"one of {num_workers} worker processes died, most often because memory ran out; "
-                            f"in that case choose a smaller --num_workers=...") from error
+                            f"in that case choose a smaller --num_workers=...") from None
         finally:
             idle.put(pipe)
         if isinstance(result, Exception):
@@ -167,11 +167,11 @@ def encode_in_order(chunks: Iterator[tuple[Place, Chunk]], tokenizer: str,
 
     threads, waiting = ThreadPoolExecutor(num_workers), collections.deque()  # a thread waits for a worker
     try:
-        for _ in range(num_workers):
-            process, pipe = start_worker(tokenizer)
-            processes.append(process)
-            idle.put(pipe)
         for place, chunk in chunks:
+            if len(processes) < num_workers:
+                process, pipe = start_worker(tokenizer)
+                processes.append(process)
+                idle.put(pipe)
             waiting.append((place, threads.submit(encode, chunk)))
             while waiting and (len(waiting) > 2 * num_workers or waiting[0][1].done()):
                 place, future = waiting.popleft()
@@ -180,6 +180,8 @@ def encode_in_order(chunks: Iterator[tuple[Place, Chunk]], tokenizer: str,
     finally:
         for process in processes:
             process.kill()
+        for process in processes:
+            process.join()  # Windows does not remove files that a process still has open
         threads.shutdown(cancel_futures=True)
 
 

@@ -361,6 +361,9 @@ def test_the_script_reads_a_run_and_writes_what_it_prints(tmp_path):
     assert re.search(r"^6 GiB ", report, re.M) and not re.search(r"^8 GiB ", report, re.M)
     mfu = 3 * sum(count_flops(GPTConfig(n_layer=2)).values()) * 2e6 / 1e15 / 8
     assert re.search(rf"^MFU: of 1,000.0 TFLOP/s, --peak_tflops +{mfu:.2%}$", report, re.M)
+    given = subprocess.run([*command[:-1], "--tok_s=5e5"], cwd=tmp_path, capture_output=True, text=True,
+                           encoding="utf-8")
+    assert f"{2 * mfu:.2%}" in given.stdout  # of one GPU, whatever the run had
     for name in study.NAMES:
         with pytest.raises(UserError, match=rf"{name} exists: delete it .*--out_dir"):
             study.check_settings(settings_of(f"--out_dir={folder}"))

@@ -319,8 +319,17 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, exported, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_an_export_needs_a_name_and_leaves_other_folders_alone(tmp_path, exported, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"out_dir=\. .*choose a new folder"):
+        export_hf(exported["bytes"][0], ".")
+    Path("out.incomplete").mkdir()
+    export_hf(exported["bytes"][0], "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.incomplete"]
+
+
 def test_a_second_export_to_the_same_folder_is_refused(tmp_path, exported):
-    with locked(tmp_path, "conversion", name="out.incomplete.lock"):
+    with locked(tmp_path, "conversion", name=".out.convert_hf.incomplete.lock"):
         with pytest.raises(UserError, match="conversion is at work"):
             export_hf(exported["bytes"][0], tmp_path / "out")
     assert not [*tmp_path.iterdir()]
@@ -516,6 +525,10 @@ def test_sharded_safetensors(folder, theirs, transformers):
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     close_to(folder, theirs)
     lost = sorted(folder.glob("model-*.safetensors"))[1]
+    older = shutil.copy(lost, folder / "model-00001-of-00099.safetensors")
+    with pytest.raises(UserError, match=r"safetensors: .* is in another file too; remove .* older save"):
+        import_hf(folder)
+    Path(older).unlink()
     lost.unlink()
     with pytest.raises(UserError, match=r"tensors are not GPT-2's: .* missing"):
         import_hf(folder)

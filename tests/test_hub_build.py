@@ -134,6 +134,8 @@ class ReadyWorker:
     def kill(self):
         pass
 
+    join = kill
+
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_max_tokens_fetches_only_what_it_needs(server, corpus, tmp_path, encoding, monkeypatch, num_workers):
