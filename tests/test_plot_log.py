@@ -280,6 +280,15 @@ def test_welch_is_wrong_in_5_percent_of_studies_without_a_difference():
     assert 0.04 < np.mean(found) < 0.06
 
 
+def test_seeds_needed_find_an_effect_in_80_percent_of_studies():
+    """Also where a few seeds are enough, and never 1, which has no standard deviation."""
+    rng, spread = np.random.default_rng(0), np.array([-1.0, 1.0]) / 2**0.5
+    for effect, expected in ((1.5, 9), (2, 6), (3, 4), (5, 3), (50, 3)):
+        n = seeds_needed(effect, spread, spread)
+        found = [welch(rng.normal(0, 1, n), rng.normal(effect, 1, n))[3] < 0.05 for _ in range(1000)]
+        assert n == expected and np.mean(found) > 0.77
+
+
 @pytest.mark.parametrize(("d", "n"), [(0.5, 64), (0.8, 26), (1.0, 17), (1.2, 12)])
 def test_seeds_needed_are_those_of_cohens_table(d, n):
     """Cohen (1988), table 2.4.1: runs per group for power 0.80 at 0.05, two-sided, by the effect in sds."""
@@ -293,21 +302,22 @@ def write_groups(folder):
     for n in range(1, 7):
         loss = 4 + n % 3 / 50 - 0.05 * (n > 3)
         write_lines(folder / f"log_{n}", f"0 val {11 + n / 100}", f"100 val {loss}",
-                    config={"seed": n, "optimizer": "muon" if n > 3 else "adamw"})
+                    config={"seed": n, "optimizer": "muon" if n > 3 else "adamw", "max_steps": 100,
+                            "tokenizer": "gpt2", "val_tokens": 64})
 
 
 def test_groups_of_runs(tmp_path, monkeypatch, capsys):
     write_groups(tmp_path)
-    figure = draw(monkeypatch, tmp_path, "--a=log_1,log_2,log_3", "--b=log_4,log_5,log_6")
+    figure = draw(monkeypatch, tmp_path, "--a=log_1, log_2,log_3", "--b=log_4,log_5 ,log_6")
     a = np.array([4.02, 4.04, 4.0])
     _, se, df, p = welch(a, a - 0.05)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "a: mean 4.0200, standard deviation 0.0200 (log_1 4.0200, log_2 4.0400, log_3 4.0000)"
     assert lines[2] == "a and b differ in optimizer=adamw and muon"
     assert lines[3] == (
-        f"last val loss, step 100, b less a: -0.0500 nats per token, standard error {se:.4f}, p = {p:.2g} "
+        f"final val loss, step 100, b minus a: -0.0500 nats per token, standard error {se:.4f}, p = {p:.2g} "
         f"(Welch's t test, {df:.1f} degrees of freedom): a difference at the 5% level")
-    assert f"detecting half of it takes {seeds_needed(0.025, a, a)} seeds per group" in lines[4]
+    assert f"detecting half of it takes roughly {seeds_needed(0.025, a, a)} seeds per group" in lines[4]
     assert df == pytest.approx(4) and lines[5] == "figure: log_1/groups.png"
     curves, differences = figure.get_axes()
     assert list(lines_of(curves)) == ["a: log_1, log_2, log_3", "b: log_4, log_5, log_6"]
@@ -316,25 +326,62 @@ def test_groups_of_runs(tmp_path, monkeypatch, capsys):
         for line, shade, (mean, low, high) in zip(axis.get_lines(), axis.collections, at_end):
             shaded = [y for x, y in shade.get_paths()[0].vertices if x == 100]
             assert (line.get_ydata()[-1], min(shaded), max(shaded)) == pytest.approx((mean, low, high))
-    draw(monkeypatch, tmp_path, "--a=log_1,log_3", "--b=log_1,log_2")  # p = 0.29
-    assert "no difference shown at the 5% level" in capsys.readouterr().out
+
+
+def write_val(folder, seed, loss=4.0, data=None, **config):
+    """A run of 100 steps that ends with this val loss, or of another size by `config`."""
+    config = {"seed": seed, "max_steps": 100, **config}
+    write_lines(folder, f"100 val {loss + seed / 100}", f"100 val_bpb {loss / 3 + seed / 100}", config=config)
+    if data:
+        path = folder / "runs.jsonl"
+        path.write_text(path.read_text(encoding="utf-8").replace("d5705165a538cab6", data), encoding="utf-8")
+
+
+def test_groups_with_different_tokenizers_are_compared_in_bits_per_byte(tmp_path, monkeypatch, capsys):
+    for seed in (1, 2):
+        write_val(tmp_path / f"a{seed}", seed, 4, tokenizer="gpt2")
+        write_val(tmp_path / f"b{seed}", seed, 3, data="ffff", tokenizer="mine.tiktoken")
+    figure = draw(monkeypatch, tmp_path, "--a=a1,a2", "--b=b1,b2")
+    out = capsys.readouterr().out
+    assert "b minus a: -0.3333 bits per byte" in out and "a and b differ in tokenizer=gpt2 and mine" in out
+    assert "data: d5705165a538cab6; that of b: ffff. Losses on different data are not directly" in out
+    assert "a and b share seeds; Welch's t test ignores this pairing" in out
+    assert [axis.get_ylabel() for axis in figure.get_axes()] == ["loss (bits per byte, log scale)",
+                                                                 "difference (bits per byte)"]
+
+
+def test_groups_with_other_seeds_and_the_same_data_are_not_warned_about(tmp_path, monkeypatch, capsys):
+    for seed in range(1, 5):  # the same curve, from weights of each seed
+        write_val(tmp_path / f"log_{seed}", seed, 4 - seed // 3 / 100, init_from=f"xavier_{seed}.pt")
+    draw(monkeypatch, tmp_path, "--a=log_1,log_2", "--b=log_3,log_4")
+    out = capsys.readouterr().out
+    assert "no difference shown at the 5% level" in out and "directly" not in out and "share" not in out
 
 
 @pytest.mark.parametrize(("a", "b", "message"), [
-    ("log_1", "log_4,log_5", "log_1: seeds 1, and .* at least two different ones; .* --seed=N"),
+    ("log_1", "log_4,log_5", "log_1: seeds 1, and .* at least 2 different ones; .* --seed=N"),
     ("log_1,log_2", "log_4", "log_4: seeds 4, and"),
-    ("log_1,log_1", "log_4,log_5", "seeds 1, 1, and .* two different ones"),
+    ("log_1,log_1", "log_4,log_5", "seeds 1, 1, and .* 2 different ones"),
     ("log_1,log_4", "log_5,log_6", "log_1 and log_4 differ in more than the seed: optimizer=adamw and muon"),
-    ("log_1,short", "log_4,log_5", "log_1 has a val loss at step 100, and another run has none there"),
+    ("log_1,log_2", "log_2,log_3", "log_2/log.txt is in both groups"),
+    ("log_1,short", "log_4,log_5", "short .* step 0 of 100: it is not finished, or target_loss stopped it"),
+    ("log_1,log_2", "long_1,long_2", "max_steps=100 and 200: .*same number of steps"),
+    ("log_1,log_2", "few_1,few_2", "val_tokens=64 and 32"),
+    ("log_1,log_2", "bpe_1,bpe_2", "no step at which all of log_1, log_2, bpe_1, bpe_2 have val_bpb"),
     ("log_1,log_2", "nan,log_5", "nan has .* nan or inf; name finished runs"),
     ("log_1,unknown", "log_4,log_5", "unknown has no runs.jsonl with its seed"),
-    ("log_1,log_2", "", "an empty name is neither")])
+    ("log_1,log_2", "", "--a and --b are compared with each other; name the runs of both"),
+    ("", "log_1,log_2", "--a and --b are compared")])
 def test_no_claim_from_one_seed_or_unlike_runs(tmp_path, monkeypatch, capsys, a, b, message):
     write_groups(tmp_path)
     for name, lines, config in (("short", ["0 val 11"], {"seed": 8, "optimizer": "adamw"}),
                                 ("nan", ["0 val 11", "100 val nan"], {"seed": 9, "optimizer": "muon"}),
                                 ("unknown", ["0 val 11", "100 val 4"], None)):
-        write_lines(tmp_path / name, *lines, config=config)
+        write_lines(tmp_path / name, *lines, config=config and {**config, "max_steps": 100})
+    for seed in (1, 2):
+        write_lines(tmp_path / f"long_{seed}", f"200 val 3.{seed}", config={"seed": seed, "max_steps": 200})
+        write_val(tmp_path / f"bpe_{seed}", seed, tokenizer="mine.tiktoken")
+        write_val(tmp_path / f"few_{seed}", seed, val_tokens=32)
     with pytest.raises(UserError, match=message):
         draw(monkeypatch, tmp_path, f"--a={a}", f"--b={b}")
     assert "p =" not in capsys.readouterr().out and not list(tmp_path.glob("*/*.png"))
@@ -342,6 +389,8 @@ def test_no_claim_from_one_seed_or_unlike_runs(tmp_path, monkeypatch, capsys, a,
 
 def test_copies_of_a_run_show_nothing(tmp_path, monkeypatch, capsys):
     for n in range(4):
-        write_lines(tmp_path / f"log_{n}", "100 val 4", config={"seed": n})
-    with pytest.raises(UserError, match="copies of one run"):
-        draw(monkeypatch, tmp_path, "--a=log_0,log_1", "--b=log_2,log_3")
+        write_lines(tmp_path / f"log_{n}", "100 val 3.3", config={"seed": n, "max_steps": 100})
+    write_val(tmp_path / "other", 5)
+    for a in ("log_0,log_1,log_2", "log_3,other"):  # three equal losses have a standard deviation above 0
+        with pytest.raises(UserError, match=r"equal losses in [ab]: copies of one run"):
+            draw(monkeypatch, tmp_path, f"--a={a}", f"--b={'log_3,other' if a[-1] == '2' else 'log_0,log_1'}")
