@@ -245,11 +245,12 @@ def test_every_setting_of_training_is_compared_or_known_not_to_change_the_curve(
     """Of the settings in force at the end of the run: num_epochs and max_steps are in config as max_steps."""
     lines = (ROOT / "train_gpt2.py").read_text(encoding="utf-8").split("config = configure")[0]
     settings = set(re.findall(r"^([a-z]\w*)(?:: [^=]*)? = ", lines, re.M))
-    unchanged = set("data_dir prepare verify_data log_dir resume eval_only dry_run tensorboard wandb "
-                    "batch_size num_epochs max_hours max_bad_steps val_interval hellaswag_interval hellaswag_data "
-                    "checkpoint_interval keep_checkpoints sample_interval prompt num_samples max_new_tokens "
-                    "grad_norm_interval device dtype parallel activation_checkpointing attention loss_chunk "
-                    "compile peak_tflops deterministic first_loss_check seed".split())
+    unchanged = set(
+        "data_dir prepare verify_data log_dir resume eval_only dry_run tensorboard wandb batch_size "
+        "num_epochs max_hours max_bad_steps val_interval hellaswag_interval hellaswag_data "
+        "checkpoint_interval keep_checkpoints sample_interval prompt num_samples max_new_tokens "
+        "grad_norm_interval device dtype parallel activation_checkpointing attention loss_chunk compile "
+        "peak_tflops deterministic first_loss_check seed".split())
     assert len(settings) > 50 and not unchanged & {*CURVE}
     assert settings == unchanged | {*CURVE}
 
