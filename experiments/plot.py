@@ -256,7 +256,8 @@ def optimizers_table(runs):
     lines = ["final val loss, mean +- sd over seeds", "",
              *table(["", "peak lr", "seeds", "final val loss"], rows), ""]
     for name, shares in steps_to_adamw(runs).items():
-        lines.append(f"{OPTIMIZERS[name]}: reaches AdamW's final loss after {spread(shares)} of its steps")
+        lines.append(f"{OPTIMIZERS[name]}: reaches AdamW's final loss after {spread(shares)} of AdamW's "
+                     f"steps")
     ms = {name: min(streams["ms"][0] for run, streams in runs.items() if run.startswith(name))
           for name in ("adamw", "muon")}
     return [*lines, "", f"fastest step: AdamW {ms['adamw']:.0f} ms, Muon {ms['muon']:.0f} ms"]
