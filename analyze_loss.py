@@ -7,10 +7,11 @@ Where a checkpoint's loss comes from: train and val, position in the context, fr
 Reads one checkpoint, both splits of its shards and, if there is one, log.txt beside it. Prints tables and
 writes report.png and report.csv, never over an earlier report. Takes as long as two validations.
 
-train-val gap   along training, from the log: val loss less the mean train loss of the steps within 5% of that
-                step. A log's train loss is of batches just before they are learned from, with dropout. And at
-                the checkpoint: both splits in eval mode, as many windows of train as of val, drawn from all
-                of it. In a run of less than an epoch, the windows it has already seen are also shown apart.
+train-val gap   along training, from the log: val loss minus the mean train loss of the steps within 5% of
+                that step. A log's train loss is of batches just before they are learned from, with dropout.
+                And at the checkpoint: both splits in eval mode, as many windows of train as of val, drawn
+                from all of it. In a run of less than an epoch, the windows it has already seen are also
+                shown apart.
 position        loss by the tokens of context; windows begin anywhere in a document
 frequency       loss by the rank of the token predicted, counted in the first 2**24 train tokens or all,
                 beside that of a unigram model; "never" does not occur there. The means of the bands, each
@@ -61,9 +62,9 @@ COLORS = {"val": "C1", "train": "C0", "train seen": "C2", "train unseen": "C4"}
 
 class Row(NamedTuple):
     """A line of the CSV: the mean loss of some tokens. nan where a column does not apply."""
-    kind: str  # loss, gap, position, positions (a range of them), band, log
+    kind: str  # loss, gap, position, positions (a range of them), band
     split: str  # val, train, train seen, train unseen; of a gap, what is subtracted from val
-    key: str  # all; position, which is tokens of context; ranks, or never; of log, the step
+    key: str  # all; position, which is tokens of context; ranks, or never
     n_tokens: float
     loss: float  # nats per token
     se: float  # standard error of the loss
@@ -146,7 +147,7 @@ def split_rows(split: str, losses: np.ndarray, targets: np.ndarray, counts: np.n
 
 
 def gap(rows: list[Row], split: str) -> Row:
-    """Val less `split`. The two are of different windows, so that their errors add up in squares."""
+    """Val minus `split`. The two are of different windows, so that their errors add up in squares."""
     (val,), (other,) = pick(rows, "loss", "val"), pick(rows, "loss", split)
     return Row("gap", split, "all", math.nan, val.loss - other.loss, math.hypot(val.se, other.se),
                bits_per_byte=val.bits_per_byte - other.bits_per_byte)
@@ -166,18 +167,13 @@ def train_around(steps: np.ndarray, losses: np.ndarray, step: float) -> tuple[fl
             float(near.std(ddof=1)) / math.sqrt(len(near)) if len(near) > 1 else math.nan)
 
 
-def along_training(streams: dict[str, dict[int, float]]) -> list[Row]:
-    """Rows of kind log for each step with a finite val loss: that, the train loss around it, and their
-    difference, with the error of the train loss only: a log does not have that of val."""
-    rows = []
-    steps, losses = finite(streams.get("train", {}))
-    for step, val in zip(*finite(streams.get("val", {}))):
-        train, se = train_around(steps, losses, step)
-        if not math.isnan(train):
-            rows += [Row("log", "val", f"{step:.0f}", math.nan, val, math.nan),
-                     Row("log", "train", f"{step:.0f}", math.nan, train, se),
-                     Row("log", "gap", f"{step:.0f}", math.nan, val - train, se)]
-    return rows
+def along_training(streams: dict[str, dict[int, float]]) -> np.ndarray:
+    """Step, val loss, train loss around it and that one's standard error, (n, 4): a row for each step of a
+    log with a finite val loss and finite train losses around it. A log does not have the error of val."""
+    train = finite(streams.get("train", {}))
+    rows = np.array([(step, val, *train_around(*train, step))
+                     for step, val in zip(*finite(streams.get("val", {})))]).reshape(-1, 4)
+    return rows[np.isfinite(rows[:, 2])]
 
 
 # ---- measuring -----------------------------------------------------------------
@@ -266,7 +262,7 @@ def tables(found: Report) -> list[str]:
     splits = [[NAMES[row.split], f"{row.n_tokens:,}",
                *text(row.loss, row.se, row.bits_per_byte, row.unigram)]
               for rows in of["loss"].values() for row in rows]
-    splits += [[f"val less {NAMES[row.split]}", "", *text(row.loss, row.se, row.bits_per_byte), ""]
+    splits += [[f"val minus {NAMES[row.split]}", "", *text(row.loss, row.se, row.bits_per_byte), ""]
                for rows in of["gap"].values() for row in rows]
     shown = {2**i for i in range(found.T.bit_length())} | {found.T}
     positions = [[val.key, *text(val.loss, val.se, train.loss, train.se)]
@@ -287,7 +283,7 @@ def band_name(key: str) -> str:
 
 def draw_report(found: Report, title: str, streams: dict):
     """Loss by position and by frequency; where there is a log, the loss and the gap along training too."""
-    has_log = bool(pick(found.rows, "log", "val"))
+    has_log = len(along_training(streams)) > 0
     panels = [["loss", "position"], ["gap", "band"]] if has_log else [["position", "band"]]
     figure, axes = pyplot().subplot_mosaic(panels, figsize=(11, 9 if has_log else 5), layout="constrained")
     figure.suptitle(title)
@@ -302,28 +298,26 @@ def draw_report(found: Report, title: str, streams: dict):
 
 
 def draw_training(loss_axis, gap_axis, found: Report, streams: dict) -> None:
-    """The losses in the log; and val less train, from the log and as measured."""
+    """The losses in the log; and val minus train, from the log and as measured."""
     steps, values = finite(streams["train"])
     loss_axis.plot(steps, values, color=COLORS["train"], alpha=0.25, linewidth=0.8)
     shown = np.unique(np.geomspace(1, len(steps), 200).astype(int)) - 1
     loss_axis.plot(steps[shown], [train_around(steps, values, step)[0] for step in steps[shown]],
                    color=COLORS["train"], label="train (mean of the steps within 5%)")
-    points = pick(found.rows, "log", "val")
-    loss_axis.plot([int(row.key) for row in points], [row.loss for row in points], color=COLORS["val"],
-                   marker="o", linestyle="none", label="val")
+    val_steps, val, train, se = along_training(streams).T
+    loss_axis.plot(val_steps, val, color=COLORS["val"], marker="o", linestyle="none", label="val")
     draw_marks(loss_axis, streams, COLORS["train"], COLORS["val"])
     log_ticks(loss_axis.yaxis)
     loss_axis.set(xlabel="optimizer step", ylabel="loss (nats per token, log scale)", title="Loss in the log")
-    gaps = pick(found.rows, "log", "gap")
-    gap_axis.errorbar([int(row.key) for row in gaps], [row.loss for row in gaps], [row.se for row in gaps],
-                      color="gray", marker="o", markersize=3, label="from the log (error of train)")
-    for i, row in enumerate(row for row in found.rows if row.kind == "gap"):  # side by side, beyond the curve
-        gap_axis.errorbar([max(steps) * (1.04 + 0.04 * i)], [row.loss], [row.se], color=COLORS[row.split],
+    gap_axis.errorbar(val_steps, val - train, se, color="gray", marker="o", markersize=3,
+                      label="from the log (error of train)")
+    for i, row in enumerate(row for row in found.rows if row.kind == "gap"):  # side by side
+        gap_axis.errorbar([found.step + 0.02 * i * max(steps)], [row.loss], [row.se], color=COLORS[row.split],
                           marker="D", markersize=5, capsize=3, linestyle="none",
                           label=f"{NAMES[row.split]}: {row.loss:+.3f} \u00b1 {row.se:.3f}")
     gap_axis.axhline(0, color="black", linewidth=0.8)
     gap_axis.set(xlabel="optimizer step", ylabel="difference (nats per token)",
-                 title="Val less train (bars: \u00b11 standard error)")
+                 title="Val minus train (bars: \u00b11 standard error)")
 
 
 def draw_positions(axis, found: Report) -> None:
@@ -364,12 +358,11 @@ def main() -> None:
     folder = Path(out_dir or beside)
     for name in ("report.png", "report.csv"):
         if (folder / name).exists():
-            raise UserError(f"{folder / name} is there already; delete it yourself if you no longer need it, "
+            raise UserError(f"{folder / name} already exists; delete it yourself if you no longer need it, "
                             f"or give another folder with --out_dir=FOLDER")
     log_path = beside / "log.txt"
     streams = parse_log(log_path) if log_path.is_file() and path.exists() else {}
     found = measure(source, data_dir, val_tokens, device, dtype, seed)
-    found.rows.extend(along_training(streams))
     title = f"{beside.resolve().name if path.exists() else source}, step {found.step:,}: " + (
         "which of these tokens it has seen is unknown" if math.isnan(found.epochs) else
         f"{found.epochs:.2f} epochs of {found.train_tokens:,} train tokens")

@@ -16,13 +16,13 @@ leave out nan and inf; crosses at the foot of a panel mark them, and steps skipp
 trained on that: its runs.jsonl names a data_dir whose dataset (in the manifest, otherwise the folder's name)
 contains "fineweb" and "edu". --val_baseline draws it anyway.
 
---a and --b: at least two seeds each, and nothing else differs within a group. Prints the difference of the
-last val losses, its standard error, p by Welch's t test, and how many seeds per group detect half of it.
+--a and --b: finished runs, at least two seeds each, and nothing else differs within a group. Prints the
+difference of the final val losses, its standard error, p by Welch's t test, and roughly how many seeds per
+group detect half of it. Groups with different tokenizers are compared in bits per byte.
 
---ref: exit code 1 if a value is outside the bands, 2 if the two cannot be compared, as with different
-settings; a run still in training is compared up to its latest step. Bits per byte, and nats per token less a
-unigram model's, carry over best to a slightly different corpus. A reference from one seed has no bands: the
-distance from it is printed, without a verdict.
+--make: at least three seeds. --ref: exit code 1 if a val loss is outside the reference's band or the run gave
+up, 2 if the two cannot be compared, as with different settings; a run still in training is compared up to its
+latest step. A reference from one seed has no band: the distance from it is printed, without a verdict.
 """
 
 import json
@@ -58,22 +58,18 @@ HELLASWAG = {"GPT-2": {"124M": 0.294463, "350M": 0.375224, "774M": 0.431986, "15
 
 PRINTED = ("train", "val", "val_bpb", "hella")
 
-# The streams with bands, each with the one whose mean its narrowest band is a share of: val_minus_unigram
-# itself crosses zero.
-BANDED = {"val_bpb": "val_bpb", "val_minus_unigram": "val"}
-FLOOR = 0.01  # that share: other hardware and dtypes move a correct run too
-TITLES = {"val": ("Val loss", "nats per token"), "val_bpb": ("Val loss", "bits per byte"),
-          "val_minus_unigram": ("Val loss less a unigram model's", "nats per token")}
-CURVE = ("tokenizer n_layer n_head n_embd block_size vocab_size dropout norm_position batch_tokens max_steps "
-         "warmup_steps max_lr min_lr schedule decay_fraction optimizer weight_decay beta1 beta2 grad_clip "
-         "max_z_score val_tokens"
-         ).split()  # settings that change the curve
+FLOOR = 0.01  # least half-width of a band, as a share of the loss: hardware and dtypes move a correct run too
+UNITS = {"val": "nats per token", "val_bpb": "bits per byte"}
+CURVE = (  # settings that change the curve
+    "tokenizer init_from n_layer n_head n_embd block_size vocab_size dropout norm_position batch_tokens "
+    "max_steps target_loss warmup_steps max_lr min_lr schedule decay_fraction optimizer adamw_lr_scale "
+    "weight_decay beta1 beta2 grad_clip max_z_score val_tokens").split()
 
 STEP, NUMBER = Between(0, 2**53), Between(-sys.float_info.max, sys.float_info.max)
 START = {"config": {"data_dir?": str, "seed": int}, "data": str}  # what is read of runs.jsonl
-REFERENCE = {  # "bands": [step, mean, low, high]; "data" and "settings": what a comparable run has
-    "source": str, "data": str, "settings": {}, "val": [[STEP, NUMBER]],
-    "bands": {f"{stream}?": [[STEP, NUMBER, NUMBER, NUMBER]] for stream in BANDED}}
+REFERENCE = {  # points: step, mean over the seeds, low, high; data and settings: of a comparable run
+    "source": str, "data": str, "settings": {}, "seeds": Between(1, 10**6), "stream": OneOf(*UNITS),
+    "points": [[STEP, NUMBER, NUMBER, NUMBER]]}
 
 
 class Run(NamedTuple):
@@ -105,17 +101,14 @@ def parse_log(path: Path) -> dict[str, dict[int, float]]:
 
 
 def read_runs(names: str) -> list[Run]:
-    """The runs that a setting names, each with a name of its own and the stream val_minus_unigram."""
+    """The runs that a setting names, each with a name of its own."""
     runs = []
-    for text in names.split(","):
+    for text in map(str.strip, names.split(",")):
         path = next((path for path in (Path(text, "log.txt"), Path(text)) if path.is_file()), None)
         if path is None:
             raise UserError(f"{text or 'an empty name'} is neither a log nor a folder with a log.txt; name a "
                             f"run's folder (make demo makes log_demo)")
         streams, starts = parse_log(path), read_jsonl(path.with_name("runs.jsonl"), START)
-        if 0 in streams.get("unigram", {}):
-            streams["val_minus_unigram"] = {step: value - streams["unigram"][0]
-                                            for step, value in streams.get("val", {}).items()}
         name = path.resolve().parent.name if path.name == "log.txt" else path.name
         if name in [run.name for run in runs]:
             name = f"{name} ({len(runs) + 1})"
@@ -214,11 +207,6 @@ def draw_marks(axis, streams: dict, train_color: str, val_color: str, name: str 
                       label=f"{name}{what} ({len(steps)})")
 
 
-def draw_band(axis, steps, middle, low, high, color: str, label: str) -> None:
-    axis.plot(steps, middle, color=color, marker="o", markersize=3, label=label)
-    axis.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)
-
-
 def finish(axis, ylabel: str, title: str) -> None:
     """Grid and labels of a panel; its legend below it, where it hides no curve."""
     axis.set(xlabel="optimizer step", ylabel=ylabel, title=title)
@@ -226,7 +214,7 @@ def finish(axis, ylabel: str, title: str) -> None:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4, frameon=False, fontsize=9)
 
 
-# ---- two groups of runs --------------------------------------------------------
+# ---- comparisons ---------------------------------------------------------------
 
 
 def differing(a: dict, b: dict, keys: Iterable[str] = CURVE) -> str:
@@ -235,27 +223,60 @@ def differing(a: dict, b: dict, keys: Iterable[str] = CURVE) -> str:
                      and a[key] != b[key])
 
 
-def read_group(names: str) -> list[Run]:
-    """Two runs or more that differ by the seed alone, with finite val losses; UserError for any others."""
+def warn_of_other_data(ours: str, whose: str, theirs: str) -> None:
+    if ours != theirs:
+        print(f"data: {ours}; {whose}: {theirs}. Losses on different data are not directly comparable")
+
+
+def draw_beside(curves: dict[str, np.ndarray], title: str, unit: str, zero: str, out_path: Path) -> None:
+    """Write a figure of curves with bands, and of their differences from the first, which `zero` names.
+
+    curves: {label: (4, steps)}, whose rows are step, loss, low and high, at the same steps.
+    """
+    figure, axes = pyplot().subplots(1, 2, figsize=(10, 5), layout="constrained")
+    _, first, *_ = next(iter(curves.values()))
+    for axis, base in zip(axes, (0, first)):
+        for i, (label, (steps, loss, low, high)) in enumerate(curves.items()):
+            axis.plot(steps, loss - base, color=f"C{i}", marker="o", markersize=3, label=label)
+            axis.fill_between(steps, low - base, high - base, color=f"C{i}", alpha=0.25, linewidth=0)
+    log_ticks(axes[0].yaxis)
+    finish(axes[0], f"loss ({unit}, log scale)", title)
+    finish(axes[1], f"difference ({unit})", f"Difference from {zero}")
+    save_figure(figure, out_path)
+
+
+# ---- two groups of runs --------------------------------------------------------
+
+
+def read_group(names: str, n_seeds: int = 2) -> list[Run]:
+    """At least `n_seeds` finished runs that differ by the seed alone; UserError for any others."""
     runs = read_runs(names)
+    keys = {*CURVE, "data"} - {"init_from"}  # each seed may begin with weights of its own
     for run in runs:
-        losses = [*run.streams.get("val", {}).values()]
-        if not (run.start and losses and np.isfinite(losses).all()):
+        val = run.streams.get("val", {})
+        if not (run.start and val and np.isfinite([*val.values()]).all()):
             raise UserError(f"{run.name} has no runs.jsonl with its seed, no val loss, or one that is nan or "
                             f"inf; name finished runs of train_gpt2.py")
-        if others := differing(runs[0].start, run.start, (*CURVE, "data")):
+        if max(val) != run.start.get("max_steps"):
+            raise UserError(f"{run.name} has its latest val loss at step {max(val):,} of "
+                            f"{run.start.get('max_steps')}: it is not finished, or target_loss stopped it; "
+                            f"name runs that reached max_steps")
+        if others := differing(runs[0].start, run.start, keys):
             raise UserError(f"{runs[0].name} and {run.name} differ in more than the seed: {others}; name "
                             f"runs with the same settings and data")
     seeds = [run.start["seed"] for run in runs]
-    if len(set(seeds)) < max(2, len(runs)):
+    if len(set(seeds)) < max(n_seeds, len(runs)):
         raise UserError(f"{names}: seeds {', '.join(map(str, seeds))}, and estimating how much a loss varies "
-                        f"takes at least two different ones; train with another --seed=N")
+                        f"takes at least {n_seeds} different ones; train with another --seed=N")
     return runs
 
 
 def series(runs: list[Run], stream: str) -> tuple[list[int], np.ndarray]:
     """The steps at which all runs have a value, and the values, (runs, steps)."""
-    steps = sorted(set.intersection(*(set(run.streams[stream]) for run in runs)))
+    steps = sorted(set.intersection(*(set(run.streams.get(stream, {})) for run in runs)))
+    if not steps:
+        raise UserError(f"there is no step at which all of {', '.join(run.name for run in runs)} have "
+                        f"{stream}; name runs of train_gpt2.py with the same --val_interval")
     return steps, np.array([[run.streams[stream][step] for step in steps] for run in runs])
 
 
@@ -272,7 +293,7 @@ def incomplete_beta(p: float, q: float, x: float) -> float:
 
 
 def welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float, float]:
-    """(mean of b less mean of a, its standard error, degrees of freedom, two-sided p): Welch (1947)."""
+    """(mean of b minus mean of a, its standard error, degrees of freedom, two-sided p): Welch (1947)."""
     of_a, of_b = (group.var(ddof=1) / len(group) for group in (a, b))
     difference, se = b.mean() - a.mean(), math.sqrt(of_a + of_b)
     df = (of_a + of_b)**2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1))
@@ -280,45 +301,51 @@ def welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def seeds_needed(effect: float, a: np.ndarray, b: np.ndarray) -> float:
-    """Runs per group that detect a difference of `effect` with 80% power at 5%, two-sided, if losses vary as
-    in a and b: the normal approximation with Guenther's (1981) correction for the t test. inf for none."""
+    """Roughly the runs per group that detect a difference of `effect` with 80% power at 5%, two-sided, if
+    losses vary as in a and b; inf for no effect. The normal approximation with Guenther's (1981) correction
+    for the t test, which below 10 runs is one too low."""
+    if not effect:
+        return math.inf
     z, z_power = (statistics.NormalDist().inv_cdf(share) for share in (0.975, 0.8))
     variance = a.var(ddof=1) + b.var(ddof=1)
-    return math.ceil((z + z_power)**2 * variance / effect**2 + z**2 / 4) if effect else math.inf
+    n = math.ceil((z + z_power)**2 * variance / effect**2 + z**2 / 4)
+    return max(3, n + (n < 10))
 
 
 def compare_groups(groups: dict[str, list[Run]], out_path: Path) -> None:
     """Print and draw whether the runs of group b end with another val loss than those of group a."""
     runs = [run for group in groups.values() for run in group]
-    steps, values = series(runs, "val")
-    for run in runs:
-        if max(run.streams["val"]) > steps[-1]:
-            raise UserError(f"{run.name} has a val loss at step {max(run.streams['val']):,}, and another run "
-                            f"has none there; compare finished runs of the same length")
+    of_a, of_b = groups["a"][0].start, groups["b"][0].start
+    if both := {run.path.resolve() for run in groups["a"]} & {run.path.resolve() for run in groups["b"]}:
+        raise UserError(f"{both.pop()} is in both groups; name each run once")
+    if others := differing(of_a, of_b, ("max_steps", "val_tokens")):
+        raise UserError(f"a and b have {others}: their final val losses are not comparable; name runs with "
+                        f"the same number of steps and of val tokens")
+    stream = "val_bpb" if differing(of_a, of_b, ["tokenizer"]) else "val"
+    steps, values = series(runs, stream)
     losses = dict(zip(groups, np.split(values, [len(groups["a"])])))  # (runs, steps) each
     a, b = (group[:, -1] for group in losses.values())
-    for (name, group), last in zip(groups.items(), (a, b)):
-        each = ", ".join(f"{run.name} {loss:.4f}" for run, loss in zip(group, last))
-        print(f"{name}: mean {last.mean():.4f}, standard deviation {last.std(ddof=1):.4f} ({each})")
-    print(f"a and b differ in {differing(runs[0].start, runs[-1].start, (*CURVE, 'data')) or 'no setting'}")
-    if not a.std() + b.std() > 0:
-        raise UserError("equal losses in each group: copies of one run; name runs with different seeds")
+    for (name, group), final in zip(groups.items(), (a, b)):
+        each = ", ".join(f"{run.name} {loss:.4f}" for run, loss in zip(group, final))
+        print(f"{name}: mean {final.mean():.4f}, standard deviation {final.std(ddof=1):.4f} ({each})")
+        if not np.ptp(final):
+            raise UserError(f"equal losses in {name}: copies of one run; name runs with different seeds")
+    print(f"a and b differ in {differing(of_a, of_b) or 'no setting'}")
+    warn_of_other_data(of_a["data"], "that of b", of_b["data"])
+    if {run.start["seed"] for run in groups["a"]} & {run.start["seed"] for run in groups["b"]}:
+        print("a and b share seeds; Welch's t test ignores this pairing")
     difference, se, df, p = welch(a, b)
-    print(f"last val loss, step {steps[-1]:,}, b less a: {difference:+.4f} nats per token, standard error "
+    print(f"final val loss, step {steps[-1]:,}, b minus a: {difference:+.4f} {UNITS[stream]}, standard error "
           f"{se:.4f}, p = {p:.2g} (Welch's t test, {df:.1f} degrees of freedom): "
           f"{'a difference' if p < 0.05 else 'no difference shown'} at the 5% level\n"
-          f"detecting half of it takes {seeds_needed(difference / 2, a, b):,} seeds per group (80% power, 5% "
-          f"two-sided, the same spread)")
+          f"detecting half of it takes roughly {seeds_needed(difference / 2, a, b):,} seeds per group (80% "
+          f"power, 5% two-sided, the same spread)")
 
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 5), layout="constrained")
-    for i, (name, values) in enumerate(losses.items()):
-        label = f"{name}: {', '.join(run.name for run in groups[name][:3])}{', ...' * (len(values) > 3)}"
-        for axis, shown in ((left, values), (right, values - losses["a"].mean(axis=0))):
-            draw_band(axis, steps, shown.mean(axis=0), shown.min(axis=0), shown.max(axis=0), f"C{i}", label)
-    log_ticks(left.yaxis)
-    finish(left, "loss (nats per token, log scale)", "Val loss: mean, lowest and highest of a group")
-    finish(right, "difference (nats per token)", "The same less the mean of a")
-    save_figure(figure, out_path)
+    curves = {f"{name}: {', '.join(run.name for run in groups[name][:3])}{', ...' * (len(values) > 3)}":
+              np.array([steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0)])
+              for name, values in losses.items()}
+    draw_beside(curves, "Val loss: mean, lowest and highest of a group", UNITS[stream], "the mean of a",
+                out_path)
 
 
 # ---- a run and a reference -----------------------------------------------------
@@ -338,79 +365,83 @@ def band(steps: list[int], values: np.ndarray, floor: np.ndarray) -> list[list[f
 
 
 def make_reference(runs: list[Run], path: Path) -> None:
-    """Write the mean val losses and the bands of runs that differ by the seed alone."""
+    """Write the mean val loss, in bits per byte, and the band of runs that differ by the seed alone."""
     if path.exists() or path.suffix != ".json":
-        raise UserError(f"ref={path} {'exists' if path.exists() else 'is not a .json'}; give another name: "
-                        f"--ref=NAME.json")
-    if any(stream not in run.streams for run in runs for stream in BANDED):
-        raise UserError(f"make={make}: a log has no {' or '.join(BANDED)}; name runs of train_gpt2.py")
-    found = {stream: series(runs, stream) for stream in ("val", *BANDED)}
-    start, steps = runs[0].start, found["val"][0]
+        raise UserError(f"ref={path} {'already exists' if path.exists() else 'is not a .json'}; give another "
+                        f"name: --ref=NAME.json")
+    steps, values = series(runs, "val_bpb")
+    start = runs[0].start
     reference = {
-        "source": f"{len(runs)} runs, bands mean +- max(3 sd sqrt(1 + 1/{len(runs)}), {FLOOR:.0%} of loss); "
+        "source": f"{len(runs)} runs, band mean +- max(3 sd sqrt(1 + 1/{len(runs)}), {FLOOR:.0%} of loss); "
                   + "; ".join(f"seed {run.start['seed']}, git {run.start.get('git')}, "
                               f"{run.start.get('device')}" for run in runs),
-        "data": start["data"], "settings": {key: start[key] for key in CURVE if key in start},
-        "val": [*zip(steps, found["val"][1].mean(axis=0).tolist())],
-        "bands": {stream: band(*found[stream], FLOOR * found[scale][1].mean(axis=0))
-                  for stream, scale in BANDED.items()}}
+        "data": start["data"],
+        "settings": {key: start[key] for key in CURVE if key in start
+                     and {run.start.get(key) for run in runs} == {start[key]}},
+        "seeds": len(runs), "stream": "val_bpb", "points": band(steps, values, FLOOR * values.mean(axis=0))}
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in reference.items())
     write_atomically(path, f"{{{lines}}}\n".encode())
     print(f"{path}: {len(steps)} steps, {steps[0]} to {steps[-1]}, {reference['source']}")
 
 
+def gave_up(run: Run) -> bool:
+    """Whether the latest train step was skipped, or its loss is nan or inf."""
+    train = run.streams.get("train", {0: 0.0})
+    return max(train) in run.streams.get("skipped", {}) or not math.isfinite(train[max(train)])
+
+
 def compare(run: Run, path: Path, out_path: Path) -> bool:
-    """Print and draw a run beside a reference; False if it has bands and a value is outside."""
+    """Print and draw a run beside a reference; False if it gave up, or a value is outside the band."""
     reference = read_json(path, REFERENCE)
+    points, stream = reference["points"], reference["stream"]
+    if not points:
+        raise UserError(f"{path} has no points; make it again with --make")
     if others := differing(reference["settings"], run.start):
         raise UserError(f"{path} and {run.name} have different settings: {others}; compare with a reference "
                         f"for these settings (--make makes one)")
     print(f"reference: {reference['source']}")
-    if run.start.get("data") != reference["data"]:
-        print(f"data: {run.start.get('data', 'unknown (no runs.jsonl)')}; the reference's: "
-              f"{reference['data']}. Losses on different data are not directly comparable")
+    warn_of_other_data(run.start.get("data", "unknown (no runs.jsonl)"), "the reference's", reference["data"])
 
-    # a reference without bands: val, and a band of no width
-    expected = reference["bands"] or {"val": [[step, *3 * [mean]] for step, mean in reference["val"]]}
-    figure, axes = pyplot().subplots(2, len(expected), figsize=(10, 8), squeeze=False, layout="constrained")
-    rows = []
-    for (stream, points), (top, bottom) in zip(expected.items(), axes.T):
-        ours, (title, unit) = run.streams.get(stream, {}), TITLES[stream]
-        steps, mean, low, high = np.array(points).reshape(-1, 4).T
-        value = np.array([ours.get(int(step), math.nan) for step in steps])
-        for axis, zero in ((top, 0), (bottom, mean)):
-            draw_band(axis, steps, mean - zero, low - zero, high - zero, "gray", "reference")
-            axis.plot(steps, value - zero, color="C0", marker="o", markersize=3, label=run.name)
-        rows += [[f"{step}", stream, f"{ours[step]:.4f}", f"{mean:.4f}", f"{ours[step] - mean:+.4f}",
-                  f"{low:.4f} to {high:.4f}", "inside" if low <= ours[step] <= high else "OUTSIDE"]  # nan too
-                 for step, mean, low, high in points if step in ours]
-        finish(top, f"loss ({unit})", title)
-        finish(bottom, f"difference ({unit})", "Run less reference")
+    ours = run.streams.get(stream, {})
+    rows = [[f"{step}", f"{ours[step]:.4f}", f"{mean:.4f}", f"{ours[step] - mean:+.4f}",
+             f"{low:.4f} to {high:.4f}", "inside" if low <= ours[step] <= high else "OUTSIDE"]  # nan too
+            for step, mean, low, high in points if step in ours]
     if not rows:
-        raise UserError(f"{run.name} has no {' or '.join(expected)} at any step of {path}: "
+        raise UserError(f"{run.name} has no {stream} at any step of {path}: "
                         f"{', '.join(f'{point[0]}' for point in points[:3])}, ...; compare again later, or "
                         f"train with a --val_interval that meets these")
-    save_figure(figure, out_path)
-    heading = ["step", "stream", "run", "reference", "difference", "band", ""]
-    if not reference["bands"]:
-        print("", *table(heading[:5], [row[:5] for row in rows]), "", sep="\n")
-        print("no verdict: this reference is of one seed and has no bands")
-        return True
-    outside, last, end = [row for row in rows if row[-1] == "OUTSIDE"], rows[-1][0], str(points[-1][0])
-    print("", *table(heading, rows), "", sep="\n")
-    print(f"{'' if last == end else 'so far '}{'outside' if outside else 'inside'}: "
-          f"{len(rows) - len(outside)} of {len(rows)} values up to step {last} of {end} are in the bands"
-          + (f"; the first that is not is {outside[0][1]} at step {outside[0][0]}" if outside else ""))
-    return not outside
+    expected = np.array(points).T
+    values = np.array([ours.get(int(step), math.nan) for step in expected[0]])
+    curves = {"reference": expected, run.name: np.array([expected[0], values, values, values])}
+    draw_beside(curves, "Val loss", UNITS[stream], "the reference", out_path)
+    columns = 6 if reference["seeds"] > 1 else 4
+    heading = ["step", "run", "reference", "difference", "band", ""]
+    print(f"val loss, {UNITS[stream]}", "", *table(heading[:columns], [row[:columns] for row in rows]), "",
+          sep="\n")
+    outside, latest, end = [row for row in rows if row[-1] == "OUTSIDE"], rows[-1][0], f"{points[-1][0]}"
+    failed = latest != end and gave_up(run)
+    if failed:
+        print(f"{run.name} gave up at step {max(run.streams['train']):,}: its loss was nan, inf or a spike")
+    if columns == 4:
+        print("no verdict: this reference is of one seed and has no band")
+        return not failed
+    print(f"{'' if latest == end else 'so far '}{'outside' if outside else 'inside'}: "
+          f"{len(rows) - len(outside)} of {len(rows)} values up to step {latest} of {end} are in the band"
+          + (f"; the first that is not is at step {outside[0][0]}" if outside else ""))
+    return not (outside or failed)
 
 
 def main() -> int:
-    """The exit code: 1 for a run outside its reference's bands, otherwise 0."""
+    """The exit code: 1 for a run that gave up or is outside its reference's band, otherwise 0."""
+    if make and not ref:
+        raise UserError("--make has no file to write; name the reference too: --ref=NAME.json")
+    if bool(a) != bool(b):
+        raise UserError("--a and --b are compared with each other; name the runs of both")
     if make:
-        make_reference(read_group(make), Path(ref))
+        make_reference(read_group(make, 3), Path(ref))
         return 0
-    groups = {"a": read_group(a), "b": read_group(b)} if a or b else {}
+    groups = {"a": read_group(a), "b": read_group(b)} if a else {}
     runs = groups["a"] if groups else read_runs(log or log_dir)
     if sum(map(bool, (groups, ref, model_size))) > 1 or (ref and len(runs) > 1):
         raise UserError("several runs, --ref of one run, and --a with --b are different figures; draw one")

@@ -9,12 +9,11 @@ Tables and figures of the studies, from the logs of their runs.
 Writes table.txt, figure.png, and streams.txt: what both need of the logs, a line `run stream step:value ...`
 each, with train losses averaged over 10 steps. norm also writes runs.csv, a row for each run.
 
-Loss is val loss after the last step, in nats per token. A run that gave up because its losses were not
-finite has diverged. One whose loss is not 0.1 nats below a unigram model's on the same tokens is stuck: it
-has learned little more than how often each token occurs.
+Loss is the final val loss, after the last step, in nats per token. A run that gave up because its losses were
+not finite has diverged. One whose loss is not 0.1 nats below a unigram model's on the same tokens has not
+learned: at best it knows how often each token occurs.
 """
 
-import json
 import math
 import re
 import sys
@@ -29,7 +28,7 @@ from xavier import gradient_table
 
 from configurator import PathName, UserError, configure
 from figures import csv_bytes, pyplot, save_figure, table
-from files import read_text, write_atomically
+from files import read_jsonl, read_text, write_atomically
 from model import GPT, GPTConfig
 from plot_log import parse_log, smooth
 
@@ -41,6 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ("val", "val_bpb", "unigram")  # streams of a log that are kept as they are
 AVERAGED = 10  # train losses in one value of streams.txt
 MARGIN = 0.1  # nats below a unigram model's loss, by which a run has learned something
+SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+START = {"config": {"max_steps": int, "batch_tokens": int, "norm_position": str, **dict.fromkeys(SHAPE, int)}}
 
 
 # ---- logs and streams.txt
@@ -48,14 +49,14 @@ MARGIN = 0.1  # nats below a unigram model's loss, by which a run has learned so
 
 def read_run(folder):
     """{stream: {step: value}} of a run: what is kept of its log. UserError if it is not finished."""
-    config = json.loads(read_text(folder / "runs.jsonl").splitlines()[-1])["config"]
-    log, max_steps = parse_log(folder / "log.txt"), config["max_steps"]
-    kept = {name: log[name] for name in KEPT if name in log}
-    gave_up = (not all(map(math.isfinite, log.get("val", {}).values()))
-               or max(log["train"]) in log.get("skipped", {}))
-    if max_steps not in kept.get("val", {}) and not gave_up:
+    starts, log = read_jsonl(folder / "runs.jsonl", START), parse_log(folder / "log.txt")
+    config = starts[-1]["config"] if starts and {"train", "tok_s", "unigram"} <= log.keys() else {}
+    gave_up = config and (not all(map(math.isfinite, log.get("val", {}).values()))
+                          or max(log["train"]) in log.get("skipped", {}))
+    if not gave_up and config.get("max_steps") not in log.get("val", {}):
         raise UserError(f"{folder} is not finished; run the study's shell script again")
-    kept["max_steps"] = {0: max_steps}
+    kept = {name: log[name] for name in KEPT if name in log}
+    kept["max_steps"] = {0: config["max_steps"]}
     train = np.array([log["train"][step] for step in sorted(log["train"])])
     for first in range(0, len(train), AVERAGED):
         kept.setdefault("train", {})[first] = train[first:first + AVERAGED].mean()
@@ -70,9 +71,9 @@ def read_run(folder):
 
 def flops_per_step(config):
     """FLOPs of an optimizer step of a run with these settings."""
-    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "norm_position")
     with torch.device("meta"):
-        model = GPT(GPTConfig(n_vocab=config["vocab_size"], **{name: config[name] for name in names}))
+        model = GPT(GPTConfig(n_vocab=config["vocab_size"], norm_position=config["norm_position"],
+                              **{name: config[name] for name in SHAPE}))
     return model.flops_per_token(config["block_size"]) * config["batch_tokens"]
 
 
@@ -96,6 +97,14 @@ def parse_streams(text):
     return runs
 
 
+def name_parts(pattern, run):
+    """The groups of `pattern` in the name of a run. UserError if it is no run of the study."""
+    match = re.fullmatch(pattern, run)
+    if not match:
+        raise UserError(f"{run} is not named like a run of this study; move that folder elsewhere")
+    return match.groups()
+
+
 def curve(streams, name):
     """(steps, values), two arrays in order of steps."""
     return np.array(sorted(streams[name].items())).T
@@ -107,10 +116,10 @@ def final(streams, name="val"):
 
 
 def outcome(streams):
-    """learned, stuck or diverged, as the docstring at the top defines them."""
+    """learned, not learned or diverged, as the docstring at the top defines them."""
     if not math.isfinite(final(streams)):
         return "diverged"
-    return "learned" if final(streams) < streams["unigram"][0] - MARGIN else "stuck"
+    return "learned" if final(streams) < streams["unigram"][0] - MARGIN else "not learned"
 
 
 def spread(values):
@@ -129,7 +138,8 @@ def norm_rows(runs):
     """A dict for each run: its settings, outcome, loss and gradients at the start and the end."""
     rows = []
     for run, streams in runs.items():
-        norm, weights, lr, warmup, seed = re.fullmatch(r"(\w+)_(\w+)_lr(.+)_w(\d+)_s(\d+)", run).groups()
+        norm, weights, lr, warmup, seed = name_parts(
+            r"(pre|post)_(gpt2|xavier)_lr(\d+e-\d+)_w(\d+)_s(\d+)", run)
         row = {"run": run, "norm": norm, "weights": weights, "max_lr": float(lr), "warmup_steps": int(warmup),
                "seed": int(seed), "loss": final(streams), "outcome": outcome(streams)}
         for block in ("first_block", "last_block"):
@@ -155,9 +165,9 @@ def norm_table(runs):
             cells = [" ".join(f"{row['loss']:.3f}{'' if row['outcome'] == 'learned' else '*'}"
                               for row in mine if row["max_lr"] == lr) or "-" for lr in lrs]
             lines.append([f"{name}, warm-up {warmup}", *cells])
-    return [f"val loss after the last step, one number per seed; a unigram model has {unigram:.3f}",
-            "* = stuck at a unigram model's loss; nan* = diverged", "",
-            *table(["", *(f"max_lr {lr:g}" for lr in lrs)], lines)]
+    return [f"final val loss, one number per seed; a unigram model has {unigram:.3f}",
+            f"* = has not learned: not {MARGIN} below a unigram model's loss; nan* = diverged", "",
+            *table(["", *(f"peak lr {lr:g}" for lr in lrs)], lines)]
 
 
 def norm_figure(runs):
@@ -177,7 +187,7 @@ def norm_figure(runs):
                 axis.plot(steps, smooth(losses, 3), styles[row["warmup_steps"]], linewidth=1.2,
                           color=ARMS[row["norm"], weights][1], label=None if name in named else name)
                 named.add(name)
-        axis.set(title=f"{title}, learning rate {shown:g}", xlabel="optimizer step",
+        axis.set(title=f"{title}, peak learning rate {shown:g}", xlabel="optimizer step",
                  ylabel="train loss (nats per token)")
     for arm, (name, color) in ARMS.items():
         filled = arm[1] == "gpt2"
@@ -190,7 +200,7 @@ def norm_figure(runs):
                              label=name if warmup and seed == 1 else None)
     unigram = np.mean([streams["unigram"][0] for streams in runs.values()])
     axes[2].axhline(unigram, color="gray", linestyle=":", label=f"unigram model, {unigram:.2f}")
-    axes[2].set(title="After the last step; dashed without warm-up", xlabel="highest learning rate",
+    axes[2].set(title="Final val loss (dashed: no warm-up)", xlabel="peak learning rate",
                 xscale="log", ylabel="val loss (nats per token)")
     axes[2].set_xticks(lrs, [f"{lr:g}" for lr in lrs])
     axes[2].minorticks_off()
@@ -216,7 +226,7 @@ def grouped(runs):
     """{(name, max_lr): {seed: streams}} of runs named NAME_lrMAX_sSEED, in order of names and rates."""
     groups = {}
     for run, streams in runs.items():
-        name, lr, seed = re.fullmatch(r"(\w+)_lr(.+)_s(\d+)", run).groups()
+        name, lr, seed = name_parts(rf"({'|'.join(OPTIMIZERS)})_lr(\d+e-\d+)_s(\d+)", run)
         groups.setdefault((name, float(lr)), {})[int(seed)] = streams
     return dict(sorted(groups.items(), key=lambda item: (list(OPTIMIZERS).index(item[0][0]), item[0][1])))
 
@@ -231,7 +241,7 @@ def main_groups(runs):
 
 
 def steps_to_adamw(runs):
-    """{name: [share of AdamW's steps after which the run has AdamW's last loss, for each seed]}."""
+    """{name: [share of AdamW's steps after which the run has AdamW's final loss, for each seed]}."""
     groups = main_groups(runs)
     adamw = groups["adamw"][1]
     return {name: [crossing(*curve(streams, "val"), final(adamw[seed])) / adamw[seed]["max_steps"][0]
@@ -243,10 +253,11 @@ def optimizers_table(runs):
     rows = [[OPTIMIZERS[name], f"{lr:g}", str(len(seeds)),
              spread([final(streams) for streams in seeds.values()])]
             for (name, lr), seeds in grouped(runs).items()]
-    lines = ["val loss after the last step, mean +- sd over seeds", "",
-             *table(["", "max_lr", "seeds", "val loss"], rows), ""]
+    lines = ["final val loss, mean +- sd over seeds", "",
+             *table(["", "peak lr", "seeds", "final val loss"], rows), ""]
     for name, shares in steps_to_adamw(runs).items():
-        lines.append(f"{OPTIMIZERS[name]}: has AdamW's last loss after {spread(shares)} of AdamW's steps")
+        lines.append(f"{OPTIMIZERS[name]}: reaches AdamW's final loss after {spread(shares)} of AdamW's "
+                     f"steps")
     ms = {name: min(streams["ms"][0] for run, streams in runs.items() if run.startswith(name))
           for name in ("adamw", "muon")}
     return [*lines, "", f"fastest step: AdamW {ms['adamw']:.0f} ms, Muon {ms['muon']:.0f} ms"]
@@ -262,14 +273,14 @@ def optimizers_figure(runs):
                          label=None if i else f"{OPTIMIZERS[name]}, {lr:g}: {len(seeds)} seeds")
     adamw = main_groups(runs)["adamw"][1].values()
     goal = np.mean([final(streams) for streams in adamw])
-    axes[0].axhline(goal, color="black", linestyle=":", label=f"AdamW after the last step, {goal:.3f}")
+    axes[0].axhline(goal, color="black", linestyle=":", label=f"AdamW's final loss, {goal:.3f}")
     axes[0].set(title="Best learning rate of each", xlabel="optimizer step of 4,096 tokens", ylim=(None, 6.5),
                 ylabel="val loss (nats per token)")
     for name in ("adamw", "muon", "separate"):
         points = [(lr, final(seeds[1])) for (its, lr), seeds in grouped(runs).items() if its == name]
         axes[1].plot(*zip(*points), color=colors[name], marker="o", label=OPTIMIZERS[name])
-    axes[1].set(title="Seed 1 at every learning rate", xlabel="highest learning rate", xscale="log",
-                ylabel="val loss after the last step")
+    axes[1].set(title="Seed 1 at every learning rate", xlabel="peak learning rate", xscale="log",
+                ylabel="final val loss (nats per token)")
     lrs = sorted({lr for _, lr in grouped(runs)})
     axes[1].set_xticks(lrs, [f"{lr:g}" for lr in lrs])
     axes[1].minorticks_off()
@@ -283,7 +294,8 @@ def vocabularies(runs):
     """{thousands of ids: [streams of each seed]}."""
     found = {}
     for run, streams in runs.items():
-        found.setdefault(int(re.fullmatch(r"vocab(\d+)k_s\d+", run)[1]), []).append(streams)
+        k, _ = name_parts(r"vocab(\d+)k_s(\d+)", run)
+        found.setdefault(int(k), []).append(streams)
     return dict(sorted(found.items()))
 
 
@@ -300,10 +312,9 @@ def vocabularies_table(runs):
         bits = [final(streams, "val_bpb") for streams in seeds]
         rows.append(["50,257 (GPT-2's)" if k == 50 else f"{1024 * k:,}", f"{flops / 1e9:.1f}", f"{steps}",
                      f"{flops * steps / 1e12:.2f}", f"{bytes_per_token(first):.2f}",
-                     *(f"{value:.4f}" for value in bits), f"{np.mean(bits):.4f}"])
-    seeds = [f"seed {i + 1}" for i in range(len(bits))]
+                     " ".join(f"{value:.4f}" for value in bits), f"{np.mean(bits):.4f}"])
     return ["bits per byte of all of val, the same text for all, after equal training FLOPs", "",
-            *table(["ids", "GFLOPs/step", "steps", "TFLOPs", "bytes/token", *seeds, "mean"], rows)]
+            *table(["ids", "GFLOPs/step", "steps", "TFLOPs", "bytes/token", "each seed", "mean"], rows)]
 
 
 def vocabularies_figure(runs):

@@ -13,7 +13,16 @@ from matplotlib.figure import Figure
 from training import ROOT, attempt, read_log, train
 
 import analyze_loss
-from analyze_loss import along_training, draw_training, draw_windows, pick, position_bins, rank_bands, ratio
+from analyze_loss import (
+    Row,
+    along_training,
+    draw_training,
+    draw_windows,
+    pick,
+    position_bins,
+    rank_bands,
+    ratio,
+)
 from bpe import Tokenizer, load_tokenizer
 from checkpoint import build_model, describe_model, describe_tokenizer, save_checkpoint
 from configurator import UserError, configure
@@ -128,30 +137,31 @@ def test_train_windows_are_drawn_from_the_whole_split_and_seen_are_those_of_the_
 def test_along_training_the_train_loss_is_the_mean_around_the_step():
     streams = {"train": {step: 9 - 0.01 * step + (-1) ** step for step in range(400)},
                "val": {0: 9.5, 200: 7.25, 400: 5.5}}
-    rows = along_training(streams)
-    assert [(row.split, row.key) for row in rows] == [(split, step) for step in ("0", "200", "400")
-                                                      for split in ("val", "train", "gap")]
+    steps, val, train, se = along_training(streams).T
+    assert steps.tolist() == [0, 200, 400] and val.tolist() == [9.5, 7.25, 5.5]
     around = np.array([streams["train"][step] for step in range(190, 211)])
-    assert rows[4].loss == pytest.approx(around.mean())
-    assert rows[4].se == pytest.approx(around.std(ddof=1) / math.sqrt(21))
-    assert rows[5].loss == pytest.approx(7.25 - around.mean()) and rows[5].se == rows[4].se
-    assert rows[7].loss == pytest.approx(np.mean([streams["train"][step] for step in range(380, 400)]))
-    assert rows[1].loss == pytest.approx(9 - 0.005)  # steps 0 and 1
+    end = np.mean([streams["train"][step] for step in range(380, 400)])
+    np.testing.assert_allclose(train, [9 - 0.005, around.mean(), end])  # at first, steps 0 and 1
+    assert se[1] == pytest.approx(around.std(ddof=1) / math.sqrt(21))
     for streams in ({"val": {0: 9.5}}, {"train": {0: 9.5}}, {}):
-        assert along_training(streams) == []
+        assert along_training(streams).shape == (0, 4)
 
 
 def test_skipped_steps_take_no_point_of_a_report():
-    """Of nan and inf only the marks are drawn; a val loss beside them has its row and its gap."""
+    """Of nan and inf only the marks are drawn; a val loss beside them has its gap. The gap of a checkpoint is
+    drawn at its step, which need not be the log's last."""
     losses = {step: 9 - 0.01 * step for step in range(400)} | {195: math.nan, 205: math.inf}
     streams = {"train": losses, "val": {0: 9.5, 100: math.nan, 200: 7.25, 300: math.inf}, "skipped": {195: 1}}
-    rows = along_training(streams)
-    assert [row.key for row in rows if row.split == "gap"] == ["0", "200"]
+    steps, _, train, se = along_training(streams).T
+    assert steps.tolist() == [0, 200]
     around = np.array([losses[step] for step in range(190, 211) if step not in (195, 205)])
-    assert rows[5].loss == pytest.approx(7.25 - around.mean())
-    assert rows[5].se == pytest.approx(around.std(ddof=1) / math.sqrt(19))
+    assert (train[1], se[1]) == pytest.approx((around.mean(), around.std(ddof=1) / math.sqrt(19)))
     loss_axis, gap_axis = Figure().subplots(2)
-    draw_training(loss_axis, gap_axis, SimpleNamespace(rows=rows, step=399), streams)
+    rows = [Row("gap", "train", "all", math.nan, 0.25, 0.01)]
+    draw_training(loss_axis, gap_axis, SimpleNamespace(rows=rows, step=200), streams)
+    of_log, of_checkpoint = (container.lines[0].get_xydata() for container in gap_axis.containers)
+    np.testing.assert_allclose(of_log, [(0, 9.5 - 8.995), (200, 7.25 - around.mean())])
+    np.testing.assert_allclose(of_checkpoint, [(200, 0.25)])
     lines = {line.get_label(): line for line in loss_axis.get_lines()}
     assert all(np.isfinite(line.get_ydata()).all() for line in lines.values())
     marks = {"skipped (1)": [195], "train nan or inf (1)": [205], "val nan or inf (2)": [100, 300]}
@@ -309,7 +319,7 @@ def test_the_val_loss_is_the_runs_own(flags, tmp_path, byte_tokenizer):
                "--dtype=float32"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    log = read_log(log_dir, "val", "val_bpb", "unigram", "train")
+    log = read_log(log_dir, "val", "val_bpb", "unigram")
     rows = read_csv(log_dir / "report.csv")
     val = next(row for row in rows if row["kind"] == "loss" and row["split"] == "val")
     assert float(val["loss"]) == pytest.approx(float(log["val"][12]), rel=1e-6)
@@ -318,8 +328,6 @@ def test_the_val_loss_is_the_runs_own(flags, tmp_path, byte_tokenizer):
     evaluated = attempt(flags, eval_only="true", log_dir=log_dir)
     assert f"val loss: {float(val['loss']):.4f} |" in evaluated.stdout
     assert f"on {int(val['n_tokens']):,} tokens" in evaluated.stdout
-    gaps = [row["key"] for row in rows if row["kind"] == "log" and row["split"] == "gap"]
-    assert gaps == ["0", "4", "8", "12"]
     assert (log_dir / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -346,10 +354,7 @@ def test_what_is_printed_and_written(tmp_path, state, monkeypatch, capsys):
     assert line[1:4] == [str(257 - int(bands[-2]["key"].split("-")[1])),
                          f"{float(bands[-1]['token_share']):.2%}", f"{float(bands[-1]['loss']):.4f}"]
     assert line[-1] == f"{float(bands[-1]['loss_share']):.2%}"
-    gaps = [(row["key"], float(row["loss"]), row["n_tokens"]) for row in rows
-            if row["kind"] == "log" and row["split"] == "gap"]
-    assert gaps == [("0", pytest.approx(0.105), ""),  # steps 0 and 1, and 57 to 59
-                    (str(STEP), pytest.approx(4.5 - (4.43 + 4.42 + 4.41) / 3), "")]
+    assert "log" not in {row["kind"] for row in rows}
     assert "0.27 epochs of " in text and "figure: log/report.png" in text and "table: log/report.csv" in text
     assert sorted(path.name for path in (tmp_path / "log").iterdir()) == [
         "ckpt_0000060.pt", "log.txt", "report.csv", "report.png"]
@@ -358,15 +363,14 @@ def test_what_is_printed_and_written(tmp_path, state, monkeypatch, capsys):
 def test_where_the_report_goes_and_what_it_never_replaces(tmp_path, state, monkeypatch):
     save_checkpoint(tmp_path, STEP, state)  # and no log beside it
     report(monkeypatch, tmp_path, "--checkpoint=ckpt_0000060.pt", f"--val_tokens={T}")
-    assert (tmp_path / "report.png").exists() and not any(
-        row["kind"] == "log" for row in read_csv(tmp_path / "report.csv"))
+    assert (tmp_path / "report.png").exists()
     report(monkeypatch, tmp_path, f"--checkpoint={tmp_path}", f"--val_tokens={T}", "--out_dir=a/b")
     assert len(read_csv(tmp_path / "a" / "b" / "report.csv")) == len(read_csv(tmp_path / "report.csv"))
     for name in ("report.csv", "report.png"):
         (tmp_path / name).unlink()
     for there in ("report.csv", "report.png"):  # one of the two is enough
         (tmp_path / there).write_text("mine", encoding="utf-8")
-        with pytest.raises(UserError, match=rf"^{there} is there already.*--out_dir=FOLDER"):
+        with pytest.raises(UserError, match=rf"^{there} already exists.*--out_dir=FOLDER"):
             report(monkeypatch, tmp_path, "--checkpoint=openai-community/gpt2", "--out_dir=")
         assert (tmp_path / there).read_text(encoding="utf-8") == "mine"
         (tmp_path / there).unlink()

@@ -46,8 +46,8 @@ def write_run(folder, losses, val):
 
 
 @pytest.mark.parametrize(("losses", "val", "outcome"), [
-    ([7.0] * 20, {0: 8.3, 20: 6.39}, "learned"), ([7.0] * 20, {0: 8.3, 20: 6.41}, "stuck"),
-    ([7.0] * 20, {0: 8.3, 20: 7.0}, "stuck"), ([7.0] * 20, {0: 8.3, 20: math.nan}, "diverged"),
+    ([7.0] * 20, {0: 8.3, 20: 6.39}, "learned"), ([7.0] * 20, {0: 8.3, 20: 6.41}, "not learned"),
+    ([7.0] * 20, {0: 8.3, 20: 7.0}, "not learned"), ([7.0] * 20, {0: 8.3, 20: math.nan}, "diverged"),
     ([7.0] * 10 + [math.nan] * 3, {0: 8.3}, "diverged"), ([7.0] * 10, {0: 8.3, 10: math.inf}, "diverged"),
 ])
 def test_outcome(tmp_path, losses, val, outcome):
@@ -59,6 +59,38 @@ def test_a_run_that_is_not_finished_is_named(tmp_path):
     write_run(tmp_path / "run", [math.nan, *[7.0] * 9], {0: 8.3})  # one skipped step is no end
     with pytest.raises(UserError, match="run is not finished"):
         plot.read_run(tmp_path / "run")
+    write_run(tmp_path / "begun", [], {})  # the unigram model's loss alone
+    with pytest.raises(UserError, match="begun is not finished"):
+        plot.read_run(tmp_path / "begun")
+    write_run(tmp_path / "lost", [7.0] * 20, {20: 6.0})
+    (tmp_path / "lost" / "runs.jsonl").unlink()
+    with pytest.raises(UserError, match="lost is not finished"):
+        plot.read_run(tmp_path / "lost")
+
+
+def test_half_a_line_of_runs_jsonl_is_left_out(tmp_path):
+    write_run(tmp_path / "run", [7.0] * 20, {20: 6.0})
+    with open(tmp_path / "run" / "runs.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"config": {"max_st')
+    assert plot.final(plot.read_run(tmp_path / "run")) == 6.0
+
+
+@pytest.mark.parametrize(("make_table", "name"), [
+    (plot.norm_table, "pre_gpt2_try"), (plot.norm_table, "mid_gpt2_lr5e-4_w0_s1"),
+    (plot.optimizers_table, "lion_lr4e-3_s1"), (plot.vocabularies_table, "vocab1k_old")])
+def test_a_folder_that_is_no_run_of_the_study_is_named(make_table, name):
+    with pytest.raises(UserError, match=f"{name} is not named like a run of this study"):
+        make_table({name: {"val": {20: 6.0}, "max_steps": {0: 20}, "unigram": {0: 6.5}}})
+
+
+def test_a_vocabulary_with_fewer_seeds_has_its_own_mean():
+    streams = {"flops": {0: 1e9}, "max_steps": {0: 20}, "val": {20: 5.0}}
+    runs = {f"vocab{k}k_s{seed}": {**streams, "val_bpb": {20: bits}}
+            for k, seed, bits in ((1, 1, 2.5), (1, 2, 2.7), (50, 1, 2.25))}
+    *_, heading, small, large = plot.vocabularies_table(runs)
+    assert heading.split()[-3:] == ["each", "seed", "mean"]
+    assert small.split()[-3:] == ["2.5000", "2.7000", "2.6000"]
+    assert large.split()[-2:] == ["2.2500", "2.2500"]
 
 
 def test_streams_keep_what_tables_and_figures_need(tmp_path):
