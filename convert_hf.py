@@ -157,7 +157,7 @@ def import_hf(folder: str | Path, origin: str = "") -> dict:
         except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
             raise UserError(f"{file}: corrupt ({error}); fetch it again") from error
         if twice := stored.keys() & part.keys():
-            raise UserError(f"{file}: {min(twice)} is in another file too; remove the files of the older save")
+            raise UserError(f"{file}: {min(twice)} is in another file too; remove those of the older save")
         stored |= part
     return _imported(folder, {**config, "block_size": config["n_positions"]}, stored, tokenizer,
                      origin or str(folder.absolute()))

@@ -526,7 +526,7 @@ def test_sharded_safetensors(folder, theirs, transformers):
     close_to(folder, theirs)
     lost = sorted(folder.glob("model-*.safetensors"))[1]
     older = shutil.copy(lost, folder / "model-00001-of-00099.safetensors")
-    with pytest.raises(UserError, match=r"safetensors: .* is in another file too; remove .* older save"):
+    with pytest.raises(UserError, match=r"safetensors: .* is in another file too; remove those"):
         import_hf(folder)
     Path(older).unlink()
     lost.unlink()
