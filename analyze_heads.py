@@ -39,9 +39,9 @@ output, or by a least-squares fit from one partner or from all heads left in the
 of the unpruned model. The result to report is the cell of `criterion` and `merge`, chosen before the run: the
 best of all cells is also the luckiest.
 
-Cost, in forwards over 65,536 tokens (12 s on one core for 7M parameters and 48 heads): 6 for patterns, 3 for
-importance, 36 for ablation and uniform attention, 0.5 for each pair swapped, 17 for greedy ablation (1.25 for
-each head removed), 44 for the pruned models of each share. GPT-2 small needs a GPU.
+Cost, in forwards over 65,536 tokens (12 s on one core for 7M parameters and 48 heads): 9 for patterns and
+importance, 36 for ablation and uniform attention, 0.5 for each pair swapped, 1.25 for each head removed (by
+greedy ablation), 44 for the pruned models of each share. GPT-2 small needs a GPU.
 
 Shapes: B sequences, T tokens, nh heads of a layer, hs head size, C n_embd, N windows, H heads in all layers,
 P pairs.
@@ -53,6 +53,7 @@ import functools
 import itertools
 import math
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -145,22 +146,19 @@ def all_pairs(model: GPT) -> list[tuple[int, int, int]]:
 def watching(model: GPT, see: Callable) -> Iterator[None]:
     """Within it, every forward calls see(layer, attn, qkv (B, T, 3 nh hs), y (B, T, nh hs)) in each layer
     that has heads; c_proj takes y, or what `see` returns instead. Weights stay untouched."""
-    latest, handles = {}, []
-    for layer, block in enumerate(model.transformer.h):
-        def keep(module, args, qkv, layer=layer):
-            latest[layer] = qkv
+    latest = {}
+    with contextlib.ExitStack() as hooks:
+        for layer, block in enumerate(model.transformer.h):
+            def keep(module, args, qkv, layer=layer):
+                latest[layer] = qkv
 
-        def show(module, args, layer=layer, attn=block.attn):
-            return see(layer, attn, latest.pop(layer), args[0])
+            def show(module, args, layer=layer, attn=block.attn):
+                return see(layer, attn, latest.pop(layer), args[0])
 
-        if block.attn.n_head:
-            handles += [block.attn.c_attn.register_forward_hook(keep),
-                        block.attn.c_proj.register_forward_pre_hook(show)]
-    try:
+            if block.attn.n_head:
+                hooks.enter_context(block.attn.c_attn.register_forward_hook(keep))
+                hooks.enter_context(block.attn.c_proj.register_forward_pre_hook(show))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def gated(model: GPT, gates: torch.Tensor, means: dict[int, torch.Tensor] | None = None):
@@ -196,11 +194,8 @@ def attending(model: GPT, layer: int, target: int, source: int | None = None) ->
         parts[:, :, :2, target] = 0.0 if source is None else parts[:, :, :2, source]  # queries and keys
         return parts.flatten(2)
 
-    handle = attn.c_attn.register_forward_hook(swap)
-    try:
+    with attn.c_attn.register_forward_hook(swap):
         yield
-    finally:
-        handle.remove()
 
 
 def check_heads(model: GPT, heads: list[Head], what: str) -> None:
@@ -659,7 +654,7 @@ def draw_attention(model: GPT, tok, dev: Device, by_distance: np.ndarray) -> Non
 
     each_pattern(model, dev.to_device(ids[None]), dev, keep)
     labels = [tok.decode([int(i)]).replace("\n", "\\n").replace("$", r"\$") for i in ids]
-    counts = [block.attn.n_head for block in model.transformer.h]
+    counts, T = [block.attn.n_head for block in model.transformer.h], by_distance.shape[1]
     plt, columns, curves = pyplot(), max(counts), dict(zip(all_heads(model), by_distance))
     colors = plt.cm.tab10.colors if columns <= 10 else plt.cm.turbo(np.linspace(0, 1, columns))
     side = 8.5 / (columns + 1.6)  # inches
@@ -675,14 +670,13 @@ def draw_attention(model: GPT, tok, dev: Device, by_distance: np.ndarray) -> Non
             if head >= counts[layer]:
                 continue
             axis.imshow(maps[layer][head], vmin=0, vmax=1, cmap="magma_r", aspect="auto")
-            row[-1].plot(range(1, 1 + by_distance.shape[1]), curves[layer, head], linewidth=1,
-                         color=colors[head])
+            row[-1].plot(range(1, 1 + T), curves[layer, head], linewidth=1, color=colors[head])
             if readable and head == 0:
                 axis.set_yticks(range(len(ids)), labels, fontsize=6)
             if readable and last:
                 axis.set_xticks(range(len(ids)), labels, fontsize=6, rotation=90)
         row[0].set_ylabel(f"layer {layer}", fontsize=9)
-        row[-1].set(xscale="log", yscale="log", ylim=(1e-4, 1.2), xlim=(1, by_distance.shape[1]))
+        row[-1].set(xscale="log", yscale="log", ylim=(1e-4, 1.2), xlim=(1, T))
         row[-1].tick_params(labelsize=7, labelbottom=last, labelleft=False, labelright=True)
         row[-1].grid(alpha=0.3)
     axes[0, -1].set_title("mean weight", fontsize=9, pad=3)
@@ -710,7 +704,7 @@ def draw_similarity(model: GPT, means: dict[str, np.ndarray], null: dict[str, np
         image = axis.imshow(square, vmin=-1, vmax=1, cmap="RdBu_r")
         ticks = range(0, nh, math.ceil(nh / 8) or 1)
         axis.set(xticks=ticks, yticks=ticks, xlabel="head", ylabel="head")
-        axis.set_title(f"layer {layer}" if here.any() else f"layer {layer}: no pairs", fontsize=9)
+        axis.set_title(f"layer {layer}", fontsize=9)
     figure.colorbar(image, ax=axes, label="mean cosine", shrink=0.8)
     axis = axes.flat[len(counts)]
     bars = {"raw": means["pattern"], "centred": means["centred"], "raw, random weights": null["pattern"]}
@@ -769,14 +763,11 @@ def check_settings() -> tuple[list[float], list[Head]]:
     if not all(0 < share < 1 for share in shares):
         raise UserError(f"prune_fractions={prune_fractions}: give numbers above 0 and below 1 with commas "
                         f"between them, such as 0.15,0.3")
-    chosen = []
-    for part in prune_heads.split(",") if prune_heads else []:
-        layer, colon, head = part.strip().partition(":")
-        if not (colon and layer.isdecimal() and head.isdecimal()):
-            raise UserError(f"prune_heads={prune_heads}: {part!r} is no head; give LAYER:HEAD, counted from "
-                            f"0, with commas between them, such as 0:3,2:1")
-        chosen.append((int(layer), int(head)))
-    return sorted(shares), chosen
+    parts = [part.strip() for part in prune_heads.split(",")] if prune_heads else []
+    if not all(re.fullmatch("[0-9]+:[0-9]+", part) for part in parts):
+        raise UserError(f"prune_heads={prune_heads}: give LAYER:HEAD, counted from 0, with commas between "
+                        f"them, such as 0:3,2:1")
+    return sorted(shares), [tuple(map(int, part.split(":"))) for part in parts]
 
 
 def sentence_ids(tok, T: int) -> np.ndarray:
@@ -791,9 +782,6 @@ def open_batches(state: dict, source: str, tok, T: int, dev: Device) -> tuple[Ba
     """Windows for calibration and for ablation, of train, and for evaluation, of val; each spread over all of
     the split, in order, so that stretches of them are parts of it."""
     folder, found = find_data_dir(state, source, data_dir), []
-    if T < 4:
-        raise UserError(f"{source} has a context of {T} tokens, too short to compare heads; name another "
-                        f"--checkpoint, with 4 or more")
     for split, n_tokens in (("train", calibration_tokens), ("train", ablation_tokens), ("val", val_tokens)):
         loader = WindowLoader(open_stream(folder, split, tok, T), T, T, seed, tok.n_vocab, shuffle=False)
         n = min(loader.n_windows, max(BLOCKS, n_tokens // T))
@@ -864,8 +852,7 @@ def main() -> None:
     draw_attention(model, tok, dev, means["by_distance"])
 
     # ---- prune
-    counts = {count_heads(share, len(heads)): share for share in reversed(shares)}  # the lowest of each
-    shares = [len(chosen) / len(heads)] if chosen else sorted(counts[n] for n in counts if n)
+    shares = [len(chosen) / len(heads)] if chosen else [s for s in shares if count_heads(s, len(heads))]
     if shares:
         n, rows = count_heads(shares[-1], len(heads)), []
         orders = {"chosen": chosen} if chosen else removal_orders(
@@ -874,27 +861,21 @@ def main() -> None:
         for number in range(seed, seed + random_seeds):
             rank = random.Random(number).sample(heads, len(heads)).index
             orders["random", number] = select(model, n, lambda head, _, rank=rank: rank(head))
-        saved = next(key for key in orders if key[0] == ("chosen" if chosen else criterion)), merge
+        saved = *next(key for key in orders if key[0] == ("chosen" if chosen else criterion)), merge
+        kept = state.keys() & {"step", "config", "tokenizer", "data", "provenance"}
         for row, pruned, removed in sweep(model, orders, shares, moments, val, dev):
-            if ((row["criterion"], row["seed"]), row["merge"]) == saved:
+            if (row["criterion"], row["seed"], row["merge"]) == saved:
                 name = "pruned.pt" if chosen else f"pruned_{row['share']}.pt"
-                save_pruned(state, source, pruned, removed, Path(out_dir, name))
+                write_checkpoint(Path(out_dir, name), {key: state[key] for key in kept} | {
+                    "model": pruned.state_dict(), "model_config": describe_model(pruned),  # no optimizers
+                    "pruned": {"from": str(source), "removed": sorted(map(list, removed)), "merge": merge}})
             rows.append(row)
         write("pruning.csv", csv_bytes([{key: row[key] for key in row if key != "rises"} for row in rows]))
         draw_pruning(rows)
-        shares.sort(key=lambda share: abs(share - 0.15))  # the published one first
         tables = (line for share in shares for line in ("", *pruning_lines(rows, share)))
         lines = ["", EXPLAINED, *tables, *lines]
     print("\n".join(lines), flush=True)
     write("pruning.txt", "\n".join([title, *lines, ""]).encode())
-
-
-def save_pruned(state: dict, source: str, pruned: GPT, removed: list[Head], path: Path) -> None:
-    """Write a model without `removed` heads as a checkpoint that is no run: it has no optimizers."""
-    kept = {key: state[key] for key in ("step", "config", "tokenizer", "data", "provenance") if key in state}
-    write_checkpoint(path, {
-        **kept, "model": pruned.state_dict(), "model_config": describe_model(pruned),
-        "pruned": {"from": str(source), "removed": [list(head) for head in sorted(removed)], "merge": merge}})
 
 
 def write(name: str, content: bytes) -> None:
