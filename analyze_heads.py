@@ -121,7 +121,7 @@ BLOCKS, T_QUANTILE = 20, 2.093  # stretches of a split; Student's t, 97.5%, 19 d
 EXPLAINED = f"""\
 Change of perplexity +- half its 95% interval over {BLOCKS} stretches of val; at random: mean of the draws.
 Below 5%? yes: the whole interval is below 5%; no: the whole interval is above; ?: it contains 5%.
-3/5: better than 3 of 5 draws treated alike, by the 95% interval of the difference over the same stretches."""
+3/5: better than 3 of 5 draws replaced alike, by the 95% interval of the paired difference."""
 Head = tuple[int, int]  # layer, head
 Batches = list[tuple[torch.Tensor, torch.Tensor]]  # x and y, (B, T) each, on the device
 Moments = dict[int, list[np.ndarray]]  # layer: of its even and of its odd windows, see `watch`

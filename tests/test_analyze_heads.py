@@ -500,7 +500,7 @@ def test_greedy_notices_what_one_shot_does_not(monkeypatch):
     orders = study.removal_orders(model, 3, means, moments, [], DEV)
     assert orders["ablation"][:2] == [(0, 0), (0, 1)] and orders["greedy"] == [(0, 0), (0, 2), (1, 0)]
     assert orders["mean_ablation"] == [(2, 3), (2, 2), (1, 3)]
-    # the rise of a head that was too dear is remeasured only while it is among the cheapest
+    # the rise of a head that was too high is remeasured only while it is among the cheapest
     calls.clear()
     study.removal_orders(model, 2, means, moments, [], DEV)
     assert len(calls) == len({*calls}) == 1 + 2 * study.GREEDY_CANDIDATES
@@ -868,7 +868,7 @@ def test_pruned_checkpoints_generate_answer_and_are_exported(analyzed, questions
     source = analyzed[1] / "pruned_0.5.pt"
     note, = export_hf(load_any(source), tmp_path / "out")
     assert "4 of 8 heads are pruned" in note
-    said = []
+    printed = []
     for place in (source, tmp_path / "out"):
         for module, chosen in ((generate, {"prompt": "import", "temperature": 0.0, "num_samples": 1,
                                            "max_new_tokens": 12, "device": "cpu"}),
@@ -877,10 +877,10 @@ def test_pruned_checkpoints_generate_answer_and_are_exported(analyzed, questions
                 monkeypatch.setattr(module, key, value)
             module.main()
         out = capsys.readouterr().out
-        said.append([line.rpartition(" | ")[0] or line for line in out.splitlines()
+        printed.append([line.rpartition(" | ")[0] or line for line in out.splitlines()
                      if "step " not in line and not line.startswith("note")])
-    assert said[0] == said[1]
-    text = "\n".join(said[0])
+    assert printed[0] == printed[1]
+    text = "\n".join(printed[0])
     assert "acc_norm" in text and "import" in text
 
 
