@@ -525,7 +525,7 @@ def test_orders_of_made_up_values(monkeypatch):
     assert orders["importance"] == [b, d, c, a, e]  # over the norms sqrt(42) and sqrt(13)
     # of 0:02 c, the less important; of 0:01 b: 0:12, which has only a raw cosine, was gone by then
     assert orders["similarity"] == [c, b, d, a, e]
-    means["centred"][1] = 0.1
+    means["centred"][:2] = 0.1  # below 1:01
     assert study.removal_orders(model, 2, means, moments, batches, DEV)["similarity"] == [b, d]  # 0:12, raw
     assert len({a, c} & {*orders["r2"][:2]}) == 1  # twins; once one is gone, it predicts the other no more
     for i, head in enumerate(orders["r2"][:4]):
