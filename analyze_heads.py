@@ -1,47 +1,47 @@
 """
-Attention heads: what they attend to, how redundant they are, and what a GPT-2 is worth without some of them.
+Attention heads: what they attend to, how redundant they are, and what a GPT-2 loses without some of them.
 
     python analyze_heads.py --checkpoint=log                          # -> heads/
     python analyze_heads.py --checkpoint=log --prune_fractions=       # measure only
     python analyze_heads.py --checkpoint=log --prune_heads=0:3,2:1 --out_dir=two_removed  # remove these
     python analyze_heads.py --checkpoint=log --sentence="The cell divides, and the cell grows."
 
-Works on any checkpoint, also an imported or an already pruned one. Heads are chosen on the train split and
-pruned models evaluated on the val split. out_dir, which must not exist yet, receives
+Works on any checkpoint, also an imported or an already pruned one. Heads are measured and chosen on the train
+split, pruned models evaluated on the val split, both on windows spread over all of it. out_dir, which must
+not exist yet, receives the report pruning.txt, three tables (heads, pairs, pruning), three figures
+(attention, similarity, pruning) and pruned models (pruned_0.15.pt, ...), which other scripts take as
+checkpoints.
 
-    pruning.txt                      the report: perplexity, similarity, swapped patterns, roles
-    heads.csv, pairs.csv             every measure of every head, and of every pair of heads of a layer
-    pruning.csv                      perplexity and size of every pruned model
-    attention.png                    attention maps of a sentence; mean weight by distance
-    similarity.png, pruning.png      cosines by layer; perplexity against the share of heads removed
-    pruned_0.15.pt, ...              pruned models, which the other scripts take like any checkpoint
+Losses are in nats per token. "+-", and `_95` in a table, is half the 95% interval over 20 stretches of the
+split. `_null` is the same measure of a model with random weights: only what exceeds it was learned.
 
-Pairs. Cosines are averaged over queries (but the first), then over windows:
-    pattern        attention weights. Published work calls heads above 0.85 redundant, but random weights
-                   give 0.99: all of their heads attend nearly uniformly
-    centred        the same minus uniform attention, 1/(t+1); undefined for a uniform head
-    centred_layer  the same minus the mean over the layer's heads; n unrelated heads come to -1/(n-1)
-    output         what the heads add to the residual stream
-In the most similar pairs above similarity_threshold, each head attends with the other's pattern and keeps its
-own values. If the loss holds, its queries and keys are redundant; the head need not be.
+Pairs of heads. Cosines of attention patterns, averaged over queries (except the first), then over windows:
+    pattern        raw. Published work calls heads above 0.85 redundant, but random weights give 0.99, as all
+                   of their heads attend nearly uniformly
+    centred        minus uniform attention, 1/(t+1); undefined for a uniform head, ranked by `pattern` instead
+    centred_layer  minus the mean over the layer's heads; n unrelated heads come to -1/(n-1)
+In each pair above similarity_threshold, either head attends with the other's pattern and keeps its own values
+(head_as_other, other_as_head). Where this costs less than `uniform`, the head attending to all of its tokens
+alike, its queries and keys are redundant; the head need not be.
 
 Heads. importance: mean |dL/dg| of a gate g = 1 on the output (Michel et al. 2019, "Are Sixteen Heads Really
-Better than One?", section 4.1). ablation, mean_ablation: rise of the loss with the output replaced by zero,
-and by its mean over the data. r2: share of the output's variance that the layer's other heads predict, by
-least squares fitted on half of the windows and tested on the other half. previous, first: attention paid to
-the token before and to the first. duplicate, induction: on random tokens repeated once, attention paid to the
-earlier copy and to the token behind it (Olsson et al. 2022, "In-context Learning and Induction Heads").
-entropy in nats, distance in tokens. Losses are in nats per token, standard errors over windows. "null" is the
-same measure of one model with random weights.
+Better than One?", 4.1). ablation, mean_ablation, uniform: rise of the loss with the output replaced by zero,
+by its mean over the data, by that of uniform attention. r2: share of the output's variance that the layer's
+other heads predict, by least squares fitted on half of the windows and tested on the rest. A high R2 proves
+nothing by itself: random weights give 0.8 to 0.9, as 7 heads of 32 span 224 of 256 dimensions. previous,
+first: attention paid to the previous and the first token. duplicate, induction: on random tokens repeated
+once, attention paid to the earlier copy and to the token after it (Olsson et al. 2022, "In-context Learning
+and Induction Heads"). entropy in nats, distance in tokens.
 
-Pruning. A criterion removes heads one by one, at most layer_cap of any layer: cosines are highest in the
-first layer, and without a limit a similarity criterion removes nearly all of it. Removed heads are left out
-("none"), or replaced: by their mean output, or by a least-squares fit from one partner or from all heads left
-in the layer.
+Pruning. A criterion removes heads one by one, at most layer_cap of any layer, while other layers can lose
+some: similarity would empty the first. Removed heads are left out ("none"), or replaced: by their mean
+output, or by a least-squares fit from one partner or from all heads left in the layer. Fits use activations
+of the unpruned model. The result to report is the cell of `criterion` and `merge`, chosen before the run: the
+best of all cells is also the luckiest.
 
-Cost, in forwards over 65,536 tokens (12 s on one core for 7M parameters and 48 heads): 6 for patterns, 3 for
-importance, 24 for ablation (on ablation_tokens), up to 10 for swaps, 17 for greedy ablation (1.25 for each
-head removed), and 40 for the pruned models of each share: 180 in all, or 36 minutes. GPT-2 small needs a GPU.
+Cost, in forwards over 65,536 tokens (12 s on one core for 7M parameters and 48 heads): 9 for patterns and
+importance, 36 for ablation and uniform attention, 0.5 for each pair swapped, 1.25 for each head removed (by
+greedy ablation), 44 for the pruned models of each share. GPT-2 small needs a GPU.
 
 Shapes: B sequences, T tokens, nh heads of a layer, hs head size, C n_embd, N windows, H heads in all layers,
 P pairs.
@@ -53,7 +53,8 @@ import functools
 import itertools
 import math
 import random
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,6 @@ from checkpoint import (
 )
 from configurator import Between, OneOf, PathName, UserError, configure
 from convert_hf import load_any
-from decoding import KVCache
 from device import TOLERANCE, Device, resolve_device
 from figures import csv_bytes, pyplot, save_figure, table
 from files import write_atomically
@@ -83,15 +83,17 @@ checkpoint: PathName = ""  # a file, FOLDER (its newest), FOLDER:best, gpt2, ...
 data_dir: PathName = ""  # token shards of the checkpoint's tokenizer; empty = those it was trained on
 out_dir: PathName = "heads"  # a new folder for tables, figures and pruned models
 sentence = "When the cat saw the dog, the cat ran up the tree, and the dog sat under the tree."  # to draw
-calibration_tokens: Between(1, 10**12) = 65_536  # spread over the train split: heads are measured on these
+# tokens are rounded to windows, 20 or more of each where the split has them
+calibration_tokens: Between(1, 10**12) = 65_536  # of the train split: heads are measured on these
 ablation_tokens: Between(1, 10**12) = 16_384  # the same for ablation and swaps, a forward for each head
-val_tokens: Between(1, 10**12) = 65_536  # the first of the val split: pruned models are evaluated on these
+val_tokens: Between(1, 10**12) = 65_536  # of the val split: pruned models are evaluated on these
 similarity_threshold: Between(-1, 1) = 0.85  # of pattern cosines, as published
 prune_fractions = "0.05,0.15,0.3"  # shares of the heads to remove; empty = none
 prune_heads = ""  # remove these instead: LAYER:HEAD,... counted from 0
 layer_cap: Between(0, 1) = 0.5  # at most this share of a layer's heads, while other layers can lose some
-# which of the pruned models are saved: those of this criterion, with removed heads replaced by this
-criterion: OneOf("ablation", "greedy", "importance", "r2", "similarity", "random") = "ablation"
+# the headline, and which of the pruned models are saved: heads removed by this criterion, replaced by this
+criterion: OneOf("ablation", "mean_ablation", "greedy", "importance", "r2", "similarity",
+                 "random") = "ablation"
 merge: OneOf("none", "mean", "partner", "layer") = "layer"
 random_seeds: Between(1, 10_000) = 5  # random prunings of each size, with seed, seed + 1, ...
 batch_size: Between(1, 65_536) = 8  # sequences at a time
@@ -99,31 +101,30 @@ device = "auto"  # auto|cpu|cuda|cuda:1|mps
 dtype: OneOf("auto", "float32", "bfloat16", "float16") = "float32"  # of matrix products
 seed: Between(0, 2**63 - 1) = 1337  # of the null, of repeated tokens and of random pruning
 
-PAIR_MEASURES = {"pattern": "attention patterns", "centred": "minus uniform attention",
-                 "centred_layer": "minus the layer's mean pattern", "output": "head outputs"}
+PAIR_MEASURES = {"pattern": "raw", "centred": "minus uniform attention",
+                 "centred_layer": "minus the layer's mean pattern"}
 HEAD_MEASURES = {"importance": "importance, nats per token", "ablation": "loss rise, head zeroed",
                  "mean_ablation": "loss rise, head replaced by its mean",
-                 "r2": "R2 from the layer's other heads",
+                 "uniform": "loss rise, uniform attention", "r2": "R2 from the layer's other heads",
                  "previous": "attention to the previous token", "first": "attention to the first token",
                  "duplicate": "attention to an earlier copy",
-                 "induction": "attention behind an earlier copy",
+                 "induction": "attention to the token after it",
                  "entropy": "entropy, nats", "distance": "distance, tokens"}
-CRITERIA = {"ablation": "ablation, one-shot", "greedy": "ablation, greedy",
-            "importance": "gradient importance", "r2": "R2 from other heads",
+CRITERIA = {"ablation": "ablation, one-shot", "mean_ablation": "mean ablation, one-shot",
+            "greedy": "ablation, greedy", "importance": "gradient importance", "r2": "R2 from other heads",
             "similarity": "similarity, centred", "random": "at random", "chosen": "as chosen"}
 MERGES = {"none": "left out", "mean": "mean output", "partner": "fit from one head",
           "layer": "fit from the layer"}
-MOST_SWAPS = 20  # pairs
-GREEDY_CANDIDATES = 5  # heads measured again at each step of greedy ablation: those that last cost least
-SWAPS = ("head_as_other", "other_as_head")  # who attends as whom
-BLOCKS, T_QUANTILE = 20, 2.093  # stretches of val; Student's t, 97.5%, 19 degrees of freedom
+GREEDY_CANDIDATES = 5  # heads remeasured at each step of greedy ablation: those that last cost least
+SWAPS = ("head_as_other", "other_as_head")  # which attends as which
+BLOCKS, T_QUANTILE = 20, 2.093  # stretches of a split; Student's t, 97.5%, 19 degrees of freedom
 EXPLAINED = f"""\
-Change of perplexity, +- half the 95% interval over {BLOCKS} stretches of val; at random: mean of the draws
-(lowest to highest). Is all of it below 5%? yes, no (all of it above), ? (neither). 3/5: better than 3 of 5
-draws treated alike, by the 95% interval of the difference over the same stretches."""
+Change of perplexity +- half its 95% interval over {BLOCKS} stretches of val; at random: mean of the draws.
+Below 5%? yes: the whole interval is below 5%; no: the whole interval is above; ?: it contains 5%.
+3/5: better than 3 of 5 draws replaced alike, by the 95% interval of the paired difference."""
 Head = tuple[int, int]  # layer, head
 Batches = list[tuple[torch.Tensor, torch.Tensor]]  # x and y, (B, T) each, on the device
-Moments = tuple[dict[int, np.ndarray], dict[int, np.ndarray]]  # of even and of odd windows, see `watch`
+Moments = dict[int, list[np.ndarray]]  # layer: of its even and of its odd windows, see `watch`
 
 
 # ---- heads of a model: watching, changing, removing ----------------------------
@@ -145,22 +146,19 @@ def all_pairs(model: GPT) -> list[tuple[int, int, int]]:
 def watching(model: GPT, see: Callable) -> Iterator[None]:
     """Within it, every forward calls see(layer, attn, qkv (B, T, 3 nh hs), y (B, T, nh hs)) in each layer
     that has heads; c_proj takes y, or what `see` returns instead. Weights stay untouched."""
-    latest, handles = {}, []
-    for layer, block in enumerate(model.transformer.h):
-        def keep(module, args, qkv, layer=layer):
-            latest[layer] = qkv
+    latest = {}
+    with contextlib.ExitStack() as hooks:
+        for layer, block in enumerate(model.transformer.h):
+            def keep(module, args, qkv, layer=layer):
+                latest[layer] = qkv
 
-        def show(module, args, layer=layer, attn=block.attn):
-            return see(layer, attn, latest.pop(layer), args[0])
+            def show(module, args, layer=layer, attn=block.attn):
+                return see(layer, attn, latest.pop(layer), args[0])
 
-        if block.attn.n_head:
-            handles += [block.attn.c_attn.register_forward_hook(keep),
-                        block.attn.c_proj.register_forward_pre_hook(show)]
-    try:
+            if block.attn.n_head:
+                hooks.enter_context(block.attn.c_attn.register_forward_hook(keep))
+                hooks.enter_context(block.attn.c_proj.register_forward_pre_hook(show))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def gated(model: GPT, gates: torch.Tensor, means: dict[int, torch.Tensor] | None = None):
@@ -179,27 +177,25 @@ def gated(model: GPT, gates: torch.Tensor, means: dict[int, torch.Tensor] | None
 
 
 def masked(model: GPT, heads: Iterable[Head], means: dict[int, torch.Tensor] | None = None):
-    """Within it, `heads` put out zeros, or their `means`: the slow twin of `prune`, or of folding by mean."""
+    """Within it, `heads` output zeros, or their `means`: the slow twin of `prune`, or of folding by mean."""
     device, gone = model.lm_head.weight.device, set(heads)
     return gated(model, torch.tensor([float(head not in gone) for head in all_heads(model)], device=device),
                  means)
 
 
 @contextlib.contextmanager
-def swapped(model: GPT, layer: int, source: int, target: int) -> Iterator[None]:
-    """Within it, head `target` of a layer attends with the pattern of head `source` and keeps its values."""
+def attending(model: GPT, layer: int, target: int, source: int | None = None) -> Iterator[None]:
+    """Within it, head `target` of a layer attends with the pattern of head `source`, or uniformly, and keeps
+    its values."""
     attn = model.transformer.h[layer].attn
 
     def swap(module, args, qkv):
         parts = qkv.clone().unflatten(2, (3, attn.n_head, attn.head_size))  # (B, T, 3, nh, hs)
-        parts[:, :, :2, target] = parts[:, :, :2, source]  # queries and keys
+        parts[:, :, :2, target] = 0.0 if source is None else parts[:, :, :2, source]  # queries and keys
         return parts.flatten(2)
 
-    handle = attn.c_attn.register_forward_hook(swap)
-    try:
+    with attn.c_attn.register_forward_hook(swap):
         yield
-    finally:
-        handle.remove()
 
 
 def check_heads(model: GPT, heads: list[Head], what: str) -> None:
@@ -241,7 +237,7 @@ def prune(model: GPT, heads: list[Head]) -> GPT:
 
 
 def attention_patterns(attn, qkv: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Attention weights (B, nh, T, T) of a layer, computed again from what c_attn put out, qkv (float32).
+    """Attention weights (B, nh, T, T) of a layer, recomputed from the output qkv of c_attn (float32).
 
     Raises UserError unless these weights times V are y (B, T, nh hs), what the layer itself computed.
     """
@@ -250,8 +246,8 @@ def attention_patterns(attn, qkv: torch.Tensor, y: torch.Tensor) -> torch.Tensor
                for part in qkv.chunk(3, dim=2))  # (B, nh, T, hs)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     patterns = (q @ k.mT * attn.head_size**-0.5).masked_fill(future, -math.inf).softmax(dim=-1)
-    again = (patterns @ v).transpose(1, 2).reshape(B, T, -1)
-    distance, size = (again - y.float()).abs().max().item(), y.float().abs().max().item()
+    recomputed = (patterns @ v).transpose(1, 2).reshape(B, T, -1)
+    distance, size = (recomputed - y.float()).abs().max().item(), y.float().abs().max().item()
     if not distance <= TOLERANCE[y.dtype] * size:
         raise UserError(f"recomputed attention differs from the layer's own by {distance:.2e} of {size:.2e}; "
                         f"try --dtype=float32 or --device=cpu; if model.py attends in another way (RoPE, "
@@ -288,10 +284,10 @@ def watch(model: GPT, batches: Batches, dev: Device) -> tuple[dict[str, np.ndarr
     """What heads do in each window: PAIR_MEASURES (N, P); previous, first, entropy and distance (N, H);
     by_distance (N, H, T), the mean weight of keys that many tokens back. Then the second moments of outputs.
 
-    Moments are {layer: sum over tokens of (y, 1) (y, 1)^T}, float64 (nh hs + 1, nh hs + 1), of the even and
+    Moments are {layer: sums over tokens of (y, 1) (y, 1)^T}, float64 (nh hs + 1, nh hs + 1), of the even and
     of the odd windows. Raises UserError where attention cannot be recomputed.
     """
-    values, moments, n = defaultdict(list), ({}, {}), 0
+    values, moments, n = defaultdict(list), defaultdict(lambda: [0.0, 0.0]), 0
 
     def measure(layer, attn, patterns, y):
         t = torch.arange(y.size(1), device=y.device)
@@ -299,21 +295,18 @@ def watch(model: GPT, batches: Batches, dev: Device) -> tuple[dict[str, np.ndarr
         by_distance = patterns.gather(3, back.expand_as(patterns)).tril()  # (B, nh, T, T), of query and d
         rows = patterns[:, :, 1:]  # the first query has one key
         uniform = (torch.ones_like(patterns[0, 0]) / (t + 1)[:, None]).tril()[1:]
-        heads = y.unflatten(2, (attn.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
-        columns = attn.c_proj.weight.float().unflatten(1, (attn.n_head, -1)).permute(1, 2, 0)  # (nh, hs, C)
         for name, found in {
                 "pattern": pair_cosines(rows), "centred": pair_cosines(rows - uniform),
                 "centred_layer": pair_cosines(rows - rows.mean(dim=1, keepdim=True)),
-                "output": pair_cosines(heads @ columns),
                 "previous": rows.diagonal(dim1=2, dim2=3).mean(dim=-1), "first": rows[..., 0].mean(dim=-1),
                 "entropy": torch.special.entr(rows).sum(dim=-1).mean(dim=-1),
                 "distance": (by_distance[:, :, 1:] @ t.float()).mean(dim=-1),
                 "by_distance": by_distance.sum(dim=2) / (len(t) - t)}.items():
             seen[name].append(found)
-        for parity, of_half in enumerate(moments):
-            rows = y[(n + parity) % 2::2].flatten(0, 1)  # (tokens, nh hs)
-            rows = torch.nn.functional.pad(rows, (0, 1), value=1.0).cpu().double()
-            of_half[layer] = of_half.get(layer, 0.0) + (rows.T @ rows).numpy()
+        rows = torch.nn.functional.pad(y, (0, 1), value=1.0).cpu().double()  # (B, T, nh hs + 1)
+        for half in (0, 1):
+            tokens = rows[(n + half) % 2::2].flatten(0, 1)
+            moments[layer][half] += (tokens.T @ tokens).numpy()
 
     for x, _ in batches:
         seen = defaultdict(list)
@@ -324,10 +317,11 @@ def watch(model: GPT, batches: Batches, dev: Device) -> tuple[dict[str, np.ndarr
     return {name: np.concatenate(parts) for name, parts in values.items()}, moments
 
 
-def repeated_scores(model: GPT, dev: Device, n: int = 32) -> dict[str, np.ndarray]:
-    """duplicate and induction (n, H) on n sequences of random tokens, each repeated once."""
-    length = model.config.block_size // 2
-    half = np.random.default_rng(seed).integers(max(1, model.config.n_vocab - 1), size=(n, length))
+def repeated_scores(model: GPT, tokens: np.ndarray, eot: int, dev: Device, n: int = 32) -> dict:
+    """duplicate and induction (n, H) on n sequences: eot, then different ids out of `tokens`, twice."""
+    ids, generator = np.setdiff1d(tokens, eot), np.random.default_rng(seed)
+    length = min((model.config.block_size - 1) // 2, len(ids))
+    x = np.array([[eot, *np.tile(generator.permutation(ids)[:length], 2)] for _ in range(n)])
     scores = []
 
     def measure(layer, attn, patterns, y):
@@ -336,7 +330,7 @@ def repeated_scores(model: GPT, dev: Device, n: int = 32) -> dict[str, np.ndarra
 
     for first in range(0, n, batch_size):
         seen = []
-        each_pattern(model, dev.to_device(np.tile(half[first:first + batch_size], 2)), dev, measure)
+        each_pattern(model, dev.to_device(x[first:first + batch_size]), dev, measure)
         scores.append(torch.cat(seen, dim=2).cpu().double().numpy())
     return dict(zip(("duplicate", "induction"), np.concatenate(scores, axis=1)))
 
@@ -373,15 +367,14 @@ def loss_rises(model: GPT, batches: Batches, dev: Device, label: str, changes: l
 
 def swap_rises(model: GPT, batches: Batches, dev: Device, cosines: np.ndarray) -> dict[str, np.ndarray]:
     """head_as_other, other_as_head (N, P): the rise of the loss when one head of a pair attends as the other.
-    nan for all but the pairs with the highest cosines (P,)."""
-    pairs, found = all_pairs(model), {}
-    alike = [i for i in np.argsort(-cosines) if cosines[i] > similarity_threshold][:MOST_SWAPS]
+    nan for pairs whose cosines (P,) are not above the threshold."""
+    pairs, above, found = all_pairs(model), np.flatnonzero(cosines > similarity_threshold), {}
     rises = loss_rises(model, batches, dev, "swapped patterns", [
-        swapped(model, layer, *order) for layer, a, b in (pairs[i] for i in alike)
-        for order in ((b, a), (a, b))])  # (N, 2 alike)
+        attending(model, layer, *order) for layer, a, b in (pairs[i] for i in above)
+        for order in ((a, b), (b, a))])  # (N, 2 above)
     for k, name in enumerate(SWAPS):
         found[name] = np.full((len(rises), len(pairs)), np.nan)
-        found[name][:, alike] = rises[:, k::2]
+        found[name][:, above] = rises[:, k::2]
     return found
 
 
@@ -400,31 +393,39 @@ def fit(sums: np.ndarray, known: list[int], target: list[int]) -> np.ndarray:
     return np.linalg.lstsq(sums[np.ix_(known, known)], sums[np.ix_(known, target)], 1e-10)[0]
 
 
-def left_over(fit_on: np.ndarray, test_on: np.ndarray, known: list[int], target: list[int],
-              weight: np.ndarray) -> float:
-    """Squared error of what columns `known` predict of weight (C, target) @ y[target], summed over tokens:
-    fitted on one set of second moments, tested on another."""
-    columns, coef = [*target, *known], np.concatenate((np.eye(len(target)), -fit(fit_on, known, target)))
-    return np.trace(weight @ coef.T @ test_on[np.ix_(columns, columns)] @ coef @ weight.T)
+def projection(model: GPT, layer: int) -> np.ndarray:
+    """The weight of c_proj in a layer, float64 (C, nh hs)."""
+    return model.transformer.h[layer].attn.c_proj.weight.detach().cpu().double().numpy()
 
 
 def r2(model: GPT, moments: Moments, layer: int, head: int, others: Iterable[int]) -> np.ndarray:
     """R2 of what a head adds to the residual stream, from the outputs of `others` and a constant: (2,),
     fitted on either half of the windows and tested on the other. 1 for a head whose output is constant."""
-    weight = model.transformer.h[layer].attn.c_proj.weight.detach().cpu().double().numpy()  # (C, nh hs)
-    target, constant, found = columns_of(model, layer, [head]), [weight.shape[1]], []
-    known, weight = columns_of(model, layer, others) + constant, weight[:, target]
-    for one, other in ((0, 1), (1, 0)):
-        of = (moments[one][layer], moments[other][layer])
-        size = np.trace(weight @ of[1][np.ix_(target, target)] @ weight.T)
-        error, variance = (left_over(*of, columns, target, weight) for columns in (known, constant))
+    target, constant = columns_of(model, layer, [head]), [len(moments[layer][0]) - 1]
+    weight, found = projection(model, layer)[:, target], []
+
+    def residual_error(fit_on, test_on, known):  # squared, summed over tokens
+        columns, coef = [*target, *known], np.concatenate((np.eye(len(target)), -fit(fit_on, known, target)))
+        return np.trace(weight @ coef.T @ test_on[np.ix_(columns, columns)] @ coef @ weight.T)
+
+    for halves in (moments[layer], moments[layer][::-1]):
+        error, variance = (residual_error(*halves, known) for known in (
+            columns_of(model, layer, others) + constant, constant))
+        size = np.trace(weight @ halves[1][np.ix_(target, target)] @ weight.T)
         found.append(1.0 - error / variance if variance > 1e-9 * size else 1.0)  # below, it is rounding
     return np.array(found)
 
 
+def all_r2(model: GPT, moments: Moments) -> np.ndarray:
+    """`r2` of each head from all others of its layer, (2, H)."""
+    heads = all_heads(model)
+    return np.stack([r2(model, moments, layer, head, [
+        other for at, other in heads if at == layer and other != head]) for layer, head in heads], axis=1)
+
+
 def mean_outputs(model: GPT, moments: Moments) -> dict[int, torch.Tensor]:
     """{layer: mean of y over tokens (nh hs,)}, on the model's device."""
-    sums = {layer: moments[0][layer] + moments[1][layer] for layer in moments[0]}
+    sums = {layer: even + odd for layer, (even, odd) in moments.items()}
     return {layer: torch.from_numpy(square[:-1, -1] / square[-1, -1]).float().to(model.lm_head.weight.device)
             for layer, square in sums.items()}
 
@@ -436,97 +437,80 @@ def fold(model: GPT, heads: list[Head], how: str, moments: Moments) -> GPT:
     calibration tokens; that map, times the head's columns of c_proj, is added to the others' columns and to
     the bias. The partner is the head left with the highest R2.
     """
-    if how == "none":
-        return prune(model, heads)
     folded = copy.deepcopy(model)
-    for layer in sorted({layer for layer, _ in heads}):
-        attn, sums = folded.transformer.h[layer].attn, moments[0][layer] + moments[1][layer]
-        weight = model.transformer.h[layer].attn.c_proj.weight.detach().cpu().double().numpy()
-        left = [head for head in range(attn.n_head) if (layer, head) not in heads]
-        change = np.zeros((len(weight), weight.shape[1] + 1))  # of the weight and the bias
-        for head in (head for other, head in heads if other == layer):
-            if how == "partner" and left:
-                others = [max(left, key=lambda other: r2(model, moments, layer, head, [other]).mean())]
-            else:
-                others = left if how == "layer" else []
+    for layer in {layer for layer, _ in heads} if how != "none" else ():
+        attn, sums, weight = folded.transformer.h[layer].attn, sum(moments[layer]), projection(model, layer)
+        gone = [head for at, head in heads if at == layer]
+        left = [head for head in range(attn.n_head) if head not in gone]
+        change = np.zeros((len(weight), len(sums)))  # of the weight and the bias
+        for head in gone:
+            others = [] if how == "mean" else left
+            if how == "partner":
+                others = sorted(left, key=lambda other: r2(model, moments, layer, head, [other]).mean())[-1:]
             known, target = (columns_of(model, layer, some) for some in (others, [head]))
-            known.append(weight.shape[1])  # the constant 1
+            known.append(len(sums) - 1)  # the constant 1
             change[:, known] += weight[:, target] @ fit(sums, known, target).T
-        change = torch.from_numpy(change).float().to(attn.c_proj.weight.device)
-        with torch.no_grad():
-            attn.c_proj.weight += change[:, :-1]
-            attn.c_proj.bias += change[:, -1]
+        change = torch.from_numpy(change).to(attn.c_proj.weight)  # its dtype and device
+        attn.c_proj.weight.data += change[:, :-1]
+        attn.c_proj.bias.data += change[:, -1]
     return prune(folded, heads)
 
 
 # ---- which heads to remove -----------------------------------------------------
 
 
-def select(model: GPT, n: int, choose: Callable) -> list[Head]:
-    """`n` heads, each choose(allowed, removed): from layers that have not lost layer_cap of their heads, or
-    from any once no layer can."""
-    heads, removed = all_heads(model), []
-    caps = [max(1, int(layer_cap * block.attn.n_head)) for block in model.transformer.h]
+def select(model: GPT, n: int, score: Callable, rises: dict[Head, float] | None = None) -> list[Head]:
+    """`n` heads, each the one with the lowest score(head, removed), from layers that have lost less than
+    layer_cap of their heads, or from any if there are none. With `rises` {head: number}, only the
+    GREEDY_CANDIDATES lowest in it are scored."""
+    removed, caps = [], [max(1, int(layer_cap * block.attn.n_head)) for block in model.transformer.h]
     while len(removed) < n:
-        left = [head for head in heads if head not in removed]
-        allowed = [head for head in left if sum(head[0] == layer for layer, _ in removed) < caps[head[0]]]
-        removed.append(choose(allowed or left, removed))
+        left = [head for head in all_heads(model) if head not in removed]
+        lost = Counter(layer for layer, _ in removed)
+        allowed = [head for head in left if lost[head[0]] < caps[head[0]]] or left
+        if rises:
+            allowed = sorted(allowed, key=rises.get)[:GREEDY_CANDIDATES]
+        removed.append(min(allowed, key=lambda head: score(head, removed)))
     return removed
-
-
-def smallest(score: Callable) -> Callable:
-    """For `select`: the head with the smallest score(head, removed)."""
-    return lambda allowed, removed: min(allowed, key=lambda head: score(head, removed))
-
-
-def greedy(loss: Callable, rises: dict[Head, float]) -> Callable:
-    """For `select`: the head whose removal raises loss(heads removed) least.
-
-    Of the heads left, only the GREEDY_CANDIDATES whose rise was smallest when last measured are measured
-    again. `rises` is what was measured with all heads in place.
-    """
-    rises, losses = dict(rises), {(): loss([])}
-
-    def choose(allowed, removed):
-        candidates = sorted(allowed, key=rises.get)[:GREEDY_CANDIDATES]
-        for head in candidates:
-            losses[*removed, head] = loss([*removed, head])
-            rises[head] = losses[*removed, head] - losses[*removed,]
-        return min(candidates, key=rises.get)
-
-    return choose
 
 
 def removal_orders(model: GPT, n: int, means: dict[str, np.ndarray], moments: Moments, batches: Batches,
                    dev: Device) -> dict[str, list[Head]]:
     """The first `n` heads that each criterion but `random` removes; `means` (H,) or (P,) of the measures."""
-    heads, layers = all_heads(model), np.array([layer for layer, _ in all_heads(model)])
+    heads, layers = all_heads(model), [layer for layer, _ in all_heads(model)]
     norms = np.sqrt(np.bincount(layers, means["importance"]**2))[layers]  # L2 over the layer, as in the paper
-    relative = dict(zip(heads, means["importance"] / np.where(norms > 0, norms, 1.0)))
-    ablation = dict(zip(heads, means["ablation"]))
-    cosines = {frozenset(((layer, a), (layer, b))): value if value == value else -1.0
-               for (layer, a, b), value in zip(all_pairs(model), means["centred"])}
+    relative = dict(zip(heads, means["importance"] / np.maximum(norms, 1e-30)))
+    ablated, averaged = (dict(zip(heads, means[name])) for name in ("ablation", "mean_ablation"))
+    defined = np.isfinite(means["centred"])
+    cosines = dict(zip(all_pairs(model), np.where(defined, means["centred"], means["pattern"])))
+
+    def rest(head, removed):  # the layer's other heads that are left
+        return tuple(other for layer, other in heads
+                     if layer == head[0] and (layer, other) not in (head, *removed))
 
     def similarity(head, removed):  # of the most similar pair the less important head
-        others = [cosines[frozenset((head, other))] for other in heads
-                  if other[0] == head[0] and other != head and other not in removed]
-        return -max(others, default=-1.0), relative[head]
+        of = [cosines[head[0], *sorted((head[1], other))] for other in rest(head, removed)]
+        return -max(of, default=-1.0), relative[head]
 
     @functools.cache
-    def unpredicted(head, others):
-        return -r2(model, moments, *head, others).mean()
+    def predicted(head, others):
+        return r2(model, moments, *head, others).mean()
 
+    @functools.cache
     def loss(removed):
         with masked(model, removed):
             return window_losses(model, batches, dev).mean()
 
-    choices = {
-        "ablation": smallest(lambda head, removed: ablation[head]), "greedy": greedy(loss, ablation),
-        "importance": smallest(lambda head, removed: relative[head]), "similarity": smallest(similarity),
-        "r2": smallest(lambda head, removed: unpredicted(head, tuple(
-            other for layer, other in heads if layer == head[0] and (layer, other) not in [head, *removed])))}
-    return {name: select(model, n, choices[name])
-            for name in tqdm(choices, "choosing heads", leave=False, disable=None)}
+    def greedy(head, removed):
+        rises[head] = loss((*removed, head)) - loss((*removed,))
+        return rises[head]
+
+    rises = dict(ablated)  # of each head, as last measured
+    scores = {"ablation": lambda head, _: ablated[head], "mean_ablation": lambda head, _: averaged[head],
+              "greedy": greedy, "importance": lambda head, _: relative[head],
+              "r2": lambda head, removed: -predicted(head, rest(head, removed)), "similarity": similarity}
+    return {name: select(model, n, score, rises if name == "greedy" else None)
+            for name, score in tqdm(scores.items(), "choosing heads", leave=False, disable=None)}
 
 
 def count_heads(share: float, n_heads: int) -> int:
@@ -534,65 +518,44 @@ def count_heads(share: float, n_heads: int) -> int:
     return math.floor(share * n_heads + 0.5)
 
 
-# ---- what a pruned model is worth ----------------------------------------------
+# ---- what a pruned model loses -------------------------------------------------
 
 
-def cache_bytes(model: GPT, dtype: torch.dtype) -> int:
-    """Bytes of the KV cache for one token, counted on a real one."""
-    cache = KVCache(model.config, 1, model.lm_head.weight.device, dtype)
-    return sum(tensor.nbytes for tensor in (*cache.k, *cache.v)) // model.config.block_size
+def average(values: np.ndarray) -> np.ndarray:
+    """Mean over windows (N, ...), without those where a measure is undefined; nan where it is in all."""
+    return np.ma.filled(np.ma.masked_invalid(values).mean(axis=0), np.nan)
+
+
+def half_width(values: np.ndarray) -> np.ndarray:
+    """Half the 95% interval of the mean over windows (N, ...), from the means of BLOCKS stretches, as windows
+    of one document are alike; nan where there are fewer windows."""
+    if len(values) < BLOCKS:
+        return np.full(values.shape[1:], np.nan)
+    blocks = np.array([average(part) for part in np.array_split(values, BLOCKS)])
+    return T_QUANTILE * blocks.std(axis=0, ddof=1) / math.sqrt(BLOCKS)
 
 
 def interval(rises: np.ndarray) -> tuple[float, float, float]:
-    """(change, low, high) of perplexity from the rise of each window's loss (N,): a 95% interval over BLOCKS
-    stretches of val, as windows of one document are alike; nan where there are fewer windows."""
-    half = math.nan
-    if len(rises) >= BLOCKS:
-        blocks = np.array([part.mean() for part in np.array_split(rises, BLOCKS)])
-        half = T_QUANTILE * blocks.std(ddof=1) / math.sqrt(BLOCKS)
+    """(change, low, high) of perplexity, from the rise of each window's loss (N,)."""
+    half = half_width(rises)
     return tuple(math.expm1(rises.mean() + step) for step in (0.0, -half, half))
 
 
-@torch.no_grad()
-def check_pruned(model: GPT, pruned: GPT, heads: list[Head], batches: Batches, dev: Device) -> None:
-    """Raises UserError unless the pruned model's logits are those of the model with these heads masked."""
-    x = batches[0][0][:1]
-    with dev.autocast(), masked(model, heads):
-        expected = model(x).float()
-    with dev.autocast():
-        distance, size = (pruned(x).float() - expected).abs().max().item(), expected.abs().max().item()
-    if not distance <= TOLERANCE[dev.dtype] * size:
-        raise UserError(f"without {len(heads)} heads the logits differ by {distance:.2e} of {size:.2e} from "
-                        f"those with the same heads masked; try --dtype=float32 or --device=cpu")
-
-
 def sweep(model: GPT, orders: dict[tuple[str, int], list[Head]], shares: list[float], moments: Moments,
-          batches: Batches, dev: Device, keep: Callable) -> list[dict]:
-    """A row for every (criterion, seed), share and merge; `rises` in it are those of each window's loss (N,).
-
-    orders {(criterion, seed or ""): heads in the order of their removal}. Each model goes to keep(row, model,
-    heads removed).
-    """
+          batches: Batches, dev: Device) -> Iterator[tuple[dict, GPT, list[Head]]]:
+    """For every share, (criterion, seed or "") and merge: a row with `rises` of each window's loss (N,), the
+    pruned model, and the heads removed."""
     n_heads, unpruned = len(all_heads(model)), window_losses(model, batches, dev)
-    rows, rises = [], {}
     jobs = [*itertools.product(shares, orders, MERGES)]
     for share, (name, number), how in tqdm(jobs, "pruning", leave=False, disable=None):
         heads = orders[name, number][:count_heads(share, n_heads)]
         pruned = fold(model, heads, how, moments)
-        same = frozenset(heads), how  # criteria may agree
-        if same not in rises:
-            if how == "none":
-                check_pruned(model, pruned, heads, batches, dev)
-            rises[same] = window_losses(pruned, batches, dev) - unpruned
-        change, low, high = interval(rises[same])
-        rows.append({"share": share, "criterion": name, "seed": number, "merge": how,
-                     "perplexity": math.exp((unpruned + rises[same]).mean()), "change": change, "low": low,
-                     "high": high, "heads": n_heads - len(heads), "params": pruned.num_params(),
-                     "flops_per_token": pruned.flops_per_token(model.config.block_size) // 3,  # of a forward
-                     "cache_bytes": cache_bytes(pruned, dev.dtype), "rises": rises[same],
-                     "removed": " ".join(f"{layer}:{head}" for layer, head in sorted(heads))})
-        keep(rows[-1], pruned, heads)
-    return rows
+        rises = window_losses(pruned, batches, dev) - unpruned
+        change, low, high = interval(rises)
+        yield {"share": share, "criterion": name, "seed": number, "merge": how,
+               "perplexity": math.exp((unpruned + rises).mean()), "change": change, "low": low, "high": high,
+               "heads": n_heads - len(heads), "params": pruned.num_params(), "rises": rises,
+               "removed": " ".join(f"{layer}:{head}" for layer, head in sorted(heads))}, pruned, heads
 
 
 # ---- the report ----------------------------------------------------------------
@@ -603,83 +566,77 @@ def shown(number: float, form: str = ".3f") -> str:
     return format(number, form) if number == number else "-"
 
 
-def agreement(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation of two vectors without their nan; nan where one is constant or too short."""
-    both = np.isfinite(a) & np.isfinite(b)
-    a, b = a[both], b[both]
-    return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and np.ptp(a) > 0 < np.ptp(b) else math.nan
+def below(limit: float, low: float, high: float) -> str:
+    """Whether an interval is below the limit: yes, no (all of it is above), or ?."""
+    return "yes" if high < limit else "no" if low > limit else "?"
 
 
-def measure_lines(heading: str, values: dict[str, np.ndarray], null: dict[str, np.ndarray],
+def measure_lines(heading: str, means: dict[str, np.ndarray], null: dict[str, np.ndarray],
                   titles: dict[str, str], places: list[tuple]) -> list[str]:
-    """A table of measures: mean, extremes and where the highest is, beside random weights; and how well the
-    two halves of the data agree."""
+    """A table of measures: mean, the same with random weights, extremes and where the highest is."""
     rows = []
-    for name in (name for name in titles if name in values):
-        mean = values[name].mean(axis=0)
-        at_random = np.nanmean(null[name].mean(axis=0)) if name in null else math.nan
-        if not np.isfinite(mean).any():
-            continue
-        layer, *at = places[int(np.nanargmax(mean))]
-        halves = agreement(values[name][::2].mean(axis=0), values[name][1::2].mean(axis=0))
-        rows.append([titles[name], shown(np.nanmean(mean), ".4f"), shown(at_random, ".4f"),
-                     shown(np.nanmin(mean), ".4f"), shown(np.nanmax(mean), ".4f"),
-                     f"{layer}:{','.join(map(str, at))}", shown(halves)])
-    return table([heading, "mean", "random weights", "lowest", "highest", "at", "halves agree"], rows)
+    for name, mean in ((name, means[name]) for name in titles if name in means):
+        if np.isfinite(mean).any():
+            layer, *at = places[int(np.nanargmax(mean))]
+            numbers = (average(mean), average(null[name]) if name in null else math.nan, np.nanmin(mean),
+                       np.nanmax(mean))
+            rows.append([titles[name], *(shown(float(number), ".4f") for number in numbers),
+                         f"{layer}:{','.join(map(str, at))}"])
+    return table([heading, "mean", "random weights", "lowest", "highest", "at"], rows)
 
 
 def pruning_lines(rows: list[dict], share: float) -> list[str]:
     """Change of perplexity by criterion and merge with `share` of the heads removed, see EXPLAINED."""
-    groups = defaultdict(lambda: defaultdict(list))  # criterion, merge -> its rows, one for each seed
-    for row in rows:
-        if row["share"] == share:
-            groups[row["criterion"]][row["merge"]].append(row)
+    rows, groups = [row for row in rows if row["share"] == share], defaultdict(list)
+    for row in rows:  # a group has one row, or one of each seed
+        groups[row["criterion"], row["merge"]].append(row["rises"])
+    removed, unpruned = len(rows[0]["removed"].split()), rows[0]["perplexity"] / (1 + rows[0]["change"])
 
     def cell(name, how):
-        same = groups[name][how]
-        if name == "random":
-            changes = [row["change"] for row in same]
-            low, high = min(changes), max(changes)
-            text = f"{np.mean(changes):+.1%} ({low:.1%} to {high:.1%})"
-        else:
-            change, low, high = (same[0][key] for key in ("change", "low", "high"))
-            text = f"{change:+.1%} +-{shown((high - low) / 2, '.1%')}"
-        text += " yes" if high < 0.05 else " no" if low > 0.05 else " ?"
-        better = [interval(row["rises"] - same[0]["rises"])[1] > 0 for row in groups["random"][how]]
-        return text + (f" {sum(better)}/{len(better)}" if better and name != "random" else "")
+        change, low, high = interval(np.mean(groups[name, how], axis=0))
+        text = f"{change:+.1%} +-{shown((high - low) / 2, '.1%')} {below(0.05, low, high)}"
+        draws = [] if name == "random" else groups["random", how]
+        better = sum(interval(draw - groups[name, how][0])[1] > 0 for draw in draws)
+        return text + (f" {better}/{len(draws)}" if draws else "")
 
-    return table([f"{share:.0%} of the heads removed", *MERGES.values()],
-                 [[CRITERIA[name], *(cell(name, how) for how in MERGES)] for name in [*groups]])
+    return [f"{removed} of {removed + rows[0]['heads']} heads removed; perplexity of all: {unpruned:.3f}",
+            *table([f"{share:.0%} of the heads", *MERGES.values()],
+                   [[CRITERIA[name], *(cell(name, how) for how in MERGES)]
+                    for name in dict.fromkeys(name for name, _ in groups)])]
 
 
-def swap_lines(pairs: list[dict], ablation: dict[Head, float]) -> list[str]:
-    """The table of swapped patterns, and its medians beside those of ablation."""
-    rows, swaps, zeroed = [], [], []
-    for pair in pairs:
-        layer, head, other = (pair[key] for key in ("layer", "head", "other"))
-        changes = [*(pair[name] for name in SWAPS), ablation[layer, head], ablation[layer, other]]
-        if changes[0] == changes[0]:
-            swaps, zeroed = swaps + changes[:2], zeroed + changes[2:]
-            rows.append([f"{layer}:{head},{other}", *(shown(pair[name]) for name in PAIR_MEASURES),
-                         *(f"{change:+.4f}" for change in changes)])
+def swap_lines(values: dict[str, np.ndarray], heads: list[Head], pairs: list[tuple]) -> list[str]:
+    """The table of swapped patterns: rises of the loss, beside those of uniform attention and of ablation."""
+    rows = []
+    for i, (layer, a, b) in enumerate(pairs):
+        for name, head, other in zip(SWAPS, (a, b), (b, a)):
+            swap, at = values[name][:, i], heads.index((layer, head))
+            if np.isnan(swap[0]):
+                continue
+            rises = [swap, values["uniform"][:, at], values["ablation"][:, at]]
+            gain, half = (swap - rises[1]).mean(), half_width(swap - rises[1])
+            rows.append([f"{layer}:{head} as {layer}:{other}",
+                         *(shown(float(average(values[name][:, i]))) for name in PAIR_MEASURES),
+                         *(f"{rise.mean():+.4f} +-{shown(half_width(rise), '.4f')}" for rise in rises),
+                         below(0.0, gain - half, gain + half)])
     if not rows:
         return [f"no pair's patterns have a cosine above {similarity_threshold}"]
-    return [*table(["heads a,b", "pattern", "centred", "by layer", "output", "a attends as b", "b as a",
-                    "a zeroed", "b zeroed"], rows),
-            (f"median rise of the loss: {np.median(swaps):.4f} with the other's pattern, "
-             f"{np.median(zeroed):.4f} with the head zeroed")]
+    count = sum(row[-1] == "yes" for row in rows)
+    heading = ["rise of the loss", *PAIR_MEASURES.values(), "swapped", "uniform", "zeroed", "below uniform"]
+    return [*table(heading, rows),
+            f"{count} of {len(rows)} swaps cost less than uniform attention (all of the 95% interval)"]
 
 
 def table_rows(keys: tuple[str, ...], places: list[tuple], values: dict[str, np.ndarray],
                null: dict[str, np.ndarray], names: Iterable[str]) -> list[dict]:
-    """A row for each place: of each measure its mean, the standard error over windows, and its null."""
+    """A row for each place: of each measure its mean, half its 95% interval, and its null (H,) or (P,)."""
     columns = {}
     for name in (name for name in names if name in values):
-        columns[name] = values[name].mean(axis=0)
+        columns[name] = average(values[name])
         if name != "r2":  # which has two values, not one of each window
-            columns[f"{name}_se"] = values[name].std(axis=0, ddof=1) / math.sqrt(len(values[name]))
+            columns[f"{name}_95"] = half_width(values[name])
         if name in null:
-            columns[f"{name}_null"] = null[name].mean(axis=0)
+            columns[f"{name}_null"] = null[name]
     return [dict(zip(keys, place)) | {key: column[i] for key, column in columns.items()}
             for i, place in enumerate(places)]
 
@@ -697,32 +654,32 @@ def draw_attention(model: GPT, tok, dev: Device, by_distance: np.ndarray) -> Non
 
     each_pattern(model, dev.to_device(ids[None]), dev, keep)
     labels = [tok.decode([int(i)]).replace("\n", "\\n").replace("$", r"\$") for i in ids]
-    counts = [block.attn.n_head for block in model.transformer.h]
-    plt, columns = pyplot(), max(counts)
-    side = max(1.1, 5 / columns)  # inches
+    counts, T = [block.attn.n_head for block in model.transformer.h], by_distance.shape[1]
+    plt, columns, curves = pyplot(), max(counts), dict(zip(all_heads(model), by_distance))
+    colors = plt.cm.tab10.colors if columns <= 10 else plt.cm.turbo(np.linspace(0, 1, columns))
+    side = 8.5 / (columns + 1.6)  # inches
     figure, axes = plt.subplots(len(counts), columns + 1, squeeze=False, layout="constrained", figsize=(
-        side * (columns + 2.4), side * len(counts) + 1.2), width_ratios=[1] * columns + [2])
+        10, side * len(counts) + 1.5), width_ratios=[1] * columns + [1.6])
     readable = side * 72 / len(ids) > 6  # points for each token
-    curves = dict(zip(all_heads(model), by_distance))
     for layer, row in enumerate(axes):
+        last = layer == len(counts) - 1
         for head, axis in enumerate(row[:-1]):
-            axis.set(xticks=[], yticks=[])
+            axis.set(xticks=[], yticks=[], frame_on=head < counts[layer])
+            if layer == 0:
+                axis.set_title(f"head {head}" if columns < 9 else head, fontsize=9, color=colors[head], pad=3)
             if head >= counts[layer]:
-                axis.set_axis_off()
                 continue
             axis.imshow(maps[layer][head], vmin=0, vmax=1, cmap="magma_r", aspect="auto")
-            axis.set_title(f"head {head}", fontsize=8, color=plt.cm.tab10(head % 10), pad=2)
-            row[-1].plot(range(1, 1 + by_distance.shape[1]), curves[layer, head], linewidth=1,
-                         color=plt.cm.tab10(head % 10))
+            row[-1].plot(range(1, 1 + T), curves[layer, head], linewidth=1, color=colors[head])
             if readable and head == 0:
                 axis.set_yticks(range(len(ids)), labels, fontsize=6)
-            if readable and layer == len(counts) - 1:
+            if readable and last:
                 axis.set_xticks(range(len(ids)), labels, fontsize=6, rotation=90)
         row[0].set_ylabel(f"layer {layer}", fontsize=9)
-        row[-1].set(xscale="log", yscale="log", ylim=(1e-4, 1.2), xlim=(1, by_distance.shape[1]))
-        row[-1].tick_params(labelsize=7)
+        row[-1].set(xscale="log", yscale="log", ylim=(1e-4, 1.2), xlim=(1, T))
+        row[-1].tick_params(labelsize=7, labelbottom=last, labelleft=False, labelright=True)
         row[-1].grid(alpha=0.3)
-    axes[0, -1].set_title("mean weight by distance", fontsize=8)
+    axes[0, -1].set_title("mean weight", fontsize=9, pad=3)
     axes[-1, -1].set_xlabel("1 + tokens back", fontsize=8)
     text = "|".join(labels)
     figure.suptitle("Attention: queries from top to bottom, keys from left to right, dark is 1\n"
@@ -731,66 +688,57 @@ def draw_attention(model: GPT, tok, dev: Device, by_distance: np.ndarray) -> Non
 
 
 def draw_similarity(model: GPT, means: dict[str, np.ndarray], null: dict[str, np.ndarray]) -> None:
-    """Head against head for each layer, pattern cosines below the diagonal and centred ones above; last, the
-    pairs above the threshold by layer. `means` and `null` (P,)."""
+    """Pattern cosines of each layer's heads, raw below the diagonal and centred above it; last, the pairs
+    above the threshold by layer. `means` and `null` (P,)."""
     counts, pairs = [block.attn.n_head for block in model.transformer.h], np.array(all_pairs(model))
-    columns = min(4, len(counts) + 1)
+    plt, columns = pyplot(), min(4, len(counts) + 1)
     rows = math.ceil((len(counts) + 1) / columns)
-    plt = pyplot()
-    figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns + 1, 2.6 * rows + 0.7), squeeze=False,
+    figure, axes = plt.subplots(rows, columns, figsize=(10, 2.4 * rows + 0.7), squeeze=False,
                                 layout="constrained")
     for axis in axes.flat[len(counts) + 1:]:
         axis.set_axis_off()
     for layer, (axis, nh) in enumerate(zip(axes.flat, counts)):
-        square, here = np.full((nh, nh), np.nan), pairs[:, 0] == layer
-        square[pairs[here, 2], pairs[here, 1]] = means["pattern"][here]
-        square[pairs[here, 1], pairs[here, 2]] = means["centred"][here]
-        axis.set_title(f"layer {layer}" if here.any() else f"layer {layer}: no pairs", fontsize=9)
-        if not here.any():
-            axis.set_axis_off()
-            continue
+        here = pairs[:, 0] == layer
+        square, (_, a, b) = np.full((max(nh, 1),) * 2, np.nan), pairs[here].T
+        square[b, a], square[a, b] = means["pattern"][here], means["centred"][here]
         image = axis.imshow(square, vmin=-1, vmax=1, cmap="RdBu_r")
-        ticks = range(0, nh, math.ceil(nh / 8))
+        ticks = range(0, nh, math.ceil(nh / 8) or 1)
         axis.set(xticks=ticks, yticks=ticks, xlabel="head", ylabel="head")
+        axis.set_title(f"layer {layer}", fontsize=9)
     figure.colorbar(image, ax=axes, label="mean cosine", shrink=0.8)
     axis = axes.flat[len(counts)]
-    for i, (label, cosines) in enumerate({"this model": means["pattern"], "centred": means["centred"],
-                                          "random weights": null["pattern"]}.items()):
+    bars = {"raw": means["pattern"], "centred": means["centred"], "raw, random weights": null["pattern"]}
+    for i, (label, cosines) in enumerate(bars.items()):
         above = np.bincount(pairs[cosines > similarity_threshold, 0], minlength=len(counts))
-        axis.bar(np.arange(len(counts)) + 0.27 * (i - 1), above, 0.27, label=label, color=f"C{i}")
+        axis.bar(np.arange(len(counts)) + 0.27 * (i - 1), above, 0.27, label=label)
     axis.set_title(f"pairs above {similarity_threshold:g}", fontsize=9)
     axis.set(xticks=range(len(counts)), xlabel="layer", ylim=(0, 1.6 * np.bincount(pairs[:, 0]).max()))
     axis.legend(fontsize=7)
-    figure.suptitle("Similarity of attention patterns\nbelow the diagonal: cosine; above: after subtracting "
-                    "uniform attention")
+    figure.suptitle("Cosine of attention patterns: raw below the diagonal, minus uniform attention above it")
     save_figure(figure, Path(out_dir, "similarity.png"))
 
 
 def draw_pruning(rows: list[dict]) -> None:
     """Change of perplexity against the share of heads removed, a panel for each way of replacing them."""
-    plt, shares = pyplot(), sorted({row["share"] for row in rows})
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, sharey=True, layout="constrained")
-    for axis, (how, title) in zip(axes.flat, MERGES.items()):
-        for i, name in enumerate(dict.fromkeys(row["criterion"] for row in rows)):
-            same = [[[100 * row[key] for key in ("change", "low", "high")] for row in rows
-                     if (row["criterion"], row["merge"], row["share"]) == (name, how, share)]
-                    for share in shares]
-            if not all(same):
-                continue
-            change, low, high = np.array([np.mean(at, axis=0) for at in same]).T
-            style = {"color": f"C{i}", "marker": "o"}
-            if name == "random":
-                low, high = np.array([[min(at)[0], max(at)[0]] for at in same]).T
-                style = {"color": "gray", "linestyle": "--"}
-            x = 100 * np.array(shares) + 0.25 * (i - 2)  # or bars would cover each other
-            axis.errorbar(x, change, np.nan_to_num([change - low, high - change]), markersize=4, capsize=3,
-                          label=CRITERIA[name], **style)
+    plt, groups = pyplot(), defaultdict(lambda: defaultdict(list))  # (merge, criterion), share -> rises
+    for row in rows:
+        groups[row["merge"], row["criterion"]][row["share"]].append(row["rises"])
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8), sharex=True, sharey=True, layout="constrained")
+    names = [*dict.fromkeys(name for _, name in groups)]
+    for (how, name), by_share in groups.items():
+        axis, i = axes.flat[[*MERGES].index(how)], names.index(name)
+        ends = [interval(np.mean(draws, axis=0)) for draws in by_share.values()]
+        change, low, high = 100 * np.array(ends).T
+        x = 100 * np.array([*by_share]) + 0.2 * (i - 3)  # or bars would cover each other
+        axis.errorbar(x, change, np.nan_to_num([change - low, high - change]), capsize=3, marker="o",
+                      markersize=4, label=CRITERIA[name], color="gray" if name == "random" else f"C{i}")
+    for axis, title in zip(axes.flat, MERGES.values()):
         axis.axhline(5, color="black", linestyle=":", linewidth=1)
         axis.set_yscale("symlog", linthresh=1)
         axis.set_yticks([0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
         axis.set_yticks([], minor=True)
         axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}%")
-        axis.set_xticks([100 * share for share in shares], [f"{share:.0%}" for share in shares])
+        axis.set_xticks([100 * share for share in by_share], [f"{share:.0%}" for share in by_share])
         axis.set_title(title)
         axis.grid(alpha=0.3)
     changes = [100 * row["change"] for row in rows]
@@ -798,8 +746,8 @@ def draw_pruning(rows: list[dict]) -> None:
     axes[0, 0].legend(fontsize=8)
     figure.supxlabel("heads removed")
     figure.supylabel("change of perplexity")
-    figure.suptitle("Perplexity without some heads, by what takes their place. Dotted: 5%\nBars: 95% over "
-                    f"{BLOCKS} stretches of val; at random: lowest to highest draw")
+    figure.suptitle("Perplexity without some heads, by what takes their place. Dotted: 5%\n"
+                    f"Bars: 95% over {BLOCKS} stretches of val; at random: mean of the draws")
     save_figure(figure, Path(out_dir, "pruning.png"))
 
 
@@ -815,14 +763,11 @@ def check_settings() -> tuple[list[float], list[Head]]:
     if not all(0 < share < 1 for share in shares):
         raise UserError(f"prune_fractions={prune_fractions}: give numbers above 0 and below 1 with commas "
                         f"between them, such as 0.15,0.3")
-    chosen = []
-    for part in prune_heads.split(",") if prune_heads else []:
-        layer, colon, head = part.strip().partition(":")
-        if not (colon and layer.isdecimal() and head.isdecimal()):
-            raise UserError(f"prune_heads={prune_heads}: {part!r} is no head; give LAYER:HEAD, counted from "
-                            f"0, with commas between them, such as 0:3,2:1")
-        chosen.append((int(layer), int(head)))
-    return sorted(shares), chosen
+    parts = [part.strip() for part in prune_heads.split(",")] if prune_heads else []
+    if not all(re.fullmatch("[0-9]+:[0-9]+", part) for part in parts):
+        raise UserError(f"prune_heads={prune_heads}: give LAYER:HEAD, counted from 0, with commas between "
+                        f"them, such as 0:3,2:1")
+    return sorted(shares), [tuple(map(int, part.split(":"))) for part in parts]
 
 
 def sentence_ids(tok, T: int) -> np.ndarray:
@@ -834,18 +779,16 @@ def sentence_ids(tok, T: int) -> np.ndarray:
 
 
 def open_batches(state: dict, source: str, tok, T: int, dev: Device) -> tuple[Batches, Batches, Batches]:
-    """Windows for calibration and for ablation, spread over the train split, and the first of val."""
+    """Windows for calibration and for ablation, of train, and for evaluation, of val; each spread over all of
+    the split, in order, so that stretches of them are parts of it."""
     folder, found = find_data_dir(state, source, data_dir), []
-    if T < 4:
-        raise UserError(f"{source} has a context of {T} tokens, too short to compare heads; name another "
-                        f"--checkpoint, with 4 or more")
     for split, n_tokens in (("train", calibration_tokens), ("train", ablation_tokens), ("val", val_tokens)):
         loader = WindowLoader(open_stream(folder, split, tok, T), T, T, seed, tok.n_vocab, shuffle=False)
-        n = min(loader.n_windows, max(4, n_tokens // T))  # 4: two for each half
-        if split == "train" and n < 4:
+        n = min(loader.n_windows, max(BLOCKS, n_tokens // T))
+        if split == "train" and n < 4:  # two for each half
             raise UserError(f"data_dir={folder} has {n} train windows of {T} tokens, 4 are needed to measure "
                             f"heads on; build more data with fineweb.py")
-        ids = np.linspace(0, loader.n_windows - 1, n).astype(np.int64) if split == "train" else np.arange(n)
+        ids = np.linspace(0, loader.n_windows - 1, n).astype(np.int64)
         found.append([tuple(map(dev.to_device, loader.read_windows(ids[first:first + batch_size])))
                       for first in range(0, n, batch_size)])
     return tuple(found)
@@ -866,77 +809,73 @@ def main() -> None:
         raise UserError(f"checkpoint {source}: it has no heads left to analyze or to remove")
     check_heads(model, chosen, f"prune_heads={prune_heads}")
     sentence_ids(tok, T)
-    calibration, few, val = open_batches(state, source, tok, T, dev)
+    calibration, ablation_batches, val = open_batches(state, source, tok, T, dev)
     try:
         Path(out_dir).mkdir(parents=True)  # a second run into the same folder fails here
     except FileExistsError as error:
-        raise UserError(f"out_dir={out_dir} exists already; name a new folder with --out_dir=ANOTHER, or "
-                        f"remove this one") from error
+        raise UserError(f"out_dir={out_dir} exists already; name a new folder with --out_dir=ANOTHER, or, if "
+                        f"it is of a run that stopped, remove it: rm -r {out_dir}") from error
     measured_on, evaluated_on = (T * sum(len(x) for x, _ in batches) for batches in (calibration, val))
     title = (f"{source}, step {state['step']}: {len(heads)} heads in {model.config.n_layer} layers; measured "
              f"on {measured_on:,} train tokens, evaluated on {evaluated_on:,} val tokens")
     print(title, flush=True)
 
     # ---- measure
+    def measure(model):
+        values, moments = watch(model, calibration, dev)
+        tokens = torch.cat([x.flatten() for x, _ in calibration]).cpu().numpy()
+        values |= repeated_scores(model, tokens, tok.eot, dev) | {"r2": all_r2(model, moments)}
+        return values, moments
+
     torch.manual_seed(seed)
     random_model = GPT(model.config).to(dev.device).eval().requires_grad_(False)
-    null = watch(random_model, calibration, dev)[0] | repeated_scores(random_model, dev)
-    values, moments = watch(model, calibration, dev)
-    values |= repeated_scores(model, dev) | {"importance": importance(model, calibration, dev)}
-    values["r2"] = np.stack([r2(model, moments, layer, head, [other for at, other in heads if (
-        at == layer and other != head)]) for layer, head in heads], axis=1)
+    null = {name: average(value) for name, value in measure(random_model)[0].items()}
+    values, moments = measure(model)
+    values["importance"] = importance(model, calibration, dev)
     if not chosen:
-        for name, outputs in (("ablation", None), ("mean_ablation", mean_outputs(model, moments))):
-            masks = [masked(model, [head], outputs) for head in heads]
-            values[name] = loss_rises(model, few, dev, name, masks)
-    means = {name: value.mean(axis=0) for name, value in values.items()}
-    if pairs and not chosen:
-        values |= swap_rises(model, few, dev, means["pattern"])
-    lines = ["", *measure_lines("heads", values, null, HEAD_MEASURES, heads), ""]
-    pair_rows = table_rows(("layer", "head", "other"), pairs, values, null, (*PAIR_MEASURES, *SWAPS))
+        outputs = mean_outputs(model, moments)
+        for name, changes in {"ablation": [masked(model, [head]) for head in heads],
+                              "mean_ablation": [masked(model, [head], outputs) for head in heads],
+                              "uniform": [attending(model, *head) for head in heads]}.items():
+            values[name] = loss_rises(model, ablation_batches, dev, name, changes)
+    means = {name: average(value) for name, value in values.items()}
+    lines = ["", *measure_lines("heads", means, null, HEAD_MEASURES, heads)]
     if pairs:
-        lines += measure_lines("cosines of pairs", values, null, PAIR_MEASURES, pairs)
-        if not chosen:
-            lines += ["", *swap_lines(pair_rows, dict(zip(heads, means["ablation"])))]
-        draw_similarity(model, means, {name: value.mean(axis=0) for name, value in null.items()})
+        lines += ["", *measure_lines("cosine of patterns", means, null, PAIR_MEASURES, pairs)]
+        draw_similarity(model, means, null)
+    if pairs and not chosen:
+        values |= swap_rises(model, ablation_batches, dev, means["pattern"])
+        lines += ["", *swap_lines(values, heads, pairs)]
+    pair_rows = table_rows(("layer", "head", "other"), pairs, values, null, (*PAIR_MEASURES, *SWAPS))
     write("heads.csv", csv_bytes(table_rows(("layer", "head"), heads, values, null, HEAD_MEASURES)))
     write("pairs.csv", csv_bytes(pair_rows) if pairs else b"layer,head,other\n")
     draw_attention(model, tok, dev, means["by_distance"])
 
     # ---- prune
-    counts = {count_heads(share, len(heads)): share for share in reversed(shares)}  # the lowest of each
-    shares = [len(chosen) / len(heads)] if chosen else sorted(counts[n] for n in counts if n)
+    shares = [len(chosen) / len(heads)] if chosen else [s for s in shares if count_heads(s, len(heads))]
     if shares:
-        n = count_heads(shares[-1], len(heads))
-        orders = {("chosen", ""): chosen} if chosen else {
-            (name, ""): order
-            for name, order in removal_orders(model, n, means, moments, few, dev).items()}
+        n, rows = count_heads(shares[-1], len(heads)), []
+        orders = {"chosen": chosen} if chosen else removal_orders(
+            model, n, means, moments, ablation_batches, dev)
+        orders = {(name, ""): order for name, order in orders.items()}
         for number in range(seed, seed + random_seeds):
             rank = random.Random(number).sample(heads, len(heads)).index
-            orders["random", number] = select(model, n, smallest(lambda head, removed, rank=rank: rank(head)))
-        saved = next(key for key in orders if key[0] == ("chosen" if chosen else criterion)), merge
-
-        def keep(row, pruned, removed):
-            if ((row["criterion"], row["seed"]), row["merge"]) == saved:
-                name = Path(out_dir, "pruned.pt" if chosen else f"pruned_{row['share']}.pt")
-                save_pruned(state, source, pruned, removed, name)
-
-        rows = sweep(model, orders, shares, moments, val, dev, keep)
+            orders["random", number] = select(model, n, lambda head, _, rank=rank: rank(head))
+        saved = *next(key for key in orders if key[0] == ("chosen" if chosen else criterion)), merge
+        kept = state.keys() & {"step", "config", "tokenizer", "data", "provenance"}
+        for row, pruned, removed in sweep(model, orders, shares, moments, val, dev):
+            if (row["criterion"], row["seed"], row["merge"]) == saved:
+                name = "pruned.pt" if chosen else f"pruned_{row['share']}.pt"
+                write_checkpoint(Path(out_dir, name), {key: state[key] for key in kept} | {
+                    "model": pruned.state_dict(), "model_config": describe_model(pruned),  # no optimizers
+                    "pruned": {"from": str(source), "removed": sorted(map(list, removed)), "merge": merge}})
+            rows.append(row)
         write("pruning.csv", csv_bytes([{key: row[key] for key in row if key != "rises"} for row in rows]))
         draw_pruning(rows)
-        shares.sort(key=lambda share: abs(share - 0.15))  # the published one first
         tables = (line for share in shares for line in ("", *pruning_lines(rows, share)))
         lines = ["", EXPLAINED, *tables, *lines]
     print("\n".join(lines), flush=True)
     write("pruning.txt", "\n".join([title, *lines, ""]).encode())
-
-
-def save_pruned(state: dict, source: str, pruned: GPT, removed: list[Head], path: Path) -> None:
-    """Write a model without `removed` heads as a checkpoint that is no run: it has no optimizers."""
-    kept = {key: state[key] for key in ("step", "config", "tokenizer", "data", "provenance") if key in state}
-    write_checkpoint(path, {
-        **kept, "model": pruned.state_dict(), "model_config": describe_model(pruned),
-        "pruned": {"from": str(source), "removed": [list(head) for head in sorted(removed)], "merge": merge}})
 
 
 def write(name: str, content: bytes) -> None:
