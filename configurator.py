@@ -231,12 +231,15 @@ def report_failure(message: object, again: bool = False) -> None:
     Most errors hit all processes at once. Under torchrun the first process of each machine prints, while the
     others wait to be terminated. torchrun repeats the message in its summary, and restarts only if `again`.
     """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")  # of this process: .../LOCAL_RANK/error.json
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)  # still alive after this, it is the only one with an error
+        time.sleep(3)  # still alive after this, it is the only one with an error, or missed the signal
+        if path and Path(path).parents[1].joinpath("0", Path(path).name).exists():
+            return
     # not sys.stderr: torch.distributed calls excepthook with a buffer there, which a SystemExit would lose
     print(f"error: {message}", file=sys.__stderr__, flush=True)
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    if path:
         when = int(time.time()) - 1  # torchrun prints the earliest failure last, as the root cause
         record = {"message": {"message": f"error: {message}", "extraInfo": {"timestamp": when}}}
         with contextlib.suppress(OSError):

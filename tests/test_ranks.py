@@ -171,7 +171,7 @@ def test_what_fails_on_one_process_ends_all(flags, tmp_path, breaks, words):
 # ---- which process reports it, under torchrun ----------------------------------------------------
 
 SCRIPT = """
-import os, signal, sys, torch
+import os, signal, sys, time, torch
 sys.path.insert(0, {root!r})
 from configurator import UserError, configure
 from ranks import Ranks, by_value, name_ranks
@@ -189,7 +189,12 @@ if case == "before they meet":
 if case == "on rank 1 before they meet" and ranks.rank == 1:
     fail()
 ranks.connect(torch.device("cpu"))
-ranks.on_all({{"on all": fail, "on rank 1": fail_on_rank_1}}[case])
+try:
+    ranks.on_all({{"on all": fail, "on all, one late": fail, "on rank 1": fail_on_rank_1}}[case])
+except UserError:
+    if "late" in case and ranks.rank == 1:
+        time.sleep(1.5)  # torchrun's SIGTERM comes, and is ignored
+    raise
 """
 
 
@@ -197,6 +202,7 @@ ranks.on_all({{"on all": fail, "on rank 1": fail_on_rank_1}}[case])
     ("before they meet", 0, "no such model"),
     ("on rank 1 before they meet", 0, "no such model"),
     ("on all", 2, "no such model"),
+    ("on all, one late", 2, "no such model"),
     ("on rank 1", 0, "rank 1: /nowhere/shard: No such file or directory; name another path, or fix this one"),
 ])
 def test_one_process_reports_a_mistake_and_torchrun_repeats_it(tmp_path, case, restarts, message):
