@@ -64,7 +64,7 @@ gpu-data: install  ## build what `make gpu` reads, 46 MiB: SHARED has openstax/,
 	cp $(SHARED)/hellaswag/hellaswag_val.jsonl $(GPU_DATA)
 	cp $(SHARED)/tokenizer/gpt2.tiktoken $(GPU_DATA)/tokenizer/0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4
 
-experiment-norm: $(RUN_STAMP)  ## Pre-LN against Post-LN: 30 short runs, 45 minutes; again = continue
+experiment-norm: $(RUN_STAMP)  ## Pre-LN against Post-LN: 30 short runs, an hour or less; again = continue
 	test -e python4k.tiktoken || $(PYTHON) train_bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken
 	test -e python4k/manifest.json || $(PYTHON) fineweb.py --dataset=python --tokenizer=python4k.tiktoken \
 		--data_dir=python4k --val_fraction=0.03

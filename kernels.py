@@ -103,7 +103,7 @@ class Linear(nn.Linear):
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices. Others emulate it, far slower than float32."""
+    """Whether this x86 processor multiplies bfloat16 matrices; others emulate it, far slower than float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

@@ -1,9 +1,9 @@
 #!/bin/sh
 # Pre-LN against Post-LN, from GPT-2's initial weights and from Xavier's: 30 runs of 1,000 steps, 45 minutes
-# of one idle core.
+# of one idle core (computed from 90 s a run).
 #     make experiment-norm                                     # the data too, and the figure
 #     FLAGS="--max_steps=20 --warmup_steps=2" LOGS=log_try sh experiments/norm.sh   # flags for every run
-# Run it again after a stop: it continues, and finished runs end at once. A run that diverges ends with an
+# Run it again after a stop: it continues, and finished runs end in seconds. A run that diverges ends with an
 # error; that is a result.
 trap 'exit 1' INT TERM
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
