@@ -3,41 +3,42 @@ Attention heads: what they attend to, how redundant they are, and what a GPT-2 l
 
     python analyze_heads.py --checkpoint=log                          # -> heads/
     python analyze_heads.py --checkpoint=log --prune_fractions=       # measure only
-    python analyze_heads.py --checkpoint=log --prune_heads=0:3,2:1 --out_dir=two_removed  # remove these
     python analyze_heads.py --checkpoint=log --sentence="The cell divides, and the cell grows."
 
 Works on any checkpoint, also an imported or an already pruned one. Heads are measured and chosen on the train
-split, pruned models evaluated on the val split, both on windows spread over all of it. out_dir, which must
-not exist yet, receives the report pruning.txt, three tables (heads, pairs, pruning), three figures
-(attention, similarity, pruning) and pruned models (pruned_0.15.pt, ...), which other scripts take as
-checkpoints.
+split, pruned models evaluated on the val split, both on windows spread over all of it. out_dir, a new folder,
+receives the report pruning.txt, three tables (heads, pairs, pruning), three figures (attention, similarity,
+pruning) and pruned models (pruned_0.15.pt, ...), which other scripts take as checkpoints.
 
 Losses are in nats per token. "+-", and `_95` in a table, is half the 95% interval over 20 stretches of the
 split. `_null` is the same measure of a model with random weights: only what exceeds it was learned.
 
-Pairs of heads. Cosines of attention patterns, averaged over queries (except the first), then over windows:
+Pairs of heads: cosines of attention patterns, averaged over queries (except the first), then over windows.
     pattern        raw. Published work calls heads above 0.85 redundant, but random weights give 0.99, as all
                    of their heads attend nearly uniformly
-    centred        minus uniform attention, 1/(t+1); undefined for a uniform head, ranked by `pattern` instead
+    centred        minus uniform attention, 1/(t+1); undefined for a uniform head
     centred_layer  minus the mean over the layer's heads; n unrelated heads come to -1/(n-1)
-In each pair above similarity_threshold, either head attends with the other's pattern and keeps its own values
-(head_as_other, other_as_head). Where this costs less than `uniform`, the head attending to all of its tokens
-alike, its queries and keys are redundant; the head need not be.
+In pairs above similarity_threshold, either head attends with the other's pattern and keeps its own values
+(head_as_other, other_as_head). Where this costs less than `uniform`, its queries and keys are redundant; the
+head need not be.
 
-Heads. importance: mean |dL/dg| of a gate g = 1 on the output (Michel et al. 2019, "Are Sixteen Heads Really
-Better than One?", 4.1). ablation, mean_ablation, uniform: rise of the loss with the output replaced by zero,
-by its mean over the data, by that of uniform attention. r2: share of the output's variance that the layer's
-other heads predict, by least squares fitted on half of the windows and tested on the rest. A high R2 proves
-nothing by itself: random weights give 0.8 to 0.9, as 7 heads of 32 span 224 of 256 dimensions. previous,
-first: attention paid to the previous and the first token. duplicate, induction: on random tokens repeated
-once, attention paid to the earlier copy and to the token after it (Olsson et al. 2022, "In-context Learning
-and Induction Heads"). entropy in nats, distance in tokens.
+Heads:
+    importance     mean |dL/dg| of a gate g = 1 on the output (Michel et al. 2019, "Are Sixteen Heads Really
+                   Better than One?", 4.1)
+    ablation, mean_ablation, uniform    rise of the loss with the output replaced by zero, by its mean over
+                   the data, by that of uniform attention
+    r2             share of the output's variance that the layer's other heads predict: least squares, fitted
+                   on half of the windows, tested on the rest. Random weights give 0.8 to 0.9, as 7 heads of
+                   32 span 224 of 256 dimensions
+    previous, first    attention paid to the previous and to the first token
+    duplicate, induction    on random tokens repeated once: attention paid to the earlier copy, and to the
+                   token after it (Olsson et al. 2022, "In-context Learning and Induction Heads")
+    entropy in nats, distance in tokens
 
-Pruning. A criterion removes heads one by one, at most layer_cap of any layer, while other layers can lose
-some: similarity would empty the first. Removed heads are left out ("none"), or replaced: by their mean
-output, or by a least-squares fit from one partner or from all heads left in the layer. Fits use activations
-of the unpruned model. The result to report is the cell of `criterion` and `merge`, chosen before the run: the
-best of all cells is also the luckiest.
+Pruning: a criterion removes heads one by one, at most layer_cap of a layer while others can lose some. They
+are left out ("none"), or replaced: by their mean output, or by a least-squares fit from one partner or from
+all heads left in the layer. Fits use activations of the unpruned model. The result to report is the cell of
+`criterion` and `merge`, chosen before the run: the best of all cells is also the luckiest.
 
 Cost, in forwards over 65,536 tokens (12 s on one core for 7M parameters and 48 heads): 9 for patterns and
 importance, 36 for ablation and uniform attention, 0.5 for each pair swapped, 1.25 for each head removed (by
@@ -53,7 +54,6 @@ import functools
 import itertools
 import math
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -89,7 +89,6 @@ ablation_tokens: Between(1, 10**12) = 16_384  # the same for ablation and swaps,
 val_tokens: Between(1, 10**12) = 65_536  # of the val split: pruned models are evaluated on these
 similarity_threshold: Between(-1, 1) = 0.85  # of pattern cosines, as published
 prune_fractions = "0.05,0.15,0.3"  # shares of the heads to remove; empty = none
-prune_heads = ""  # remove these instead: LAYER:HEAD,... counted from 0
 layer_cap: Between(0, 1) = 0.5  # at most this share of a layer's heads, while other layers can lose some
 # the headline, and which of the pruned models are saved: heads removed by this criterion, replaced by this
 criterion: OneOf("ablation", "mean_ablation", "greedy", "importance", "r2", "similarity",
@@ -98,7 +97,6 @@ merge: OneOf("none", "mean", "partner", "layer") = "layer"
 random_seeds: Between(1, 10_000) = 5  # random prunings of each size, with seed, seed + 1, ...
 batch_size: Between(1, 65_536) = 8  # sequences at a time
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
-dtype: OneOf("auto", "float32", "bfloat16", "float16") = "float32"  # of matrix products
 seed: Between(0, 2**63 - 1) = 1337  # of the null, of repeated tokens and of random pruning
 
 PAIR_MEASURES = {"pattern": "raw", "centred": "minus uniform attention",
@@ -112,7 +110,7 @@ HEAD_MEASURES = {"importance": "importance, nats per token", "ablation": "loss r
                  "entropy": "entropy, nats", "distance": "distance, tokens"}
 CRITERIA = {"ablation": "ablation, one-shot", "mean_ablation": "mean ablation, one-shot",
             "greedy": "ablation, greedy", "importance": "gradient importance", "r2": "R2 from other heads",
-            "similarity": "similarity, centred", "random": "at random", "chosen": "as chosen"}
+            "similarity": "similarity, centred", "random": "at random"}
 MERGES = {"none": "left out", "mean": "mean output", "partner": "fit from one head",
           "layer": "fit from the layer"}
 GREEDY_CANDIDATES = 5  # heads remeasured at each step of greedy ablation: those that last cost least
@@ -198,23 +196,12 @@ def attending(model: GPT, layer: int, target: int, source: int | None = None) ->
         yield
 
 
-def check_heads(model: GPT, heads: list[Head], what: str) -> None:
-    """Raises UserError, naming the setting `what`, unless these are different heads of the model."""
-    known = all_heads(model)
-    for layer, head in heads:
-        if (layer, head) not in known:
-            left = ", ".join(f"{i}: {block.attn.n_head}" for i, block in enumerate(model.transformer.h))
-            raise UserError(f"{what}: there is no head {layer}:{head}; give LAYER:HEAD, counted from 0; "
-                            f"heads by layer: {left}")
-    if len(set(heads)) < len(heads):
-        raise UserError(f"{what}: a head is named twice; name each once")
-
-
 def prune(model: GPT, heads: list[Head]) -> GPT:
     """A new model without `heads`: their rows of c_attn (in Q, in K and in V) and columns of c_proj are gone,
-    and its logits are those of `masked`. A layer may lose all. Raises UserError for heads that do not exist.
+    and its logits are those of `masked`. A layer may lose all. Raises ValueError for heads that do not exist.
     """
-    check_heads(model, heads, "prune")
+    if unknown := {*heads} - {*all_heads(model)}:
+        raise ValueError(f"no such heads, as (layer, head): {unknown}")
     weights = model.state_dict()
     counts = []
     for layer, block in enumerate(model.transformer.h):
@@ -237,7 +224,7 @@ def prune(model: GPT, heads: list[Head]) -> GPT:
 
 
 def attention_patterns(attn, qkv: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Attention weights (B, nh, T, T) of a layer, recomputed from the output qkv of c_attn (float32).
+    """Attention weights (B, nh, T, T) of a layer, recomputed from the output qkv of c_attn.
 
     Raises UserError unless these weights times V are y (B, T, nh hs), what the layer itself computed.
     """
@@ -247,11 +234,11 @@ def attention_patterns(attn, qkv: torch.Tensor, y: torch.Tensor) -> torch.Tensor
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     patterns = (q @ k.mT * attn.head_size**-0.5).masked_fill(future, -math.inf).softmax(dim=-1)
     recomputed = (patterns @ v).transpose(1, 2).reshape(B, T, -1)
-    distance, size = (recomputed - y.float()).abs().max().item(), y.float().abs().max().item()
-    if not distance <= TOLERANCE[y.dtype] * size:
+    distance, size = (recomputed - y).abs().max().item(), y.abs().max().item()
+    if not distance <= TOLERANCE[torch.float32] * size:
         raise UserError(f"recomputed attention differs from the layer's own by {distance:.2e} of {size:.2e}; "
-                        f"try --dtype=float32 or --device=cpu; if model.py attends in another way (RoPE, "
-                        f"QK-norm), change attention_patterns too")
+                        f"try --device=cpu; if model.py attends in another way (RoPE, QK-norm), change "
+                        f"attention_patterns too")
     return patterns
 
 
@@ -270,17 +257,13 @@ def pair_cosines(vectors: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def each_pattern(model: GPT, x: torch.Tensor, dev: Device, use: Callable) -> None:
-    """Run a forward that calls use(layer, attn, patterns (B, nh, T, T), y (B, T, nh hs)), in float32."""
-    def see(layer, attn, qkv, y):
-        with torch.autocast(y.device.type, enabled=False):  # or the statistics would be in 16 bits
-            use(layer, attn, attention_patterns(attn, qkv.float(), y), y.float())
-
-    with watching(model, see), dev.autocast():
+def each_pattern(model: GPT, x: torch.Tensor, use: Callable) -> None:
+    """Run a forward that calls use(layer, patterns (B, nh, T, T), y (B, T, nh hs)) in each layer."""
+    with watching(model, lambda layer, attn, qkv, y: use(layer, attention_patterns(attn, qkv, y), y)):
         model(x, only_last=True)
 
 
-def watch(model: GPT, batches: Batches, dev: Device) -> tuple[dict[str, np.ndarray], Moments]:
+def watch(model: GPT, batches: Batches) -> tuple[dict[str, np.ndarray], Moments]:
     """What heads do in each window: PAIR_MEASURES (N, P); previous, first, entropy and distance (N, H);
     by_distance (N, H, T), the mean weight of keys that many tokens back. Then the second moments of outputs.
 
@@ -289,7 +272,7 @@ def watch(model: GPT, batches: Batches, dev: Device) -> tuple[dict[str, np.ndarr
     """
     values, moments, n = defaultdict(list), defaultdict(lambda: [0.0, 0.0]), 0
 
-    def measure(layer, attn, patterns, y):
+    def measure(layer, patterns, y):
         t = torch.arange(y.size(1), device=y.device)
         back = (t[:, None] - t).clamp(min=0)  # [t, d] -> t - d, the key d tokens back
         by_distance = patterns.gather(3, back.expand_as(patterns)).tril()  # (B, nh, T, T), of query and d
@@ -310,66 +293,64 @@ def watch(model: GPT, batches: Batches, dev: Device) -> tuple[dict[str, np.ndarr
 
     for x, _ in batches:
         seen = defaultdict(list)
-        each_pattern(model, x, dev, measure)
+        each_pattern(model, x, measure)
         n += len(x)
         for name, parts in seen.items():
             values[name].append(torch.cat(parts, dim=1).cpu().double().numpy())
     return {name: np.concatenate(parts) for name, parts in values.items()}, moments
 
 
-def repeated_scores(model: GPT, tokens: np.ndarray, eot: int, dev: Device, n: int = 32) -> dict:
+def repeated_scores(model: GPT, tokens: np.ndarray, eot: int, n: int = 32) -> dict:
     """duplicate and induction (n, H) on n sequences: eot, then different ids out of `tokens`, twice."""
     ids, generator = np.setdiff1d(tokens, eot), np.random.default_rng(seed)
     length = min((model.config.block_size - 1) // 2, len(ids))
-    x = np.array([[eot, *np.tile(generator.permutation(ids)[:length], 2)] for _ in range(n)])
+    x = torch.tensor([[eot, *np.tile(generator.permutation(ids)[:length], 2)] for _ in range(n)],
+                     device=model.lm_head.weight.device)
     scores = []
 
-    def measure(layer, attn, patterns, y):
+    def measure(layer, patterns, y):
         seen.append(torch.stack([patterns.diagonal(-back, dim1=2, dim2=3)[..., -length:].mean(dim=-1)
                                  for back in (length, length - 1)]))  # (2, B, nh)
 
-    for first in range(0, n, batch_size):
+    for rows in x.split(batch_size):
         seen = []
-        each_pattern(model, dev.to_device(x[first:first + batch_size]), dev, measure)
+        each_pattern(model, rows, measure)
         scores.append(torch.cat(seen, dim=2).cpu().double().numpy())
     return dict(zip(("duplicate", "induction"), np.concatenate(scores, axis=1)))
 
 
-def importance(model: GPT, batches: Batches, dev: Device) -> np.ndarray:
+def importance(model: GPT, batches: Batches) -> np.ndarray:
     """|dL/dg| for the gates g (N, H): L the loss of a window, nats per token (Michel et al. 2019, 4.1)."""
     found = []
     for x, y in batches:
         gates = torch.ones(len(x), len(all_heads(model)), device=x.device, requires_grad=True)
-        with gated(model, gates), dev.autocast():
+        with gated(model, gates):
             loss = model(x, y, reduction="sum") / y.size(1)
         found.append(torch.autograd.grad(loss, gates)[0].abs().cpu().double().numpy())
     return np.concatenate(found)
 
 
 @torch.no_grad()
-def window_losses(model: GPT, batches: Batches, dev: Device) -> np.ndarray:
+def window_losses(model: GPT, batches: Batches) -> np.ndarray:
     """Mean loss of each window, nats per token, float64 (N,)."""
-    found = []
-    for x, y in batches:
-        with dev.autocast():
-            found.append(model(x, y, reduction="none").float().mean(dim=1).cpu().double().numpy())
-    return np.concatenate(found)
+    return np.concatenate([model(x, y, reduction="none").mean(dim=1).cpu().double().numpy()
+                           for x, y in batches])
 
 
-def loss_rises(model: GPT, batches: Batches, dev: Device, label: str, changes: list) -> np.ndarray:
+def loss_rises(model: GPT, batches: Batches, label: str, changes: list) -> np.ndarray:
     """Loss of each window within each of the contexts `changes`, minus its loss without: (N, changes)."""
-    unchanged, rises = window_losses(model, batches, dev), []
+    unchanged, rises = window_losses(model, batches), []
     for change in tqdm(changes, label, leave=False, disable=None):
         with change:
-            rises.append(window_losses(model, batches, dev) - unchanged)
+            rises.append(window_losses(model, batches) - unchanged)
     return np.array(rises).reshape(len(rises), len(unchanged)).T
 
 
-def swap_rises(model: GPT, batches: Batches, dev: Device, cosines: np.ndarray) -> dict[str, np.ndarray]:
+def swap_rises(model: GPT, batches: Batches, cosines: np.ndarray) -> dict[str, np.ndarray]:
     """head_as_other, other_as_head (N, P): the rise of the loss when one head of a pair attends as the other.
     nan for pairs whose cosines (P,) are not above the threshold."""
     pairs, above, found = all_pairs(model), np.flatnonzero(cosines > similarity_threshold), {}
-    rises = loss_rises(model, batches, dev, "swapped patterns", [
+    rises = loss_rises(model, batches, "swapped patterns", [
         attending(model, layer, *order) for layer, a, b in (pairs[i] for i in above)
         for order in ((a, b), (b, a))])  # (N, 2 above)
     for k, name in enumerate(SWAPS):
@@ -474,8 +455,8 @@ def select(model: GPT, n: int, score: Callable, rises: dict[Head, float] | None 
     return removed
 
 
-def removal_orders(model: GPT, n: int, means: dict[str, np.ndarray], moments: Moments, batches: Batches,
-                   dev: Device) -> dict[str, list[Head]]:
+def removal_orders(model: GPT, n: int, means: dict[str, np.ndarray], moments: Moments, batches: Batches
+                   ) -> dict[str, list[Head]]:
     """The first `n` heads that each criterion but `random` removes; `means` (H,) or (P,) of the measures."""
     heads, layers = all_heads(model), [layer for layer, _ in all_heads(model)]
     norms = np.sqrt(np.bincount(layers, means["importance"]**2))[layers]  # L2 over the layer, as in the paper
@@ -499,7 +480,7 @@ def removal_orders(model: GPT, n: int, means: dict[str, np.ndarray], moments: Mo
     @functools.cache
     def loss(removed):
         with masked(model, removed):
-            return window_losses(model, batches, dev).mean()
+            return window_losses(model, batches).mean()
 
     def greedy(head, removed):
         rises[head] = loss((*removed, head)) - loss((*removed,))
@@ -542,15 +523,15 @@ def interval(rises: np.ndarray) -> tuple[float, float, float]:
 
 
 def sweep(model: GPT, orders: dict[tuple[str, int], list[Head]], shares: list[float], moments: Moments,
-          batches: Batches, dev: Device) -> Iterator[tuple[dict, GPT, list[Head]]]:
+          batches: Batches) -> Iterator[tuple[dict, GPT, list[Head]]]:
     """For every share, (criterion, seed or "") and merge: a row with `rises` of each window's loss (N,), the
     pruned model, and the heads removed."""
-    n_heads, unpruned = len(all_heads(model)), window_losses(model, batches, dev)
+    n_heads, unpruned = len(all_heads(model)), window_losses(model, batches)
     jobs = [*itertools.product(shares, orders, MERGES)]
     for share, (name, number), how in tqdm(jobs, "pruning", leave=False, disable=None):
         heads = orders[name, number][:count_heads(share, n_heads)]
         pruned = fold(model, heads, how, moments)
-        rises = window_losses(pruned, batches, dev) - unpruned
+        rises = window_losses(pruned, batches) - unpruned
         change, low, high = interval(rises)
         yield {"share": share, "criterion": name, "seed": number, "merge": how,
                "perplexity": math.exp((unpruned + rises).mean()), "change": change, "low": low, "high": high,
@@ -644,15 +625,15 @@ def table_rows(keys: tuple[str, ...], places: list[tuple], values: dict[str, np.
 # ---- figures -------------------------------------------------------------------
 
 
-def draw_attention(model: GPT, tok, dev: Device, by_distance: np.ndarray) -> None:
+def draw_attention(model: GPT, tok, by_distance: np.ndarray) -> None:
     """Attention maps of `sentence`, a row of heads for each layer, and mean weight by distance (H, T)."""
     ids, maps = sentence_ids(tok, model.config.block_size), {}
 
-    def keep(layer, attn, patterns, y):
+    def keep(layer, patterns, y):
         future = torch.ones_like(patterns[0], dtype=torch.bool).triu(1)
         maps[layer] = patterns[0].masked_fill(future, math.nan).cpu().numpy()
 
-    each_pattern(model, dev.to_device(ids[None]), dev, keep)
+    each_pattern(model, torch.from_numpy(ids)[None].to(model.lm_head.weight.device), keep)
     labels = [tok.decode([int(i)]).replace("\n", "\\n").replace("$", r"\$") for i in ids]
     counts, T = [block.attn.n_head for block in model.transformer.h], by_distance.shape[1]
     plt, columns, curves = pyplot(), max(counts), dict(zip(all_heads(model), by_distance))
@@ -754,8 +735,8 @@ def draw_pruning(rows: list[dict]) -> None:
 # ---- the script ----------------------------------------------------------------
 
 
-def check_settings() -> tuple[list[float], list[Head]]:
-    """(shares, chosen heads) of the settings. Raises UserError for what does not fit."""
+def parse_fractions() -> list[float]:
+    """The shares in prune_fractions, in order. Raises UserError for what is no share."""
     try:
         shares = {float(part) for part in prune_fractions.split(",") if part.strip()}
     except ValueError:
@@ -763,11 +744,7 @@ def check_settings() -> tuple[list[float], list[Head]]:
     if not all(0 < share < 1 for share in shares):
         raise UserError(f"prune_fractions={prune_fractions}: give numbers above 0 and below 1 with commas "
                         f"between them, such as 0.15,0.3")
-    parts = [part.strip() for part in prune_heads.split(",")] if prune_heads else []
-    if not all(re.fullmatch("[0-9]+:[0-9]+", part) for part in parts):
-        raise UserError(f"prune_heads={prune_heads}: give LAYER:HEAD, counted from 0, with commas between "
-                        f"them, such as 0:3,2:1")
-    return sorted(shares), [tuple(map(int, part.split(":"))) for part in parts]
+    return sorted(shares)
 
 
 def sentence_ids(tok, T: int) -> np.ndarray:
@@ -795,8 +772,8 @@ def open_batches(state: dict, source: str, tok, T: int, dev: Device) -> tuple[Ba
 
 
 def main() -> None:
-    shares, chosen = check_settings()
-    dev = resolve_device(device, dtype)
+    shares = parse_fractions()
+    dev = resolve_device(device, "float32")
     source = checkpoint or newest_checkpoint()
     state = load_any(source)
     tok = checkpoint_tokenizer(state)
@@ -807,7 +784,6 @@ def main() -> None:
     heads, pairs, T = all_heads(model), all_pairs(model), model.config.block_size
     if not heads:
         raise UserError(f"checkpoint {source}: it has no heads left to analyze or to remove")
-    check_heads(model, chosen, f"prune_heads={prune_heads}")
     sentence_ids(tok, T)
     calibration, ablation_batches, val = open_batches(state, source, tok, T, dev)
     try:
@@ -822,53 +798,49 @@ def main() -> None:
 
     # ---- measure
     def measure(model):
-        values, moments = watch(model, calibration, dev)
+        values, moments = watch(model, calibration)
         tokens = torch.cat([x.flatten() for x, _ in calibration]).cpu().numpy()
-        values |= repeated_scores(model, tokens, tok.eot, dev) | {"r2": all_r2(model, moments)}
+        values |= repeated_scores(model, tokens, tok.eot) | {"r2": all_r2(model, moments)}
         return values, moments
 
     torch.manual_seed(seed)
     random_model = GPT(model.config).to(dev.device).eval().requires_grad_(False)
     null = {name: average(value) for name, value in measure(random_model)[0].items()}
     values, moments = measure(model)
-    values["importance"] = importance(model, calibration, dev)
-    if not chosen:
-        outputs = mean_outputs(model, moments)
-        for name, changes in {"ablation": [masked(model, [head]) for head in heads],
-                              "mean_ablation": [masked(model, [head], outputs) for head in heads],
-                              "uniform": [attending(model, *head) for head in heads]}.items():
-            values[name] = loss_rises(model, ablation_batches, dev, name, changes)
+    values["importance"], outputs = importance(model, calibration), mean_outputs(model, moments)
+    for name, changes in {"ablation": [masked(model, [head]) for head in heads],
+                          "mean_ablation": [masked(model, [head], outputs) for head in heads],
+                          "uniform": [attending(model, *head) for head in heads]}.items():
+        values[name] = loss_rises(model, ablation_batches, name, changes)
     means = {name: average(value) for name, value in values.items()}
     lines = ["", *measure_lines("heads", means, null, HEAD_MEASURES, heads)]
     if pairs:
-        lines += ["", *measure_lines("cosine of patterns", means, null, PAIR_MEASURES, pairs)]
+        values |= swap_rises(model, ablation_batches, means["pattern"])
+        lines += ["", *measure_lines("cosine of patterns", means, null, PAIR_MEASURES, pairs),
+                  "", *swap_lines(values, heads, pairs)]
         draw_similarity(model, means, null)
-    if pairs and not chosen:
-        values |= swap_rises(model, ablation_batches, dev, means["pattern"])
-        lines += ["", *swap_lines(values, heads, pairs)]
     pair_rows = table_rows(("layer", "head", "other"), pairs, values, null, (*PAIR_MEASURES, *SWAPS))
     write("heads.csv", csv_bytes(table_rows(("layer", "head"), heads, values, null, HEAD_MEASURES)))
     write("pairs.csv", csv_bytes(pair_rows) if pairs else b"layer,head,other\n")
-    draw_attention(model, tok, dev, means["by_distance"])
+    draw_attention(model, tok, means["by_distance"])
 
     # ---- prune
-    shares = [len(chosen) / len(heads)] if chosen else [s for s in shares if count_heads(s, len(heads))]
+    shares = [share for share in shares if count_heads(share, len(heads))]
     if shares:
         n, rows = count_heads(shares[-1], len(heads)), []
-        orders = {"chosen": chosen} if chosen else removal_orders(
-            model, n, means, moments, ablation_batches, dev)
-        orders = {(name, ""): order for name, order in orders.items()}
+        found = removal_orders(model, n, means, moments, ablation_batches)
+        orders = {(name, ""): order for name, order in found.items()}
         for number in range(seed, seed + random_seeds):
             rank = random.Random(number).sample(heads, len(heads)).index
             orders["random", number] = select(model, n, lambda head, _, rank=rank: rank(head))
-        saved = *next(key for key in orders if key[0] == ("chosen" if chosen else criterion)), merge
-        kept = state.keys() & {"step", "config", "tokenizer", "data", "provenance"}
-        for row, pruned, removed in sweep(model, orders, shares, moments, val, dev):
+        saved = *next(key for key in orders if key[0] == criterion), merge
+        kept = {key: state[key] for key in ("step", "config", "tokenizer", "data", "provenance")
+                if key in state}
+        for row, pruned, removed in sweep(model, orders, shares, moments, val):
             if (row["criterion"], row["seed"], row["merge"]) == saved:
-                name = "pruned.pt" if chosen else f"pruned_{row['share']}.pt"
-                write_checkpoint(Path(out_dir, name), {key: state[key] for key in kept} | {
-                    "model": pruned.state_dict(), "model_config": describe_model(pruned),  # no optimizers
-                    "pruned": {"from": str(source), "removed": sorted(map(list, removed)), "merge": merge}})
+                origin = {"from": str(source), "removed": sorted(map(list, removed)), "merge": merge}
+                write_checkpoint(Path(out_dir, f"pruned_{row['share']}.pt"), kept | {
+                    "model": pruned.state_dict(), "model_config": describe_model(pruned), "pruned": origin})
             rows.append(row)
         write("pruning.csv", csv_bytes([{key: row[key] for key in row if key != "rises"} for row in rows]))
         draw_pruning(rows)
