@@ -12,9 +12,8 @@ Reads log.txt (`step stream value` per line, also build-nanogpt's; where a step 
 counts) and runs.jsonl beside it. Writes one figure, in place of an earlier one. Takes a few seconds. Curves
 leave out nan and inf; crosses at the foot of a panel mark them, and steps skipped by train_gpt2.py's guard.
 
---model_size draws OpenAI's results. Their val loss is on FineWeb-Edu, so it is drawn only if every run was
-trained on that: its runs.jsonl names a data_dir whose dataset (in the manifest, otherwise the folder's name)
-contains "fineweb" and "edu". --val_baseline draws it anyway.
+--model_size draws OpenAI's results. Their val loss is on FineWeb-Edu, so it is drawn only if the data_dir of
+every run has "edu_fineweb" in its name.
 
 --a and --b: finished runs, at least two seeds each, and nothing else differs within a group. Prints the
 difference of the final val losses, its standard error, p by Welch's t test, and roughly how many seeds per
@@ -38,13 +37,11 @@ import numpy as np
 from configurator import Between, OneOf, PathName, UserError, configure
 from figures import log_ticks, pyplot, save_figure, table
 from files import read_json, read_jsonl, read_text, write_atomically
-from shards import read_manifest
 
 log_dir: PathName = "log"  # a run's folder with log.txt, or a log file itself; several separated by commas
 log: PathName = ""  # a log file, or several separated by commas, in place of log_dir
 out: PathName = ""  # the figure, .png, .svg or .pdf; empty = beside the first log
 model_size: OneOf("", "124M", "350M", "774M", "1558M") = ""  # draw OpenAI's results for it; empty = none
-val_baseline = False  # draw OpenAI's val loss on FineWeb-Edu even if the runs are not known to use that data
 a: PathName = ""  # runs with several seeds, separated by commas, to compare with those in b
 b: PathName = ""  # the other runs; a negative difference means that their loss is lower
 ref: PathName = ""  # a reference to compare the run in log_dir with
@@ -128,19 +125,6 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.array([values[max(0, i - half):i + half + 1].mean() for i in range(len(values))])
 
 
-def why_no_val_baseline(runs: list[Run]) -> str:
-    """Why FineWeb-Edu's val loss is no baseline for these runs; empty if all of them were trained on that."""
-    for run in runs:
-        folder = run.start.get("data_dir", "")
-        if not folder:
-            return f"no runs.jsonl beside {run.path} names its data"
-        settings = (read_manifest(folder) or {}).get("settings", {})
-        data = str(settings.get("dataset") or Path(folder).name)
-        if "fineweb" not in data.lower() or "edu" not in data.lower():
-            return f"{run.name} was trained on {data}"
-    return ""
-
-
 # ---- the figure of runs --------------------------------------------------------
 
 
@@ -150,8 +134,6 @@ def plot_runs(runs: list[Run], out_path: Path) -> None:
         if not {"train", "val", "hella"} & run.streams.keys():
             raise UserError(f"{run.path} has no train, val or hella values: nothing to draw; wait for the "
                             f"first step, or name another log")
-    baseline = VAL_LOSS_GPT2.get(model_size)
-    reason = why_no_val_baseline(runs) if baseline and not val_baseline else ""
     has_hella = any(len(finite(run.streams.get("hella", {}))[0]) for run in runs)
     figure, axes = pyplot().subplots(1, 1 + has_hella, figsize=(10, 5), squeeze=False, layout="constrained")
     for i, run in enumerate(runs):
@@ -176,7 +158,8 @@ def plot_runs(runs: list[Run], out_path: Path) -> None:
     for loss in {run.streams.get("unigram", {}).get(0, math.nan) for run in runs}:  # equal for equal data
         if math.isfinite(loss):
             axes[0, 0].axhline(loss, color="gray", linestyle=":", label=f"unigram model on val ({loss:.2f})")
-    if baseline and not reason:
+    on_edu = all("edu_fineweb" in Path(run.start.get("data_dir", "")).name for run in runs)
+    if on_edu and (baseline := VAL_LOSS_GPT2.get(model_size)):
         axes[0, 0].axhline(baseline, color="red", linestyle=":",
                            label=f"OpenAI GPT-2 {model_size} on FineWeb-Edu val ({baseline:.2f})")
     for who, color in (("GPT-2", "red"), ("GPT-3", "green")) if has_hella and model_size else ():
@@ -188,9 +171,6 @@ def plot_runs(runs: list[Run], out_path: Path) -> None:
         finish(axis, *words)
     figure.set_figheight(4 + 0.2 * max(len(axis.get_legend().get_texts()) for axis in axes[0]))
     save_figure(figure, out_path)
-    if reason:
-        print(f"note: OpenAI GPT-2 {model_size}'s val loss on FineWeb-Edu is not drawn: {reason}; "
-              f"--val_baseline draws it anyway")
 
 
 def draw_marks(axis, streams: dict, train_color: str, val_color: str, name: str = "", row: int = 0) -> None:

@@ -4,16 +4,17 @@ Tables and figures of the studies, from the logs of their runs.
     python experiments/plot.py norm                     # log_norm/ -> results/norm_study/
     python experiments/plot.py optimizers               # log_optimizers/ -> results/optimizer_study/
     python experiments/plot.py vocabularies             # log_vocabularies/ -> results/vocabulary_study/
-    python experiments/plot.py norm --redraw            # from the streams.txt in results/, without the logs
+    python experiments/plot.py norm --redraw            # from the runs.json in results/, without the logs
 
-Writes table.txt, figure.png, and streams.txt: what both need of the logs, a line `run stream step:value ...`
-each, with train losses averaged over 10 steps. norm also writes runs.csv, a row for each run.
+Writes table.txt, figure.png, and runs.json: what both need of the logs, with train losses averaged over 10
+steps. norm also writes runs.csv, a row for each run.
 
 Loss is the final val loss, after the last step, in nats per token. A run that gave up because its losses were
 not finite has diverged. One whose loss is not 0.1 nats below a unigram model's on the same tokens has not
 learned: at best it knows how often each token occurs.
 """
 
+import json
 import math
 import re
 import sys
@@ -34,39 +35,39 @@ from plot_log import parse_log, smooth
 
 log_dir: PathName = ""  # folder of the runs; empty = log_norm, log_optimizers or log_vocabularies
 out_dir: PathName = ""  # where the results go; empty = a folder in results/
-redraw = False  # read out_dir's streams.txt instead of logs
+redraw = False  # read out_dir's runs.json instead of logs
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = ("val", "val_bpb", "unigram")  # streams of a log that are kept as they are
-AVERAGED = 10  # train losses in one value of streams.txt
+AVERAGED = 10  # train losses in one value of runs.json
 MARGIN = 0.1  # nats below a unigram model's loss, by which a run has learned something
 SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 START = {"config": {"max_steps": int, "batch_tokens": int, "norm_position": str, **dict.fromkeys(SHAPE, int)}}
 
 
-# ---- logs and streams.txt
+# ---- logs
 
 
 def read_run(folder):
-    """{stream: {step: value}} of a run: what is kept of its log. UserError if it is not finished."""
+    """What is kept of a run: max_steps, unigram (a unigram model's loss), ms and flops of a step, and curves
+    {name: [steps, values]}. Raises UserError if the run is not finished."""
     starts, log = read_jsonl(folder / "runs.jsonl", START), parse_log(folder / "log.txt")
     config = starts[-1]["config"] if starts and {"train", "tok_s", "unigram"} <= log.keys() else {}
     gave_up = config and (not all(map(math.isfinite, log.get("val", {}).values()))
                           or max(log["train"]) in log.get("skipped", {}))
     if not gave_up and config.get("max_steps") not in log.get("val", {}):
         raise UserError(f"{folder} is not finished; run the study's shell script again")
-    kept = {name: log[name] for name in KEPT if name in log}
-    kept["max_steps"] = {0: config["max_steps"]}
-    train = np.array([log["train"][step] for step in sorted(log["train"])])
-    for first in range(0, len(train), AVERAGED):
-        kept.setdefault("train", {})[first] = train[first:first + AVERAGED].mean()
-    kept["ms"] = {0: 1000 * config["batch_tokens"] / max(log["tok_s"].values())}  # of the fastest step
-    kept["flops"] = {0: flops_per_step(config)}
-    last = f"norm_h{config['n_layer'] - 1}"
-    for name, block in (("first_block", "norm_h0"), ("last_block", last)):
+    curves = {name: sorted(log[name].items()) for name in ("val", "val_bpb") if name in log}
+    train = [log["train"][step] for step in sorted(log["train"])]
+    curves["train"] = [(first, np.mean(train[first:first + AVERAGED]))
+                       for first in range(0, len(train), AVERAGED)]
+    for name, block in (("first_block", "norm_h0"), ("last_block", f"norm_h{config['n_layer'] - 1}")):
         if block in log:
-            kept[name] = {step: log[block][step] for step in (min(log[block]), max(log[block]))}
-    return kept
+            curves[name] = [(step, log[block][step]) for step in (min(log[block]), max(log[block]))]
+    return {"max_steps": config["max_steps"], "unigram": log["unigram"][0],
+            "ms": 1000 * config["batch_tokens"] / max(log["tok_s"].values()),  # of the fastest step
+            "flops": flops_per_step(config),
+            **{name: [[step for step, _ in points], [float(f"{value:.8g}") for _, value in points]]
+               for name, points in curves.items()}}
 
 
 def flops_per_step(config):
@@ -77,26 +78,6 @@ def flops_per_step(config):
     return model.flops_per_token(config["block_size"]) * config["batch_tokens"]
 
 
-def format_streams(runs):
-    """The text of streams.txt."""
-    lines = []
-    for run, streams in runs.items():
-        for name, points in streams.items():
-            pairs = (f"{step}:{value:.8g}" for step, value in sorted(points.items()))
-            lines.append(f"{run} {name} {' '.join(pairs)}\n")
-    return "".join(lines)
-
-
-def parse_streams(text):
-    """The inverse of `format_streams`: {run: {stream: {step: value}}}."""
-    runs = {}
-    for line in text.splitlines():
-        run, name, *points = line.split()
-        pairs = (point.split(":") for point in points)
-        runs.setdefault(run, {})[name] = {int(step): float(value) for step, value in pairs}
-    return runs
-
-
 def name_parts(pattern, run):
     """The groups of `pattern` in the name of a run. UserError if it is no run of the study."""
     match = re.fullmatch(pattern, run)
@@ -105,21 +86,17 @@ def name_parts(pattern, run):
     return match.groups()
 
 
-def curve(streams, name):
-    """(steps, values), two arrays in order of steps."""
-    return np.array(sorted(streams[name].items())).T
-
-
-def final(streams, name="val"):
+def final(run, name="val"):
     """The value after the last step; nan if the run diverged."""
-    return streams.get(name, {}).get(streams["max_steps"][0], math.nan)
+    steps, values = run.get(name, [[0], [0]])
+    return values[-1] if steps[-1] == run["max_steps"] else math.nan
 
 
-def outcome(streams):
+def outcome(run):
     """learned, not learned or diverged, as the docstring at the top defines them."""
-    if not math.isfinite(final(streams)):
+    if not math.isfinite(final(run)):
         return "diverged"
-    return "learned" if final(streams) < streams["unigram"][0] - MARGIN else "not learned"
+    return "learned" if final(run) < run["unigram"] - MARGIN else "not learned"
 
 
 def spread(values):
@@ -137,13 +114,13 @@ ARMS = {(norm, weights): (f"{norm.capitalize()}-LN, {name} initial weights", col
 def norm_rows(runs):
     """A dict for each run: its settings, outcome, loss and gradients at the start and the end."""
     rows = []
-    for run, streams in runs.items():
+    for name, run in runs.items():
         norm, weights, lr, warmup, seed = name_parts(
-            r"(pre|post)_(gpt2|xavier)_lr(\d+e-\d+)_w(\d+)_s(\d+)", run)
-        row = {"run": run, "norm": norm, "weights": weights, "max_lr": float(lr), "warmup_steps": int(warmup),
-               "seed": int(seed), "loss": final(streams), "outcome": outcome(streams)}
+            r"(pre|post)_(gpt2|xavier)_lr(\d+e-\d+)_w(\d+)_s(\d+)", name)
+        row = {"run": name, "norm": norm, "weights": weights, "max_lr": float(lr),
+               "warmup_steps": int(warmup), "seed": int(seed), "loss": final(run), "outcome": outcome(run)}
         for block in ("first_block", "last_block"):
-            norms = curve(streams, block)[1] if block in streams else (math.nan, math.nan)
+            _, norms = run.get(block, ([], [math.nan]))
             row |= {f"{block}_start": norms[0], f"{block}_end": norms[-1]}
         rows.append(row)
     return rows
@@ -157,7 +134,7 @@ def select(rows, arm, warmup):
 def norm_table(runs):
     rows = norm_rows(runs)
     lrs = sorted({row["max_lr"] for row in rows})
-    unigram = np.mean([streams["unigram"][0] for streams in runs.values()])
+    unigram = np.mean([run["unigram"] for run in runs.values()])
     lines = []
     for arm, (name, _) in ARMS.items():
         for warmup in sorted({row["warmup_steps"] for row in rows}):
@@ -181,10 +158,10 @@ def norm_figure(runs):
         named = set()
         for row in rows:
             if row["weights"] == weights and row["max_lr"] == shown:
-                steps, losses = curve(runs[row["run"]], "train")
+                steps, losses = runs[row["run"]]["train"]
                 name = f"{ARMS[row['norm'], weights][0].split(',')[0]}, " + (
                     f"{row['warmup_steps']} steps of warm-up" if row["warmup_steps"] else "no warm-up")
-                axis.plot(steps, smooth(losses, 3), styles[row["warmup_steps"]], linewidth=1.2,
+                axis.plot(steps, smooth(np.array(losses), 3), styles[row["warmup_steps"]], linewidth=1.2,
                           color=ARMS[row["norm"], weights][1], label=None if name in named else name)
                 named.add(name)
         axis.set(title=f"{title}, peak learning rate {shown:g}", xlabel="optimizer step",
@@ -198,7 +175,7 @@ def norm_figure(runs):
                 axes[2].plot(*zip(*points), style if seed == 1 else "", color=color, linewidth=1.2,
                              marker="o" if filled else "s", markerfacecolor=color if filled else "white",
                              label=name if warmup and seed == 1 else None)
-    unigram = np.mean([streams["unigram"][0] for streams in runs.values()])
+    unigram = np.mean([run["unigram"] for run in runs.values()])
     axes[2].axhline(unigram, color="gray", linestyle=":", label=f"unigram model, {unigram:.2f}")
     axes[2].set(title="Final val loss (dashed: no warm-up)", xlabel="peak learning rate",
                 xscale="log", ylabel="val loss (nats per token)")
@@ -215,6 +192,7 @@ OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon, one rate", "separate": "Muon, Ada
 
 def crossing(steps, losses, goal):
     """The step at which the loss first is `goal`, interpolated between validations; nan if it never is."""
+    steps, losses = np.array(steps), np.array(losses)
     below = np.flatnonzero(losses <= goal)
     if not below.size:
         return math.nan
@@ -223,16 +201,16 @@ def crossing(steps, losses, goal):
 
 
 def grouped(runs):
-    """{(name, max_lr): {seed: streams}} of runs named NAME_lrMAX_sSEED, in order of names and rates."""
+    """{(name, max_lr): {seed: run}} of runs named NAME_lrMAX_sSEED, in order of names and rates."""
     groups = {}
-    for run, streams in runs.items():
-        name, lr, seed = name_parts(rf"({'|'.join(OPTIMIZERS)})_lr(\d+e-\d+)_s(\d+)", run)
-        groups.setdefault((name, float(lr)), {})[int(seed)] = streams
+    for folder, run in runs.items():
+        name, lr, seed = name_parts(rf"({'|'.join(OPTIMIZERS)})_lr(\d+e-\d+)_s(\d+)", folder)
+        groups.setdefault((name, float(lr)), {})[int(seed)] = run
     return dict(sorted(groups.items(), key=lambda item: (list(OPTIMIZERS).index(item[0][0]), item[0][1])))
 
 
 def main_groups(runs):
-    """{name: (max_lr, {seed: streams})}: of each, the rate with the most seeds."""
+    """{name: (max_lr, {seed: run})}: of each, the rate with the most seeds."""
     found = {}
     for (name, lr), seeds in grouped(runs).items():
         if len(seeds) > len(found.get(name, (0, {}))[1]):
@@ -244,21 +222,21 @@ def steps_to_adamw(runs):
     """{name: [share of AdamW's steps after which the run has AdamW's final loss, for each seed]}."""
     groups = main_groups(runs)
     adamw = groups["adamw"][1]
-    return {name: [crossing(*curve(streams, "val"), final(adamw[seed])) / adamw[seed]["max_steps"][0]
-                   for seed, streams in seeds.items()]
+    return {name: [crossing(*run["val"], final(adamw[seed])) / adamw[seed]["max_steps"]
+                   for seed, run in seeds.items()]
             for name, (_, seeds) in groups.items() if name in ("muon", "separate")}
 
 
 def optimizers_table(runs):
     rows = [[OPTIMIZERS[name], f"{lr:g}", str(len(seeds)),
-             spread([final(streams) for streams in seeds.values()])]
+             spread([final(run) for run in seeds.values()])]
             for (name, lr), seeds in grouped(runs).items()]
     lines = ["final val loss, mean +- sd over seeds", "",
              *table(["", "peak lr", "seeds", "final val loss"], rows), ""]
     for name, shares in steps_to_adamw(runs).items():
         lines.append(f"{OPTIMIZERS[name]}: reaches AdamW's final loss after {spread(shares)} of AdamW's "
                      f"steps")
-    ms = {name: min(streams["ms"][0] for run, streams in runs.items() if run.startswith(name))
+    ms = {name: min(run["ms"] for folder, run in runs.items() if folder.startswith(name))
           for name in ("adamw", "muon")}
     return [*lines, "", f"fastest step: AdamW {ms['adamw']:.0f} ms, Muon {ms['muon']:.0f} ms"]
 
@@ -268,11 +246,11 @@ def optimizers_figure(runs):
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", width_ratios=(3, 2))
     colors = dict(zip(OPTIMIZERS, ("C0", "C1", "C2", "C3")))
     for name, (lr, seeds) in main_groups(runs).items():
-        for i, streams in enumerate(seeds.values()):
-            axes[0].plot(*curve(streams, "val"), color=colors[name], linewidth=1.2, marker=".",
+        for i, run in enumerate(seeds.values()):
+            axes[0].plot(*run["val"], color=colors[name], linewidth=1.2, marker=".",
                          label=None if i else f"{OPTIMIZERS[name]}, {lr:g}: {len(seeds)} seeds")
     adamw = main_groups(runs)["adamw"][1].values()
-    goal = np.mean([final(streams) for streams in adamw])
+    goal = np.mean([final(run) for run in adamw])
     axes[0].axhline(goal, color="black", linestyle=":", label=f"AdamW's final loss, {goal:.3f}")
     axes[0].set(title="Best learning rate of each", xlabel="optimizer step of 4,096 tokens", ylim=(None, 6.5),
                 ylabel="val loss (nats per token)")
@@ -291,25 +269,25 @@ def optimizers_figure(runs):
 
 
 def vocabularies(runs):
-    """{thousands of ids: [streams of each seed]}."""
+    """{thousands of ids: [run of each seed]}."""
     found = {}
-    for run, streams in runs.items():
-        k, _ = name_parts(r"vocab(\d+)k_s(\d+)", run)
-        found.setdefault(int(k), []).append(streams)
+    for folder, run in runs.items():
+        k, _ = name_parts(r"vocab(\d+)k_s(\d+)", folder)
+        found.setdefault(int(k), []).append(run)
     return dict(sorted(found.items()))
 
 
-def bytes_per_token(streams):
+def bytes_per_token(run):
     """Of the val text, from its loss in both units."""
-    return final(streams) / math.log(2) / final(streams, "val_bpb")
+    return final(run) / math.log(2) / final(run, "val_bpb")
 
 
 def vocabularies_table(runs):
     rows = []
     for k, seeds in vocabularies(runs).items():
         first = seeds[0]
-        flops, steps = first["flops"][0], int(first["max_steps"][0])
-        bits = [final(streams, "val_bpb") for streams in seeds]
+        flops, steps = first["flops"], first["max_steps"]
+        bits = [final(run, "val_bpb") for run in seeds]
         rows.append(["50,257 (GPT-2's)" if k == 50 else f"{1024 * k:,}", f"{flops / 1e9:.1f}", f"{steps}",
                      f"{flops * steps / 1e12:.2f}", f"{bytes_per_token(first):.2f}",
                      " ".join(f"{value:.4f}" for value in bits), f"{np.mean(bits):.4f}"])
@@ -321,9 +299,9 @@ def vocabularies_figure(runs):
     figure, axis = pyplot().subplots(figsize=(8, 5), layout="constrained")
     for i, (k, seeds) in enumerate(vocabularies(runs).items()):
         name = "50,257 ids (GPT-2's)" if k == 50 else f"{1024 * k:,} ids"
-        for j, streams in enumerate(seeds):
-            steps, bits = curve(streams, "val_bpb")
-            axis.plot(steps[1:] * streams["flops"][0] / 1e12, bits[1:], color=f"C{i}", marker="o",
+        for j, run in enumerate(seeds):
+            steps, bits = run["val_bpb"]
+            axis.plot(np.array(steps[1:]) * run["flops"] / 1e12, bits[1:], color=f"C{i}", marker="o",
                       markersize=4, linewidth=1.2, label=None if j else name)
     axis.set(title="Four vocabularies, equal compute: a line per seed", xlabel="training compute (TFLOPs)",
              ylabel="val loss (bits per byte)")
@@ -339,13 +317,12 @@ def main(study):
     folder, make_table, make_figure = STUDIES[study]
     runs_dir, results = Path(log_dir or f"log_{study}"), Path(out_dir or ROOT / "results" / folder)
     if redraw:
-        runs = parse_streams(read_text(results / "streams.txt"))
+        runs = json.loads(read_text(results / "runs.json"))
     else:
         folders = [path.parent for path in sorted(runs_dir.glob("*/log.txt"))]
         if not folders:
             raise UserError(f"no runs in {runs_dir}: run sh experiments/{study}.sh first, or add --redraw")
-        # through the text, so that logs and --redraw give the same results to the last digit
-        runs = parse_streams(format_streams({folder.name: read_run(folder) for folder in folders}))
+        runs = {folder.name: read_run(folder) for folder in folders}
     lines = make_table(runs)
     figure, axes = make_figure(runs)
     for axis in axes:
@@ -356,7 +333,8 @@ def main(study):
         lines += ["", *gradient_table()]
         write_atomically(results / "runs.csv", csv_bytes(norm_rows(runs)))
     if not redraw:
-        write_atomically(results / "streams.txt", format_streams(runs).encode())
+        lines_of_runs = ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items())
+        write_atomically(results / "runs.json", f"{{{lines_of_runs}}}\n".encode())
     save_figure(figure, results / "figure.png")
     write_atomically(results / "table.txt", "".join(f"{line}\n" for line in lines).encode())
     print(*lines, f"results: {results}: table.txt, figure.png", sep="\n")

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -80,12 +81,12 @@ def test_half_a_line_of_runs_jsonl_is_left_out(tmp_path):
     (plot.optimizers_table, "lion_lr4e-3_s1"), (plot.vocabularies_table, "vocab1k_old")])
 def test_a_folder_that_is_no_run_of_the_study_is_named(make_table, name):
     with pytest.raises(UserError, match=f"{name} is not named like a run of this study"):
-        make_table({name: {"val": {20: 6.0}, "max_steps": {0: 20}, "unigram": {0: 6.5}}})
+        make_table({name: {"val": [[20], [6.0]], "max_steps": 20, "unigram": 6.5}})
 
 
 def test_a_vocabulary_with_fewer_seeds_has_its_own_mean():
-    streams = {"flops": {0: 1e9}, "max_steps": {0: 20}, "val": {20: 5.0}}
-    runs = {f"vocab{k}k_s{seed}": {**streams, "val_bpb": {20: bits}}
+    run = {"flops": 1e9, "max_steps": 20, "val": [[20], [5.0]]}
+    runs = {f"vocab{k}k_s{seed}": {**run, "val_bpb": [[20], [bits]]}
             for k, seed, bits in ((1, 1, 2.5), (1, 2, 2.7), (50, 1, 2.25))}
     *_, heading, small, large = plot.vocabularies_table(runs)
     assert heading.split()[-3:] == ["each", "seed", "mean"]
@@ -93,15 +94,13 @@ def test_a_vocabulary_with_fewer_seeds_has_its_own_mean():
     assert large.split()[-2:] == ["2.2500", "2.2500"]
 
 
-def test_streams_keep_what_tables_and_figures_need(tmp_path):
+def test_what_is_kept_of_a_run(tmp_path):
     write_run(tmp_path / "run", np.arange(20.0), {0: 8.3, 20: 6.0})
-    streams = plot.read_run(tmp_path / "run")
-    assert streams["train"] == {0: 4.5, 10: 14.5}  # means of 10 steps
-    assert streams["ms"] == {0: 250} and streams["max_steps"] == {0: 20}
-    assert streams["first_block"] == {0: 1, 19: 20} and streams["last_block"] == {0: 2, 19: 40}
-    again = plot.parse_streams(plot.format_streams({"a": streams, "b": streams}))
-    assert list(again) == ["a", "b"]
-    assert again["a"] == {name: pytest.approx(streams[name]) for name in streams}
+    run = plot.read_run(tmp_path / "run")
+    assert run["train"] == [[0, 10], [4.5, 14.5]]  # means of 10 steps
+    assert run["val"] == [[0, 20], [8.3, 6.0]]
+    assert (run["ms"], run["max_steps"], run["unigram"]) == (250, 20, 6.5)
+    assert run["first_block"] == [[0, 19], [1, 20]] and run["last_block"] == [[0, 19], [2, 40]]
 
 
 def runs_of(tmp_path, **val):
@@ -120,25 +119,29 @@ def test_muon_against_adamw(tmp_path):
     assert "5.1000 +- 0.1414" in text and "Muon 250 ms" in text
 
 
-def test_every_study_is_drawn_again_from_its_streams(tmp_path, monkeypatch):
+def test_every_study_is_drawn_again_without_its_logs(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "gradient_table", lambda: ["gradients"])
     names = {"norm": [f"{norm}_{weights}_lr{lr}_w{warmup}_s1" for norm in ("pre", "post")
                       for weights in ("gpt2", "xavier") for lr in ("20e-4", "80e-4") for warmup in (0, 200)],
              "optimizers": ["adamw_lr4e-3_s1", "muon_lr16e-3_s1", "separate_lr16e-3_s1", "short_lr16e-3_s1"],
              "vocabularies": ["vocab1k_s1", "vocab1k_s2", "vocab50k_s1", "vocab50k_s2"]}
     for study, runs in names.items():
-        streams = {"val": {0: 8.0, 10: 6.0, 20: 5.0}, "val_bpb": {0: 3.0, 10: 2.5, 20: 2.0},
-                   "train": {0: 8.0, 10: 6.0}, "unigram": {0: 6.5}, "max_steps": {0: 20}, "ms": {0: 250},
-                   "flops": {0: 1e9}, "first_block": {0: 1.0, 19: 2.0}, "last_block": {0: 1.0, 19: 2.0}}
-        folder = tmp_path / study
-        folder.mkdir()
-        text = plot.format_streams(dict.fromkeys(runs, streams))
-        (folder / "streams.txt").write_text(text, encoding="utf-8")
-        monkeypatch.setattr(plot, "out_dir", str(folder))
-        monkeypatch.setattr(plot, "redraw", True)
-        plot.main(study)
-        assert (folder / "figure.png").stat().st_size > 10_000 and (folder / "table.txt").stat().st_size > 200
-    assert plot.bytes_per_token(streams) == pytest.approx(5.0 / math.log(2) / 2.0)
+        for name in runs:
+            write_run(tmp_path / f"log_{study}" / name, np.linspace(8, 6, 20) / 3, {0: 8.0, 20: 5.1 / 3})
+            with open(tmp_path / f"log_{study}" / name / "log.txt", "a", encoding="utf-8") as file:
+                file.write("0 val_bpb 3\n20 val_bpb 2\n")
+        folder, written = tmp_path / study, []
+        for key, value in (("log_dir", tmp_path / f"log_{study}"), ("out_dir", folder)):
+            monkeypatch.setattr(plot, key, str(value))
+        for redraw in (False, True):
+            monkeypatch.setattr(plot, "redraw", redraw)
+            plot.main(study)
+            assert (folder / "figure.png").stat().st_size > 10_000
+            written.append((folder / "table.txt").read_text(encoding="utf-8"))
+            shutil.rmtree(tmp_path / f"log_{study}", ignore_errors=True)
+        assert written[0] == written[1] and len(written[0]) > 200
+    run = {"val": [[20], [5.0]], "val_bpb": [[20], [2.0]], "max_steps": 20}
+    assert plot.bytes_per_token(run) == pytest.approx(5.0 / math.log(2) / 2.0)
 
 
 def test_the_vocabularies_train_for_equal_flops():

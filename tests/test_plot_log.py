@@ -29,7 +29,6 @@ from plot_log import (
     smooth,
     welch,
 )
-from shards import write_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = range(0, 1201, 200)
@@ -55,7 +54,7 @@ def draw(tmp_path, monkeypatch, capsys):
         figures = []
         monkeypatch.chdir(cwd)
         namespace = vars(plot_log)
-        for key in ("log_dir", "log", "out", "model_size", "val_baseline", "a", "b", "ref", "make"):
+        for key in ("log_dir", "log", "out", "model_size", "a", "b", "ref", "make"):
             monkeypatch.setitem(namespace, key, defaults[key])
         configure(namespace, list(flags))
         monkeypatch.setattr(plot_log, "save_figure", lambda figure, path: figures.append(figure))
@@ -189,39 +188,29 @@ def test_a_run_of_nothing_but_nan(tmp_path, draw):
 
 
 def test_the_val_loss_of_gpt2_is_drawn_beside_fineweb_edu_alone(tmp_path, draw):
-    """By the dataset in the manifest where there is one, otherwise by the folder's name; HellaSwag always."""
-    lines = ("0 val 3.5", "0 hella 0.26")
     cases = {"python": {"data_dir": "python_corpus"}, "edu": {"data_dir": "/data/edu_fineweb10B/"},
-             "plain": {"data_dir": "fineweb10B"}, "parent": {"data_dir": "edu_fineweb/books"},
-             "made": {"data_dir": "data"}, "misnamed": {"data_dir": "edu_fineweb_python"}, "unknown": {}}
-    for folder, dataset in (("data", "fineweb-edu"), ("edu_fineweb_python", "python")):
-        (tmp_path / folder).mkdir()
-        write_manifest(tmp_path / folder, {"tokenizer": {"name": "gpt2", "sha256": 64 * "0"}, "files": [],
-                                           "settings": {"dataset": dataset}})
+             "plain": {"data_dir": "fineweb10B"}, "parent": {"data_dir": "edu_fineweb/books"}, "unknown": {}}
     for name, config in cases.items():
-        write_run(tmp_path / name, *lines, **config)
-    line = "OpenAI GPT-2 124M on FineWeb-Edu val (3.29)"
+        write_run(tmp_path / name, "0 val 3.5", "0 hella 0.26", **config)
 
-    def drawn(*flags):
-        _, out, figure = draw("--model_size=124M", "--val_baseline=no", *flags)
-        losses, hella = figure.get_axes()
-        assert list(lines_of(hella))[-2:] == ["OpenAI GPT-2 124M (0.294)",
-                                              "OpenAI GPT-3 124M (0.337)"]
-        found = lines_of(losses)
-        assert (line in found) != ("--val_baseline draws it anyway" in out)
-        assert line not in found or found[line].get_ydata()[0] == plot_log.VAL_LOSS_GPT2["124M"]
-        return line in found, out
+    def drawn(names):
+        losses, hella = draw("--model_size=124M", f"--log_dir={names}").figure.get_axes()
+        assert list(lines_of(hella))[-2:] == ["OpenAI GPT-2 124M (0.294)", "OpenAI GPT-3 124M (0.337)"]
+        line = lines_of(losses).get("OpenAI GPT-2 124M on FineWeb-Edu val (3.29)")
+        assert line is None or line.get_ydata()[0] == plot_log.VAL_LOSS_GPT2["124M"]
+        return line is not None
 
-    assert {name for name in cases if drawn(f"--log_dir={name}")[0]} == {"edu", "made"}
-    assert drawn("--log_dir=edu,made")[0] and not drawn("--log_dir=edu,python")[0]
-    assert "python was trained on python_corpus;" in drawn("--log_dir=edu,python")[1]
-    assert "no runs.jsonl beside unknown/log.txt" in drawn("--log_dir=unknown")[1]
-    assert drawn("--log_dir=python", "--val_baseline")[0]
-    for record in ("[]", '{"config": {}}', "garbage"):
-        (tmp_path / "edu" / "runs.jsonl").write_text(
-            f'{{"config": {{"seed": 1}}, "data": ""}}\n{record}\n', encoding="utf-8")
-        with pytest.raises(UserError, match=r"edu/runs\.jsonl, line 2"):
-            draw("--log_dir=edu", "--model_size=124M", "--val_baseline=no")
+    assert {name for name in cases if drawn(name)} == {"edu"}
+    assert drawn("edu,edu") and not drawn("edu,python")
+
+
+@pytest.mark.parametrize("record", ["[]", '{"config": {}}', "garbage"])
+def test_a_line_that_is_none_of_runs_jsonl_is_named(tmp_path, draw, record):
+    write_run(tmp_path / "log", "0 val 3", n_layer=6)
+    with open(tmp_path / "log" / "runs.jsonl", "a", encoding="utf-8") as file:
+        file.write(record + "\n")
+    with pytest.raises(UserError, match=r"log/runs\.jsonl, line 3"):
+        draw()
 
 
 def test_log_names_files(tmp_path, monkeypatch, draw):
@@ -251,9 +240,7 @@ def test_a_figure_is_drawn(tmp_path, hella, model_size):
     done = plot(tmp_path, f"--model_size={model_size}")
     assert done.returncode == 0, done.stderr
     last = f"train 2.51189, val {10.5 * 76**-0.3:.6g}{', hella 0.325' if hella else ''}"
-    head, *note, path = done.stdout.splitlines()
-    assert (head, path) == (f"log, last values: {last}", "figure: log/log_plot.png")
-    assert ["no runs.jsonl beside log/log.txt" in line for line in note] == [True] * (model_size == "124M")
+    assert done.stdout.splitlines() == [f"log, last values: {last}", "figure: log/log_plot.png"]
     assert (tmp_path / "log" / "log_plot.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["log.txt", "log_plot.png"]
 
