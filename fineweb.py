@@ -117,7 +117,7 @@ def encode_chunk(chunk: Chunk, tokenizer: str) -> Encoded:
 
 def work(pipe: Connection, tokenizer: str) -> None:
     """In a worker process: encode the chunks that come through the pipe, until the parent has gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows, where it is not inherited
     with contextlib.suppress(EOFError, OSError):
         while True:
             chunk = pipe.recv()
@@ -135,7 +135,9 @@ def start_worker(tokenizer: str):
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, tokenizer), daemon=True)
-    process.start()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's alone, also
+    process.start()                                          # while a worker imports
+    signal.signal(signal.SIGINT, handler)
     theirs.close()  # the worker has the only copy: if it dies, recv on ours raises EOFError
     return process, ours
 
