@@ -117,7 +117,7 @@ def encode_chunk(chunk: Chunk, tokenizer: str) -> Encoded:
 
 def work(pipe: Connection, tokenizer: str) -> None:
     """In a worker process: encode the chunks that come through the pipe, until the parent has gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows, where it is not inherited
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as start_worker has it, but not on Windows
     with contextlib.suppress(EOFError, OSError):
         while True:
             chunk = pipe.recv()
