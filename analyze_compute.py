@@ -198,11 +198,11 @@ def count_memory(config: GPTConfig, batch_size: int, width: int = 2, loss_chunk:
     })
 
 
-def largest_batch_size(config: GPTConfig, sequences: int, card_gb: float, **how) -> int:
+def largest_batch_size(config: GPTConfig, sequences: int, card_gb: float, **options) -> int:
     """The largest batch_size that divides a step's sequences and fits a card of `card_gb` GiB, or 0.
-    `how`: the arguments of count_memory after batch_size."""
-    return max((n for n in range(1, sequences + 1)
-                if sequences % n == 0 and count_memory(config, n, **how).card <= card_gb * GIB), default=0)
+    `options`: the arguments of count_memory after batch_size."""
+    divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    return max((n for n in divisors if count_memory(config, n, **options).card <= card_gb * GIB), default=0)
 
 
 # ---- tables and figure ---------------------------------------------------------
@@ -232,23 +232,23 @@ def cost_lines(config: GPTConfig) -> list[str]:
     ]
 
 
-def ways_to_save(how: dict) -> list[dict]:
-    """`how` without and with what saves memory: nothing, loss_chunk, activation checkpointing, both."""
-    return [{**how, "loss_chunk": rows, "activation_checkpointing": recompute}
-            for recompute in (False, True) for rows in (0, how["loss_chunk"] or LOSS_CHUNK)]
+def ways_to_save(options: dict) -> list[dict]:
+    """`options` without and with what saves memory: nothing, loss_chunk, activation checkpointing, both."""
+    return [{**options, "loss_chunk": rows, "activation_checkpointing": recompute}
+            for recompute in (False, True) for rows in (0, options["loss_chunk"] or LOSS_CHUNK)]
 
 
-def memory_lines(config: GPTConfig, batch_size: int, sequences: int, how: dict, cards: list) -> list[str]:
+def memory_lines(config: GPTConfig, batch_size: int, sequences: int, options: dict, cards: list) -> list[str]:
     """Memory of a step, and the largest batch_size for cards of these GiB, with and without what saves it."""
-    memory, ways = count_memory(config, batch_size, **how), ways_to_save(how)
+    memory, ways = count_memory(config, batch_size, **options), ways_to_save(options)
     sizes = {**memory.parts, **{f"in all, {name}": n for name, n in memory.phases.items()},
              "peak": memory.peak,
              f"card: the peak + {FRAGMENTATION:.0%} + {CUDA_CONTEXT / 1e9:.1f} GB for CUDA": memory.card}
     fits = [[f"{card:g} GiB", *(str(largest_batch_size(config, sequences, card, **way)) for way in ways)]
             for card in cards]
     return [
-        f"batch_size={batch_size}, loss_chunk={how['loss_chunk']}, {how['optimizer']}"
-        + (", activation_checkpointing" if how["activation_checkpointing"] else ""),
+        f"batch_size={batch_size}, loss_chunk={options['loss_chunk']}, {options['optimizer']}"
+        + (", activation_checkpointing" if options["activation_checkpointing"] else ""),
         *table(["memory (computed)", "MiB"], [[name, f"{n / MIB:,.0f}"] for name, n in sizes.items()]), "",
         *table([f"largest batch_size of a step's {sequences} (computed)", "plain",
                 f"loss_chunk={ways[1]['loss_chunk']}", "checkpointing", "both"], fits),
@@ -290,7 +290,7 @@ def speed_lines(config: GPTConfig, speed: float, world_size: int, peaks: dict, s
     return table([f"speed (measured, {world_size} device(s))", ""], rows)
 
 
-def draw(config: GPTConfig, batch_size: int, how: dict, path: Path) -> None:
+def draw(config: GPTConfig, batch_size: int, options: dict, path: Path) -> None:
     """The figure: FLOPs and memory over sequence length for this config, and over the sizes of model."""
     figure, axes = pyplot().subplots(2, 2, figsize=(10, 7.6), layout="constrained")
     T, d, shape = config.block_size, config.n_embd, f"{config.n_layer} layers, {config.n_embd} wide"
@@ -314,12 +314,12 @@ def draw(config: GPTConfig, batch_size: int, how: dict, path: Path) -> None:
     axes[1, 0].set_title(f"Training FLOPs at T = {T:,}")
 
     labels = ("all logits at once", "loss in chunks", "activation checkpointing", "both")
-    for label, way in zip(labels, ways_to_save(how)):
+    for label, way in zip(labels, ways_to_save(options)):
         peaks = [count_memory(model, batch_size, **way).peak / GIB for model in longer.values()]
         axes[0, 1].plot([*longer], peaks, marker="o", markersize=4, linewidth=1.4, label=label)
     log_ticks(axes[0, 1].yaxis, (1, 3))
     axes[0, 1].set(title=f"Peak memory: {shape},\n{batch_size} sequences at a time", ylabel="GiB")
-    memories = [count_memory(size, 1, **how) for size in sizes.values()]
+    memories = [count_memory(size, 1, **options) for size in sizes.values()]
     parts = {name: [memory.parts[name] / GIB for memory in memories] for name in memories[0].parts}
     in_flight = [(memory.peak - sum(memory.parts.values())) / GIB for memory in memories]
     stack(axes[1, 1], sizes, {**parts, "logits, gradients in flight": in_flight})
@@ -372,13 +372,13 @@ def main(settings: dict, run: dict) -> None:
     for key in (*SHAPE, "vocab_size", "batch_tokens"):
         if settings[key] != (value := run.get("config", settings).get(key, settings[key])):
             raise UserError(f"the run in --log_dir has {key}={value}: leave out --{key}")
-    how = {key: settings[key] for key in ("loss_chunk", "activation_checkpointing", "optimizer")}
-    how["width"] = DTYPES[settings["dtype"]].itemsize
+    options = {key: settings[key] for key in ("loss_chunk", "activation_checkpointing", "optimizer")}
+    options["width"] = DTYPES[settings["dtype"]].itemsize
     cards = [settings["gpu_memory_gb"]] if settings["gpu_memory_gb"] else CARDS
     head = (f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, T = {config.block_size}, "
             f"{config.vocab_size:,} ids, {config.norm_position}-norm; {sequences} sequences per step")
     report = [head, "", *cost_lines(config), "",
-              *memory_lines(config, settings["batch_size"], sequences, how, cards), "",
+              *memory_lines(config, settings["batch_size"], sequences, options, cards), "",
               *time_lines(config, peaks_of(names, settings), settings)]
     if speed := settings["tok_s"] or run.get("tok_s"):
         peaks = peaks_of([run["device"]] if run else names, settings)
@@ -389,7 +389,7 @@ def main(settings: dict, run: dict) -> None:
         folder = Path(settings["out_dir"])
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / NAMES[0], "\n".join([*report, ""]).encode())
-        draw(config, settings["batch_size"], how, folder / NAMES[1])
+        draw(config, settings["batch_size"], options, folder / NAMES[1])
         print(f"written to {folder}: {', '.join(NAMES)}")
 
 

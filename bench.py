@@ -7,8 +7,9 @@ Measure every speed in section "Speed" of RESULTS.md beside its baseline, in one
     python bench.py --only=train --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=64
 
 Ours and its baselines take turns (A B A B ...), so that a machine whose speed drifts is fair to both. The
-first turn warms up, and shows that all sides compute the same. A line per baseline: median speed of ours and
-of the baseline, then median, lowest and highest of the ratio in each turn. Writes nothing.
+first turn warms up; it also checks that the sides compute the same, except in shards and scale and against
+gigatoken. Prints a line per baseline: median speed of ours and of the baseline, then median, lowest and
+highest of the ratio in each turn. Leaves no files behind.
 
 encode     bpe.py on one core, against tiktoken.encode_ordinary on one thread; and against gigatoken, where
            it is installed, on unseen text with a warm cache
@@ -24,7 +25,6 @@ generate   new tokens with the KV cache, greedy, against a full forward pass per
 hellaswag  hellaswag.py in the auto dtype against one example per forward pass in eager float32, as in
            build-nanogpt
 matmul     peak of matrix products: 8192^3 on a GPU, 4096^3 on a CPU; also part of train
-loss       output layer and cross-entropy, forward and backward, against torch's F.linear_cross_entropy (2.13)
 """
 
 import contextlib
@@ -38,13 +38,15 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tiktoken
 import torch
 import torch.nn.functional as F
 
@@ -53,16 +55,15 @@ from bpe import byte_order, load_tokenizer
 from configurator import Between, OneOf, PathName, UserError, configure
 from decoding import generate
 from device import resolve_device
-from documents import Chunk, Documents, available_cores
-from kernels import linear_cross_entropy
+from documents import Chunk, Documents, available_cores, input_source, python_source
 from model import GPT, GPTConfig
 from ranks import Ranks
 from shards import TokenStream, WindowLoader, write_shard
 from train_bpe import count_chunks, train_ranks
 
-only = "encode,shards,bpe_train,loader,train,scale,generate,hellaswag"  # which to run; others: matmul, loss
-turns: Between(1, 10_000) = 3  # timed turns after the warm-up; half as many for scale and generate
-input: PathName = ""  # encode, shards, bpe_train: .txt or .parquet (column text); empty = Python's own source
+only = "encode,shards,bpe_train,loader,train,scale,generate,hellaswag"  # which to run; also: matmul
+turns: Between(1, 10_000) = 3  # timed turns after the warm-up
+input: PathName = ""  # encode, shards, bpe_train: text, as for fineweb.py; empty = Python's own source
 max_bytes: Between(1, 10**12) = 8_000_000  # of input: the first N bytes
 build_bytes: Between(1, 10**12) = 600_000_000  # shards: bytes to build from, made by perturbing the text
 vocab_size: Between(257, 65_536) = 32_768  # bpe_train: ids
@@ -70,7 +71,7 @@ n_layer: Between(1, 10_000) = 4  # the model: config A's
 n_head: Between(1, 10_000) = 4  # heads
 n_embd: Between(1, 10**8) = 256  # width
 block_size: Between(1, 2**20) = 256  # T
-batch_size: Between(1, 65_536) = 16  # train, scale, loss: sequences per step
+batch_size: Between(1, 65_536) = 16  # train, scale: sequences per step
 max_new_tokens: Between(1, 10**6) = 512  # generate: tokens per text
 hellaswag_data: PathName = ""  # hellaswag: a file like the public one; empty = the public one
 hellaswag_examples: Between(1, 10**6) = 100  # hellaswag: examples scored, evenly spaced
@@ -85,14 +86,14 @@ class Seconds(float):
     """What a side returns if only a part of its time counts."""
 
 
-def measure(name: str, unit: str, amount: float, sides: dict, agree=None, n_turns: int = 0) -> float:
+def measure(name: str, unit: str, amount: float, sides: dict, agree=None) -> float:
     """Run `sides` {label: function}, of which the first is ours, in turns, and print a line per baseline.
 
     A turn of a side does `amount` units. `agree` takes what the sides returned in the first turn, and says
     whether they computed the same. Returns our median speed in units per second.
     """
     seconds = []
-    for turn in range(1 + (n_turns or turns)):
+    for turn in range(1 + turns):
         results, times = [], []
         for side in sides.values():
             t0 = time.perf_counter()
@@ -116,13 +117,9 @@ def measure(name: str, unit: str, amount: float, sides: dict, agree=None, n_turn
 
 @contextlib.contextmanager
 def in_a_process(make, *args):
-    """A function that calls, in a process of its own, the function that make(*args) returned there.
-
-    The first call starts at once, so that several processes warm up and compile side by side.
-    """
+    """A function that calls, in a process of its own, the function that make(*args) returned there."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_side, (make, *args)) as pool:
-        first = [pool.submit(run_side)]
-        yield lambda: (first.pop() if first else pool.submit(run_side)).result()
+        yield lambda: pool.submit(run_side).result()
 
 
 SIDE = []  # the function of this process
@@ -149,20 +146,14 @@ def run_python(*command, **environment: str) -> None:
 
 def read_documents() -> list[bytes]:
     """The documents to encode or train on, UTF-8, at most max_bytes of them."""
-    if not input:
-        paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-        texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
-    elif input.endswith(".parquet"):
-        import pyarrow.parquet
-        texts = pyarrow.parquet.read_table(input, columns=["text"])["text"].drop_null().to_pylist()
-    else:
-        texts = [Path(input).read_text(encoding="utf-8", errors="replace")]
-    documents, left = [], max_bytes
-    for document in (text.encode() for text in texts):
-        documents.append(document[:left].decode(errors="ignore").encode())
-        left -= len(document)
-        if left <= 0:
-            break
+    source, documents, left = input_source(input, "text", 0) if input else python_source(0), [], max_bytes
+    for _, chunk in source.chunks():
+        text, offsets, *_ = chunk.read(*chunk.args)
+        for start, end in itertools.pairwise(offsets.tolist()):
+            documents.append(text[start:min(end, start + left)].tobytes().decode(errors="ignore").encode())
+            left -= end - start
+            if left <= 0:
+                return documents
     return documents
 
 
@@ -173,11 +164,9 @@ def pack(documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 def bench_encode() -> None:
     tok, documents = load_tokenizer(), read_documents()
-    encoding, text = tok.to_tiktoken(), b"".join(documents)
-    packed, string = pack([text]), text.decode()
-    measure("encode", "MB/s", len(text) / 1e6,
-            {"ours": lambda: tok.encode_documents(*packed)[0][1:],  # without <|endoftext|>
-             "tiktoken": lambda: encoding.encode_ordinary(string)},
+    encoding, text = tiktoken.get_encoding("r50k_base"), b"".join(documents).decode()
+    measure("encode", "MB/s", sum(map(len, documents)) / 1e6,
+            {"ours": lambda: tok.encode(text), "tiktoken": lambda: encoding.encode_ordinary(text)},
             agree=lambda ids: np.array_equal(*ids))
     if not importlib.util.find_spec("gigatoken"):
         return
@@ -210,8 +199,6 @@ def seconds_of(function, *args, **kwargs) -> Seconds:
 def write_parquet(path: Path, documents: list[bytes], size: int) -> int:
     """Copies of the documents, in row groups of about 5 MB like FineWeb's, until they have `size` bytes; each
     copy replaces one in 500 letters, which makes new rare words. Returns the bytes written."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     rng, (text, offsets) = np.random.default_rng(0), pack(documents)
     letters = np.flatnonzero((text >= ord("a")) & (text <= ord("z")))
     n_copies, group = -(-size // len(text)), max(1, len(documents) * 5_000_000 // len(text))
@@ -224,15 +211,9 @@ def write_parquet(path: Path, documents: list[bytes], size: int) -> int:
     return n_copies * len(text)
 
 
-@functools.cache
-def tiktoken_of_worker():
-    return load_tokenizer().to_tiktoken()
-
-
 def encode_row_group(path: str, group: int) -> list[np.ndarray]:
     """What build-nanogpt's workers do: tiktoken for each document, then a uint16 array."""
-    import pyarrow.parquet as pq
-    encoding, arrays = tiktoken_of_worker(), []
+    encoding, arrays = tiktoken.get_encoding("r50k_base"), []  # which tiktoken keeps
     for text in pq.ParquetFile(path).read_row_group(group, columns=["text"])["text"].to_pylist():
         tokens = [encoding.eot_token]
         tokens.extend(encoding.encode_ordinary(text))
@@ -241,7 +222,6 @@ def encode_row_group(path: str, group: int) -> list[np.ndarray]:
 
 
 def bench_shards() -> None:
-    import pyarrow.parquet as pq
     cores = available_cores()
     with (tempfile.TemporaryDirectory() as work,
           ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool):
@@ -250,7 +230,7 @@ def bench_shards() -> None:
         groups = range(pq.ParquetFile(path).metadata.num_row_groups)
 
         def ours():
-            run_python("fineweb.py", f"--input={path}", f"--data_dir={work}/shards")
+            run_python("fineweb.py", f"--input={path}", f"--data_dir={work}/shards", "--val_fraction=0")
             shutil.rmtree(f"{work}/shards")
 
         def baseline():
@@ -267,7 +247,7 @@ def bench_bpe_train() -> None:
     documents = read_documents()
     texts = [document.decode() for document in documents]
     step = -(-len(documents) // 16)  # 16 chunks, shared by the cores
-    chunks = [Chunk(Documents, (*pack(documents[i:i + step]), *[()] * (len(Documents._fields) - 2)))
+    chunks = [Chunk(Documents, (*pack(documents[i:i + step]), np.zeros(0, bool), 0, []))
               for i in range(0, len(documents), step)]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     char_of = dict(zip(byte_order(), sorted(byte_level.alphabet())))  # tokenizers writes bytes as characters
@@ -337,27 +317,6 @@ def bench_matmul() -> float:
     return measure("matmul", "TFLOP/s", 2 * n**3 / 1e12, {f"{dev.dtype}": multiply})
 
 
-def bench_loss() -> None:
-    if not hasattr(F, "linear_cross_entropy"):
-        print(f"loss      | torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has it", flush=True)
-        return
-    dev, N, V = resolve_device(device, dtype), batch_size * block_size, 50_304
-    x = torch.randn(N, n_embd, device=dev.device, dtype=dev.dtype, requires_grad=True)
-    weight = torch.empty(V, n_embd, device=dev.device, dtype=dev.dtype).normal_(std=0.02).requires_grad_()
-    targets = torch.randint(V, (N,), device=dev.device)
-    ours = torch.compile(linear_cross_entropy) if dev.type == "cuda" else linear_cross_entropy
-
-    def backward(function, *args):
-        loss = function(x, weight, targets, *args)
-        loss.backward()
-        return loss.item()  # waits for the device
-
-    measure("loss", "tok/s", N,
-            {"ours": lambda: backward(ours, dev.loss_chunk),
-             "F.linear_cross_entropy": lambda: backward(F.linear_cross_entropy)},
-            agree=lambda losses: np.allclose(*losses, rtol=1e-2))
-
-
 def optimizer_step(model, forward, batch_size: int, fused: bool, autocast):
     """A function that makes one step, always on the same batch, and returns its loss, forward(x, y)."""
     optimizer, = model.train().configure_optimizers("adamw", 0.1, 1e-4, (0.9, 0.95), fused)
@@ -397,25 +356,24 @@ def stock_loss(model, idx, targets):
     return F.cross_entropy(logits.view(B * T, -1), targets.view(-1))
 
 
-def stock_step(config, batch_size: int, device: str, dtype: str, compile: bool):
+def stock_step(config, batch_size: int, device: str, dtype: torch.dtype, compile: bool):
     """Without device.py, which also tunes the allocator."""
     model = random_model(config, device)
     loss = torch.compile(stock_loss, dynamic=False) if compile else stock_loss
-    autocast = functools.partial(torch.autocast, torch.device(device).type, dtype=getattr(torch, dtype),
-                                 enabled=dtype != "float32")
+    autocast = functools.partial(torch.autocast, torch.device(device).type, dtype=dtype,
+                                 enabled=dtype != torch.float32)
     return optimizer_step(model, functools.partial(loss, model), batch_size, compile, autocast)
 
 
 def bench_train() -> None:
     dev = resolve_device(device, dtype)
-    dtype_name = str(dev.dtype).removeprefix("torch.")
     config = GPTConfig(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     settings = config, batch_size, str(dev.device)
-    with (in_a_process(our_step, *settings, dtype_name) as ours,
-          in_a_process(stock_step, *settings, "float32", False) as eager,
-          in_a_process(stock_step, *settings, dtype_name, True) as compiled):
+    with (in_a_process(our_step, *settings, dtype) as ours,
+          in_a_process(stock_step, *settings, torch.float32, False) as eager,
+          in_a_process(stock_step, *settings, dev.dtype, True) as compiled):
         tok_s = measure("train", "tok/s", batch_size * block_size,
-                        {"ours": ours, "eager float32": eager, f"compiled {dtype_name}": compiled},
+                        {"ours": ours, "eager float32": eager, f"compiled {dev.dtype}": compiled},
                         agree=lambda losses: max(losses) - min(losses) < 0.02)
     tflops, matmul_tflops = GPT(config).flops_per_token(block_size) * tok_s / 1e12, bench_matmul()
     peak = dev.peak_tflops()
@@ -445,8 +403,7 @@ def bench_scale() -> None:
             tok_s = [float(line.split()[2]) for line in lines if line.split()[1] == "tok_s"]
             return Seconds(tokens / statistics.median(tok_s[5:]))  # the first steps compile
 
-        measure("scale", "tok/s", tokens, {"ours": lambda: train(2), "one process": lambda: train(1)},
-                n_turns=max(1, turns // 2))
+        measure("scale", "tok/s", tokens, {"ours": lambda: train(2), "one process": lambda: train(1)})
 
 
 def in_transformers(model):
@@ -496,8 +453,7 @@ def bench_generate() -> None:
     for B, baselines in ((1, {"a full forward per token": full}), (8, {})):
         measure("generate", "tok/s", B * max_new_tokens,
                 {"ours": functools.partial(ours, B), **baselines,
-                 f"transformers, batch {B}": functools.partial(transformers, B)},
-                agree, max(1, turns // 2))
+                 f"transformers, batch {B}": functools.partial(transformers, B)}, agree)
 
 
 def our_scores(config, examples, device: str, dtype: str):
@@ -528,23 +484,22 @@ def one_by_one(config, examples, device: str):
 
 def bench_hellaswag() -> None:
     dev, path = resolve_device(device, dtype), hellaswag.find_data(hellaswag_data, Ranks(), "hellaswag_data")
-    dtype_name = str(dev.dtype).removeprefix("torch.")
     examples = hellaswag.read_examples(path, load_tokenizer(), "completion")
     step = max(1, len(examples.items) // hellaswag_examples)
     examples = examples._replace(items=examples.items[::step][:hellaswag_examples])
     settings = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd), examples, str(dev.device)
-    rtol = 1e-4 if dtype_name == "float32" else 1e-2
-    with (in_a_process(our_scores, *settings, dtype_name) as ours,
+    rtol = 1e-4 if dev.dtype == torch.float32 else 1e-2
+    with (in_a_process(our_scores, *settings, dtype) as ours,
           in_a_process(one_by_one, *settings) as baseline):
         measure("hellaswag", "examples/s", len(examples.items),
-                {f"ours in {dtype_name}": ours, "one example per forward": baseline},
+                {f"ours in {dev.dtype}": ours, "one example per forward": baseline},
                 agree=lambda scores: np.allclose(*scores, rtol=rtol))
 
 
 BENCHES = {
     "encode": bench_encode, "shards": bench_shards, "bpe_train": bench_bpe_train, "loader": bench_loader,
-    "matmul": bench_matmul, "loss": bench_loss, "train": bench_train, "scale": bench_scale,
-    "generate": bench_generate, "hellaswag": bench_hellaswag,
+    "matmul": bench_matmul, "train": bench_train, "scale": bench_scale, "generate": bench_generate,
+    "hellaswag": bench_hellaswag,
 }
 
 

@@ -89,7 +89,7 @@ PAIR = {"files": [{"file": SHARD_NAME, "tokens": COUNT, "sha256": SHA256}], "emp
 STATE = {  # build.json
     "settings": {str: PLAIN}, "command": str, "identity": str, "source": {str: PLAIN}, "pairs": [PAIR]}
 NAMES = {"fineweb-edu": "edufineweb", "fineweb": "fineweb", "python": "python"}  # of the shards of a dataset
-WAYS = "delete the folder if you no longer need it, or give another --data_dir=..."
+REMEDY = "delete the folder if you no longer need it, or give another --data_dir=..."
 
 # ---- tokenizing, in a pool of processes ----------------------------------------
 
@@ -117,7 +117,7 @@ def encode_chunk(chunk: Chunk, tokenizer: str) -> Encoded:
 
 def work(pipe: Connection, tokenizer: str) -> None:
     """In a worker process: encode the chunks that come through the pipe, until the parent has gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as start_worker has it, but not on Windows
     with contextlib.suppress(EOFError, OSError):
         while True:
             chunk = pipe.recv()
@@ -135,7 +135,9 @@ def start_worker(tokenizer: str):
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, tokenizer), daemon=True)
-    process.start()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's alone, also
+    process.start()                                          # while a worker imports
+    signal.signal(signal.SIGINT, handler)
     theirs.close()  # the worker has the only copy: if it dies, recv on ours raises EOFError
     return process, ours
 
@@ -197,15 +199,16 @@ class Pair:
         self.counts = {split: [0, 0, 0] for split in SPLITS}  # documents, tokens, bytes of text
         self.empty = self.bad = 0
 
-    def add(self, done: Encoded, room: float) -> None:
+    def add(self, encoded: Encoded, room: float) -> None:
         """Take a chunk's documents, up to the one that brings `room` tokens."""
-        n = 1 + int(np.searchsorted(np.cumsum(done.tokens), room))
-        for split, chosen in zip(SPLITS, (~done.is_val[:n], done.is_val[:n])):
-            added = int(chosen.sum()), int(done.tokens[:n][chosen].sum()), int(done.sizes[:n][chosen].sum())
-            self.ids[split].append(done.ids[split][:added[1]])
+        n = 1 + int(np.searchsorted(np.cumsum(encoded.tokens), room))
+        tokens, sizes, is_val = encoded.tokens[:n], encoded.sizes[:n], encoded.is_val[:n]
+        for split, chosen in zip(SPLITS, (~is_val, is_val)):
+            added = int(chosen.sum()), int(tokens[chosen].sum()), int(sizes[chosen].sum())
+            self.ids[split].append(encoded.ids[split][:added[1]])
             self.counts[split] = [a + b for a, b in zip(self.counts[split], added)]
-        self.empty += done.empty
-        self.bad += len(done.bad)
+        self.empty += encoded.empty
+        self.bad += len(encoded.bad)
 
     def tokens(self) -> int:
         return sum(tokens for _, tokens, _ in self.counts.values())
@@ -228,7 +231,7 @@ class Build:
         if self.path.exists():
             self.state = self.read_state()
         elif others := [path.name for path in folder.iterdir() if self.is_taken(path.name)]:
-            raise UserError(f"{folder} already holds {min(others)}, which is not of this build; {WAYS}")
+            raise UserError(f"{folder} already holds {min(others)}, which is not of this build; {REMEDY}")
         self.pairs = self.state["pairs"]
         notes = self.path.name, self.manifest.name, RANK_FILE if ranks == 1 else ""  # not of other machines
         for path in folder.glob("*.*.tmp"):  # of a process that was killed while it wrote
@@ -241,12 +244,12 @@ class Build:
         try:
             state = read_json(self.path, STATE)
         except UserError as error:
-            raise UserError(f"{error}; {WAYS}") from error
-        have, wanted = state["settings"], self.settings
-        different = [f"{key}={have.get(key)}, not {wanted.get(key)}" for key in wanted | have
-                     if have.get(key) != wanted.get(key)]
-        if different:
-            raise UserError(f"{self.folder} holds a build by other settings: {'; '.join(different)}; {WAYS}")
+            raise UserError(f"{error}; {REMEDY}") from error
+        old, new = state["settings"], self.settings
+        differing = "; ".join(f"{key}={old.get(key)}, not {new.get(key)}" for key in new | old
+                              if old.get(key) != new.get(key))
+        if differing:
+            raise UserError(f"{self.folder} holds a build by other settings: {differing}; {REMEDY}")
         return state
 
     def is_taken(self, file: str) -> bool:
@@ -277,7 +280,7 @@ class Build:
         """Build the pairs that are missing, and the manifest."""
         if self.state["identity"] not in ("", source.identity):
             raise UserError(f"the build in {self.folder} began with other files: names, sizes or times "
-                            f"differ; bring them back, or {WAYS}")
+                            f"differ; bring them back, or {REMEDY}")
         self.state |= {"identity": source.identity, "source": source.facts}
         every = 0.5 if sys.stderr.isatty() else 60  # seconds; in a log, a line per minute is enough
         bar = tqdm(unit="B", unit_scale=True, mininterval=every, delay=1)
@@ -300,15 +303,15 @@ class Build:
         max_tokens = self.settings["max_tokens"] or math.inf
         tokens = sum(tokens for _, tokens, _ in self.counts(self.pairs[:k]).values())
         pair, writing = Pair(end[0]), None
-        for (unit, group, piece), done in results if tokens < max_tokens else ():
-            for reason in done.bad:
+        for (unit, group, piece), encoded in results if tokens < max_tokens else ():
+            for reason in encoded.bad:
                 if not skip_bad:
                     raise UserError(f"{reason}; fix or remove it, or leave out what is bad with --skip_bad")
                 bar.write(f"left out: {reason}", file=sys.stderr)
-            pair.add(done, max_tokens - tokens - pair.tokens())
+            pair.add(encoded, max_tokens - tokens - pair.tokens())
             end = unit, group, piece + 1
             bar.set_postfix_str(f"{tokens + pair.tokens():,} tokens", refresh=False)
-            bar.update(int(done.sizes.sum()))
+            bar.update(int(encoded.sizes.sum()))
             if pair.counts["train"][1] >= self.settings["shard_tokens"]:
                 if writing:
                     writing.result()
@@ -407,7 +410,7 @@ def verify_folder(folder: Path) -> None:
     for split in SPLITS:
         if documents[split] != manifest["splits"][split]["documents"]:
             raise UserError(f"{folder} has {documents[split]:,} {split} documents ({EOT_TEXT}), not the "
-                            f"{manifest['splits'][split]['documents']:,} of its manifest; {WAYS}")
+                            f"{manifest['splits'][split]['documents']:,} of its manifest; {REMEDY}")
     print(f"{folder} is complete: {len(manifest['files'])} shards, {manifest['tokens']:,} tokens, "
           f"{manifest['documents']:,} documents; sha256, counts and ids are as the manifest says; "
           f"{time.perf_counter() - began:.1f} s")
@@ -474,18 +477,18 @@ def build(**settings) -> None:
     downloads = folder / f"fineweb_downloads{part}"  # removed at the end, so no name that a user may have
     cores = available_cores() // env_number("LOCAL_WORLD_SIZE", 1)
     with locked(folder, "build", name=f".lock{part}"):
-        work = Build(folder, shards, decisive, command, settings["tokenizer"], rank, ranks)
-        revision = work.state["source"].get("revision", settings["revision"])  # the commit it began with
-        built = work.missing() is None
+        job = Build(folder, shards, decisive, command, settings["tokenizer"], rank, ranks)
+        revision = job.state["source"].get("revision", settings["revision"])  # the commit it began with
+        built = job.missing() is None
         try:
             if not built or local:  # what came from the hub needs no network once it is built
-                work.run(open_source(settings, downloads, revision, rank, ranks), settings["skip_bad"],
-                         settings["num_workers"] or min(16, max(1, cores)))
+                job.run(open_source(settings, downloads, revision, rank, ranks), settings["skip_bad"],
+                        settings["num_workers"] or min(16, max(1, cores)))
         except UserError as error:
             kept = ". What is done is kept: run the same command again, and it goes on"
-            raise UserError(f"{error}{kept if work.pairs else ''}") from error.__cause__
+            raise UserError(f"{error}{kept if job.pairs else ''}") from error.__cause__
         print(f"{folder} is already built by these settings" if built else
-              describe(read_json(work.manifest, {}), folder, time.perf_counter() - began))
+              describe(read_json(job.manifest, {}), folder, time.perf_counter() - began))
         shutil.rmtree(downloads, ignore_errors=True)
     print(f"next: python train_gpt2.py --data_dir={shlex.quote(str(folder))}")
 

@@ -5,7 +5,7 @@ Everything this repository measures on a CUDA GPU, in steps, for a GPU that is a
     make gpu MINUTES=6 GPU_DATA=gpu_data    # offline, installs nothing; again = the missing steps
     python gpu.py --device=cpu              # rehearsal: every step with tiny shapes
 
-machine            40 s   versions, bf16 matmul peak at 8192^3, the loss against F.linear_cross_entropy
+machine            40 s   versions, bf16 matmul peak at 8192^3
 speed_BATCH_SDPA   45 s   60 steps of 124M: median tok/s, MFU, peak memory, share of the matmul peak
 shakespeare       150 s   run B, until its target loss
 openstax4m         60 s   run A, all 2,848 steps
@@ -44,8 +44,8 @@ TINY = ("--n_layer=1 --n_head=1 --n_embd=32 --block_size=32 --batch_size=2 --bat
         "--warmup_steps=1 --val_tokens=64 --compile=false --dtype=float32").split()
 FIGURES = {  # name: pattern in a step's output; several matches become a list
     "torch": r"torch ([\d.]+)", "matmul_tflops": r"^matmul +\| +([\d.]+)",
-    "loss_ratio": r"^loss .*\| ([\d.]+)x", "sample_tok_s": r"([\d.,]+) tok/s per text",
-    "first_step": r"steps, starting at (\d+)", "flops_per_token": r"([\d,]+) FLOPs per token",
+    "sample_tok_s": r"([\d.,]+) tok/s per text", "first_step": r"steps, starting at (\d+)",
+    "flops_per_token": r"([\d,]+) FLOPs per token",
     "peak_memory_gb": r"peak memory ([\d.]+) GB", "dry_run_gb": r"training needs ([\d.]+) GB",
     "computed_peak_mib": r"^peak +([\d,]+)$", "hellaswag_seconds": r"acc_norm.*\| ([\d.]+) s$",
     **{word: rf"^(?:\d.*, )?(\d+) {word}.* in [\d.]+s" for word in ("passed", "failed", "skipped", "error")},
@@ -60,8 +60,7 @@ def train(name, *flags):
 def programme(left):
     """(name, limit in seconds, commands) of each step, made when it is reached and left() seconds remain."""
     cuda = device == "cuda"
-    shape = "--batch_size=32 --block_size=1024 --n_embd=768" if cuda else "--batch_size=1 --turns=1"
-    yield "machine", 80, [[PYTHON, "bench.py", "--only=matmul,loss", f"--device={device}", *shape.split()]]
+    yield "machine", 80, [[PYTHON, "bench.py", "--only=matmul", f"--device={device}"]]
     short = [f"--data_dir={data}/openstax", "--warmup_steps=10", "--val_interval=0", "--val_tokens=65536",
              "--hellaswag_interval=0", "--batch_tokens=65536"]  # a GPU's part of llm.c's 524,288 on 8
     for size, attention in ((64, "cudnn"), (64, "flash"), (32, "cudnn"), (32, "flash")):

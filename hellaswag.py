@@ -78,31 +78,29 @@ def find_data(data: str, ranks: Ranks, setting: str = "data") -> Path:
     All processes must call this. Raises UserError on all of them if any cannot read the file; the message
     names --`setting`.
     """
+    path = Path(data or PUBLIC_FILE)
     for my_turn in (ranks.master, not ranks.master):  # rank 0 first, as it may download
-        problems = ranks.gather(_problem_with(data, setting) if my_turn else "")
+        problems = ranks.gather(_problem_with(path, public=not data) if my_turn else "")
         if any(problems):
-            raise UserError(next(filter(None, problems)))
-    return Path(data) if data else PUBLIC_FILE
+            raise UserError(f"{next(filter(None, problems))}; give --{setting}=FILE, or put the public file "
+                            f"at {PUBLIC_FILE}")
+    return path
 
 
-def _problem_with(data, setting):
+def _problem_with(path, public):
     """Why this process cannot read the file, or ""."""
-    remedy = f"give --{setting}=FILE, or put the public file at {PUBLIC_FILE}"
     try:
-        if data:
-            with open(data, "rb"):
-                return ""
-        downloaded = not PUBLIC_FILE.is_file()
-        content = _download() if downloaded else PUBLIC_FILE.read_bytes()
-        if (digest := hashlib.sha256(content).hexdigest()) != SHA256:
-            return f"{URL if downloaded else PUBLIC_FILE} has sha256 {digest}, not {SHA256}; {remedy}"
-        if downloaded:
-            PUBLIC_FILE.parent.mkdir(exist_ok=True)
-            write_atomically(PUBLIC_FILE, content)
+        download = public and not path.is_file()
+        content = _download() if download else path.read_bytes()
+        if public and (digest := hashlib.sha256(content).hexdigest()) != SHA256:
+            return f"{URL if download else path} has sha256 {digest}, not {SHA256}"
+        if download:
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, content)
     except UserError as error:
-        return f"{error}; or {remedy}"
+        return str(error)
     except OSError as error:
-        return f"{error.filename}: {error.strerror}; {remedy}"
+        return f"{error.filename}: {error.strerror}"
     return ""
 
 
@@ -111,8 +109,7 @@ def _download():
 
     from hub import retry
     try:
-        return retry("HellaSwag", lambda: get_session().get(URL, timeout=30).raise_for_status().content,
-                     attempts=3)
+        return retry(URL, lambda: get_session().get(URL, timeout=30).raise_for_status().content, attempts=3)
     except UserError as error:  # its advice is for the hub
         raise UserError(f"HellaSwag could not be downloaded from {URL} ({error.__cause__})") from error
 
@@ -154,23 +151,23 @@ def read_examples(path: str | Path, tokenizer: Tokenizer, protocol: str, limit: 
     """
     content = Path(path).read_bytes()
     lines = [(number, line) for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
-    kept, texts = lines[:limit or None], []
+    kept, items, harness = lines[:limit or None], [], protocol == "harness"
     if not kept:
         raise UserError(f"{path}: no examples found; name another file")
     for number, line in kept:
         try:
-            texts.append(_read_line(line, f"{path}, line {number}", protocol))
+            context, endings, label = _read_line(line, f"{path}, line {number}", protocol)
         except UserError as error:
             raise UserError(f"{error}; fix or remove this line") from error
+        ids = _tokenize(context, endings, tokenizer, together=harness)
+        items.append(Example(*ids, [len(ending) for ending in endings], label))
     notes = {
         f"{path} is not the public file": hashlib.sha256(content).hexdigest() != SHA256,
         f"only the first {len(kept):,} of {len(lines):,} examples": len(kept) < len(lines),
         f"the tokenizer {tokenizer.name} is not GPT-2's": tokenizer.sha256 != GPT2_SHA256,
         "without ctx_a and ctx_b in the file, ctx is used":
-            protocol == "harness" and any(b'"ctx_a"' not in line for _, line in kept),
+            harness and any(b'"ctx_a"' not in line for _, line in kept),
     }
-    items = [Example(*ids, [len(text) for text in endings], label) for ids, (_, endings, label)
-             in zip(_tokenize(texts, tokenizer, together=protocol == "harness"), texts)]
     return Examples(protocol, items, [f"{reason}: not comparable with published numbers"
                                       for reason, applies in notes.items() if applies])
 
@@ -205,25 +202,15 @@ def clean_wikihow(text: str) -> str:
     return without_tags.replace("  ", " ")
 
 
-def _tokenize(texts, tokenizer, together):
-    """[(context, endings) in ids (int64)] of [(context, endings, label) in text], all in one call.
+def _tokenize(context, endings, tokenizer, together):
+    """(context, endings) in ids (int64).
 
     `together` encodes each ending after its context, whose trailing white space goes to the ending, and
     takes as the ending's tokens whatever follows as many tokens as the context has alone.
     """
-    documents = []
-    for context, endings, _ in texts:
-        stripped = context.rstrip() if together else context
-        start = context if together else ""
-        documents += [stripped, *(f"{start} {ending}" for ending in endings)]
-    encoded = [text.encode() for text in documents]
-    offsets = np.cumsum([0, *map(len, encoded)])
-    ids, edges = tokenizer.encode_documents(np.frombuffer(b"".join(encoded), np.uint8), offsets)
-    ids = [document[1:] for document in np.split(ids.astype(np.int64), edges[1:-1])]  # without EOT
-    tokens = []
-    for context, *endings in zip(*[iter(ids)] * (1 + N_ENDINGS)):
-        tokens.append((context, [ending[len(context):] if together else ending for ending in endings]))
-    return tokens
+    start = tokenizer.encode(context.rstrip() if together else context).astype(np.int64)
+    prefix, n = (context, len(start)) if together else ("", 0)
+    return start, [tokenizer.encode(f"{prefix} {ending}")[n:].astype(np.int64) for ending in endings]
 
 
 # ---- the score -----------------------------------------------------------------
@@ -339,11 +326,9 @@ def evaluate(model: GPT, examples: Examples, dev: Device, batch_tokens: int = 16
     if not np.isfinite(sums).all():
         raise UserError(f"{np.sum(~np.isfinite(sums))} of {sums.size} log-likelihoods are not finite; try "
                         f"--dtype=float32, or an earlier checkpoint")
-    if examples.protocol == "harness":
-        units = [example.characters for example in examples.items]
-    else:
-        units = [[min(len(ending), model.config.block_size) for ending in example.endings]
-                 for example in examples.items]
+    T, harness = model.config.block_size, examples.protocol == "harness"
+    units = [example.characters if harness else [min(len(ending), T) for ending in example.endings]
+             for example in examples.items]
     labels, n = [example.label for example in examples.items], len(sums)
     shares = [float((score.argmax(axis=1) == labels).mean()) for score in (sums, sums / units)]
     # standard error from the variance of the sample, as in lm-evaluation-harness

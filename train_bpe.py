@@ -4,7 +4,7 @@ Train a byte-level BPE vocabulary with GPT-2's pattern; the same merges as Huggi
     python train_bpe.py --input=books/,more.jsonl.gz --vocab_size=32768 --out=my.tiktoken
     python train_bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken    # the embedded corpus
 
-Reads text as fineweb.py does and writes a rank file (tiktoken's format) with one rank less than --vocab_size,
+Reads text as fineweb.py does and writes a rank file (tiktoken's format) of --vocab_size - 1 ranks,
 because <|endoftext|> is the last id and has no line. First come the 256 bytes in the order of GPT-2's file,
 then the merges. Prints what it read and wrote, and the command that builds token shards with it. 70 MB take
 about four seconds. Memory grows only with the distinct pieces of the text.

@@ -235,14 +235,14 @@ def test_a_chunk_of_all_rows_is_no_chunk():
         assert count_memory(GPT2_SMALL, 2, loss_chunk=chunk) == count_memory(GPT2_SMALL, 2)
 
 
-@pytest.mark.parametrize("how", [
+@pytest.mark.parametrize("options", [
     {}, {"loss_chunk": 1024}, {"activation_checkpointing": True},
     {"width": 4, "loss_chunk": 512, "activation_checkpointing": True, "optimizer": "muon"}])
 @pytest.mark.parametrize("card", [3, 6, 11.5, 24])
-def test_the_largest_batch_size_fits_and_the_next_does_not(how, card):
+def test_the_largest_batch_size_fits_and_the_next_does_not(options, card):
     divisors = [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96]
-    best = divisors.index(largest_batch_size(GPT2_SMALL, 96, card, **how))
-    needed = [count_memory(GPT2_SMALL, n, **how).card for n in divisors[best:best + 2]]
+    best = divisors.index(largest_batch_size(GPT2_SMALL, 96, card, **options))
+    needed = [count_memory(GPT2_SMALL, n, **options).card for n in divisors[best:best + 2]]
     assert best == 0 or needed[0] <= card * 2**30
     assert divisors[best] == 96 or needed[1] > card * 2**30
 

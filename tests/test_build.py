@@ -247,6 +247,22 @@ def test_a_killed_build_goes_on_and_is_identical(tmp_path, large_input):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ctrl_c_while_workers_import_is_one_message(tmp_path, large_input):
+    """A terminal sends it to the whole process group."""
+    flags = {"input": large_input, "num_workers": 2, "shard_tokens": 200_000}
+    for delay in (0.1, 0.3, 0.6):
+        process = subprocess.Popen(fineweb_command(tmp_path / "out", **flags), stderr=subprocess.PIPE,
+                                   text=True, start_new_session=True)
+        wait_for(lambda process=process: len(kill_build.children(process.pid)) == 2)
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130 and stderr.endswith("interrupted\n") and "Traceback" not in stderr
+    expected = contents(build(tmp_path / "undisturbed", **{**flags, "num_workers": 1}))
+    assert contents(build(tmp_path / "out", **flags)) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_killed_at_random_moments(tmp_path):
     """A few of what tests/kill_build.py does by the dozen."""
     corpus = kill_build.make_corpus(tmp_path / "in", 10)

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-import torch
 from training import ENVIRONMENT, PYTHON, ROOT
 
 import gpu
@@ -44,7 +43,6 @@ def test_rehearsal(tmp_path, tiny_data, questions):
     step = {record["step"]: record for record in records}
     assert all(record["seconds"] > 0 and record["commit"] and record["device"] == "cpu" for record in records)
     assert step["machine"]["matmul_tflops"] > 0 and "torch" in step["machine"]
-    assert ("loss_ratio" in step["machine"]) == hasattr(torch.nn.functional, "linear_cross_entropy")
     for name in STEPS[1:7]:
         assert step[name]["last_step"] == 4 and step[name]["first_step"] == 0
         assert step[name]["peak_memory_gb"] > 0

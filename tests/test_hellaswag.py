@@ -1,17 +1,16 @@
 """HellaSwag: scores against one example at a time, the texts of both protocols, bad files."""
 
 import hashlib
-import http.server
 import json
 import math
 import subprocess
 import sys
-import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hub_server import Fault, HubServer
 from training import ENVIRONMENT, ROOT, command
 
 import hellaswag
@@ -111,37 +110,19 @@ def test_scores_are_those_of_one_example_at_a_time(cpu, config, longest):
             assert share == np.mean(right) and result.n == 24
             assert error == pytest.approx(np.std(right, ddof=1) / math.sqrt(24))
     assert model.training
+    model.use_attention(plain_attention)  # gives nan where a query has no keys; torch's gives 0
+    np.testing.assert_allclose(evaluate(model, examples, cpu).log_likelihoods, sums, rtol=1e-5)
 
 
-def test_scores_are_in_the_dtype_of_the_device(cpu):
+def test_scores_are_in_the_dtype_of_the_device_and_finite(cpu):
     model, examples = sharp_model(), random_examples(8, 30)
     exact = evaluate(model, examples, cpu).log_likelihoods
     coarse = evaluate(model, examples, resolve_device("cpu", "bfloat16")).log_likelihoods
     assert not np.allclose(exact, coarse, rtol=1e-5)
     np.testing.assert_allclose(exact, coarse, rtol=0.1)
-
-
-def test_scores_that_are_not_finite_are_an_error(cpu):
-    model = sharp_model()
     model.transformer.ln_f.bias.data[0] = np.nan
     with pytest.raises(UserError, match="32 of 32 log-likelihoods are not finite"):
-        evaluate(model, random_examples(8, 30), cpu)
-
-
-def test_padding_is_harmless_with_plain_attention(cpu):
-    """A query without keys gives 0 in torch's attention and nan in the plain one."""
-    model, examples = sharp_model(), random_examples(24, 20)
-    one = evaluate(model, examples, cpu).log_likelihoods
-    model.use_attention(plain_attention)
-    np.testing.assert_allclose(evaluate(model, examples, cpu).log_likelihoods, one, rtol=1e-5)
-
-
-def test_scores_do_not_depend_on_the_order(cpu):
-    model, examples = sharp_model(), random_examples(24, 90)
-    order = np.random.default_rng(1).permutation(24)
-    shuffled = examples._replace(items=[examples.items[i] for i in order])
-    one, other = (evaluate(model, e, cpu, 300).log_likelihoods for e in (examples, shuffled))
-    np.testing.assert_allclose(other, one[order], rtol=1e-5)
+        evaluate(model, examples, cpu)
 
 
 def test_equal_endings_have_the_same_score_and_the_first_wins(cpu):
@@ -275,9 +256,7 @@ BAD = {
     "label of text": (record(label="4"), "label: '4', wanted a whole number"),
     "no label, as in the test set": (record(label=""), "label: ''"),
     "a list for a label": (record(label=[2]), "label: [2]"),
-    "label true": (record(label=True), "label: True"),
     "three endings": (record(endings=["a", "b", "c"]), "wanted a list of 4"),
-    "endings of text": (record(endings="abcd"), "endings: 'abcd', wanted a list of 4"),
     "a number for an ending": (record(endings=["a", "b", 3, "d"]), "endings, number 3: 3, wanted text"),
     "an empty ending": (record(endings=["a", " ", "c", "d"]), "the context or an ending has no text"),
     "an empty context": (record(ctx=" "), "the context or an ending has no text"),
@@ -302,16 +281,13 @@ def test_labels_may_be_text_as_in_the_hubs_copy(tmp_path):
     assert [item.label for item in read_examples(path, load_tokenizer(), "completion").items] == [0, 1, 2, 3]
 
 
-def test_an_ending_of_nothing_but_tags_is_empty_in_harness(tmp_path):
+def test_an_ending_of_nothing_but_tags_is_empty_in_harness_and_so_may_be_a_file(tmp_path):
     path = write(tmp_path / "a.jsonl", record(endings=["[step]", "b", "c", "d"]))
     assert read_examples(path, load_tokenizer(), "completion").items
     with pytest.raises(UserError, match=r"line 1: .* an ending has no text for the protocol harness; fix or"):
         read_examples(path, load_tokenizer(), "harness")
-
-
-def test_a_file_without_examples_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no examples"):
-        read_examples(write(tmp_path / "a.jsonl"), load_tokenizer(), "harness")
+        read_examples(write(path), load_tokenizer(), "harness")
 
 
 # ---- the public file -----------------------------------------------------------
@@ -319,31 +295,16 @@ def test_a_file_without_examples_is_an_error(tmp_path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Serves server.answer (status, body, claimed length) as the public file; the current folder is empty."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            status, body, length = server.answer
-            server.requests += 1
-            self.send_response(status)
-            self.send_header("Content-Length", str(length))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
+    """Serves the public file; the current folder is empty."""
     body = json.dumps(record()).encode() + b"\n"
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.requests, server.body, server.answer = 0, body, (200, body, len(body))
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    with HubServer({"val.jsonl": body}) as server:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/val.jsonl")
+        monkeypatch.setattr(hellaswag, "URL", f"{server.url}/datasets/{server.repo}/resolve/main/val.jsonl")
         monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(body).hexdigest())
         monkeypatch.setattr(hub, "FIRST_WAIT", 0.0)
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.delenv(name, raising=False)
         yield server
-        server.shutdown()
 
 
 def find_data(data="", ranks=None):
@@ -351,24 +312,23 @@ def find_data(data="", ranks=None):
 
 
 def test_the_public_file_is_downloaded_once(server, tmp_path):
+    server.faults += [Fault("drop", after=9)] * 2
     path = find_data()
-    assert path.as_posix() == "hellaswag/hellaswag_val.jsonl" and path.read_bytes() == server.body
-    assert find_data() == path and server.requests == 1
+    assert path.as_posix() == "hellaswag/hellaswag_val.jsonl"
+    assert path.read_bytes() == server.files["val.jsonl"]
+    assert find_data() == path and len(server.requests) == 3
     assert [p.name for p in (tmp_path / "hellaswag").iterdir()] == ["hellaswag_val.jsonl"]
     assert read_examples(path, load_tokenizer(), "harness").notes == []
 
 
-@pytest.mark.parametrize("answer, reason", [
-    ((200, b"another file", 12), hashlib.sha256(b"another file").hexdigest()),
-    ((404, b"", 0), "404"),
-    ((200, b"cut", 100), "complete message body"),
-    (None, "Connection refused"),  # the server is gone
-])
-def test_a_failed_download_leaves_nothing_and_says_what_to_do(server, tmp_path, answer, reason):
-    server.answer = answer
-    if answer is None:
-        server.shutdown()
-        server.server_close()
+@pytest.mark.parametrize("faults, reason", [
+    ([Fault("corrupt")], "val.jsonl has sha256 "), ([Fault("status", status=404)], "404"),
+    ([Fault("truncate", after=9)] * 3, "complete message body"), ([], "Connection refused")])
+def test_a_failed_download_leaves_nothing_and_says_what_to_do(server, tmp_path, faults, reason):
+    server.faults += faults
+    if not faults:
+        server.server.shutdown()
+        server.server.server_close()
     with pytest.raises(UserError) as error:
         find_data()
     for text in (reason, hellaswag.URL, "give --data=FILE, or put the public file at hellaswag/"):
@@ -381,7 +341,7 @@ def test_a_failed_write_leaves_nothing(server, tmp_path, monkeypatch):
         raise OSError(13, "Permission denied")
 
     monkeypatch.setattr("os.replace", no_rename)
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match=r"cannot write .*; give --data=FILE"):
         find_data()
     assert list((tmp_path / "hellaswag").iterdir()) == []
 
@@ -414,7 +374,7 @@ def test_an_existing_file_is_not_downloaded(server, tmp_path):
     write(tmp_path / "hellaswag" / "hellaswag_val.jsonl", record(), record())
     with pytest.raises(UserError, match=rf"_val.jsonl has sha256 .*, not {hellaswag.SHA256}; give --data"):
         find_data()
-    assert server.requests == 0
+    assert not server.requests
 
 
 # ---- the script ----------------------------------------------------------------

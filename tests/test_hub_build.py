@@ -282,7 +282,7 @@ def test_too_little_space_is_reported_first(server, tmp_path, monkeypatch):
         build(tmp_path / "some", max_tokens=1000)
         build(tmp_path / "all", max_tokens=10**12)
     assert needs[0] == (tmp_path / "out", size * 3 // 4 + size)
-    assert needs[1][1] < 0.6 * needs[0][1]  # less what is there already
+    assert needs[1][1] < 0.6 * needs[0][1]  # minus what is there already
     assert [need for _, need in needs[2:]] == [2000, size * 3 // 4]
     monkeypatch.setattr(hub, "list_files", lambda *_: (COMMIT, [hub.HubFile(FIRST, 10**15, "e" * 64)]))
     with pytest.raises(UserError, match=r"1750000\.00 GB, .* GB are free; .*--max_tokens"):
