@@ -1,5 +1,5 @@
 """
-GPT-2 to and from Hugging Face's format: OpenAI's weights in, your own models out. nanoGPT's checkpoints too.
+GPT-2 to and from Hugging Face's format: OpenAI's weights in, your own models out. Imports nanoGPT's too.
 
     python convert_hf.py --source=gpt2 --out_dir=log_gpt2           # import: log_gpt2/ckpt_0000000.pt
     python convert_hf.py --source=folder/ --out_dir=log_mine        # from a folder on this disk
@@ -8,30 +8,28 @@ GPT-2 to and from Hugging Face's format: OpenAI's weights in, your own models ou
 
 --source is gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded into the hub's cache: about 0.5, 1.5, 3.2 and
 6.4 GB), a folder with config.json and model.safetensors, or a checkpoint of nanoGPT or build-nanogpt. A path
-that holds a model takes precedence; openai-community/gpt2 always means the hub's. --out_dir is a new folder.
+that holds a model takes precedence over a name. --out_dir is a new folder.
 
-An export is what GPT2LMHeadModel and GPT2TokenizerFast load, with a model card and our rank file:
+An export is a folder that GPT2LMHeadModel and GPT2TokenizerFast load:
     config.json, generation_config.json
     model.safetensors       float32; lm_head is wte, without padding rows; matrices transposed (Conv1D)
     vocab.json, merges.txt, tokenizer.json, tokenizer_config.json
-    tokenizer.tiktoken      the rank file, from which the vocabulary is imported again
+    tokenizer.tiktoken      our rank file: to import a vocabulary other than GPT-2's, it must be there
     README.md               the model card: data, tokens, loss, how it was made, how to load it
-Imported again, it has the same weights bit for bit. Pruned heads become heads of zeros: the same logits. A
-model that is not GPT-2 is refused: Post-LN, or a changed model.py. In a text, <|endoftext|> is the special id
-for transformers and ordinary text here.
+Imported again, the weights are bit-identical. Pruned heads become heads of zeros: the same logits. Post-LN
+and a changed model.py are refused. In a text, <|endoftext|> is the special id for transformers and ordinary
+text here.
 
-An import needs GPT-2's architecture, and GPT-2's vocabulary or an export's rank file. No code of a checkpoint
-is run. Biases that a nanoGPT model lacks (bias=False) become zeros. nanoGPT's GELU is the exact one and ours
-OpenAI's tanh approximation, so its logits change by up to about 1e-3.
+Only GPT-2's architecture is imported, and no code of a checkpoint is run. Biases that a nanoGPT model lacks
+(bias=False) become zeros. nanoGPT's GELU is the exact one and ours OpenAI's tanh approximation, so the logits
+of its models change by up to about 1e-3.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -71,10 +69,11 @@ ORGANIZATION = "openai-community"  # their owner on the hub
 WEIGHTS = "model.safetensors"
 # stored as (in, out) there, as (out, in) by nn.Linear
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
 SIZE, ID = Between(1, 2**20), Between(0, 2**31)
 SHAPE = {"n_layer": Between(1, 1000), "n_head": SIZE, "n_embd": SIZE, "vocab_size": SIZE}
 # the settings of config.json that change the logits, with the values that are GPT-2's
-CONFIG = {"model_type": OneOf("gpt2"), **SHAPE, "n_positions": SIZE, "n_inner?": (None, SIZE),
+CONFIG = {"model_type": OneOf("gpt2"), **SHAPE, "n_positions": SIZE,
           "activation_function?": OneOf("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
           "layer_norm_epsilon?": OneOf(1e-5), "scale_attn_weights?": OneOf(True),
           "scale_attn_by_inverse_layer_idx?": OneOf(False), "add_cross_attention?": OneOf(False)}
@@ -82,31 +81,29 @@ TOKENIZER = {"model": {"vocab": {str: ID}}, "added_tokens?": [{"content": str, "
 NANOGPT = {**SHAPE, "block_size": SIZE, "bias?": bool, "dropout?": float}  # build-nanogpt lacks the last two
 
 
-# ---- import ----------------------------------------------------------------------
-
-
+# ---- import
 def load_any(source: str | Path) -> dict:
     """The state of a checkpoint, on the CPU, from a model of any kind; `checkpoint.build_model` builds it.
 
-    `source`: a checkpoint of ours (a file, a folder for its newest, or FOLDER:best), one of nanoGPT or
+    `source`: a checkpoint of ours (a file, a folder for its newest, or FOLDER:best), a file of nanoGPT or
     build-nanogpt, a folder with config.json and model.safetensors, or one of HUB_NAMES. An imported state has
     format, step (0), model, model_config, tokenizer and provenance, and no optimizers. Raises UserError.
     """
     path, name = Path(source), str(source).removeprefix(f"{ORGANIZATION}/")
     if (path / "config.json").is_file():
         return import_hf(path)
-    if name in HUB_NAMES and not holds_checkpoint(path):
+    if holds_checkpoint(path) and path.suffix not in (".json", ".safetensors"):
+        try:
+            return load_checkpoint(source)
+        except ForeignCheckpoint:
+            if not path.is_file():  # FOLDER:best; the error names the file
+                raise
+            return import_nanogpt(path)
+    if name in HUB_NAMES:
         repo = f"{ORGANIZATION}/{name}"
         return import_hf(_download(repo), f"hub: {repo}")
-    if not holds_checkpoint(path) or path.suffix in (".json", ".safetensors"):
-        raise UserError(f"{source}: not there or not a model; name a folder with config.json and {WEIGHTS}, "
-                        f"one of {', '.join(HUB_NAMES)}, or a checkpoint: a file, a log_dir or LOG_DIR:best")
-    try:
-        return load_checkpoint(source)
-    except ForeignCheckpoint:
-        with contextlib.suppress(pickle.UnpicklingError):  # it holds code: the first error says so
-            return import_nanogpt(path)
-        raise
+    raise UserError(f"{source}: not there or not a model; name a folder with config.json and {WEIGHTS}, "
+                    f"one of {', '.join(HUB_NAMES)}, or a checkpoint: a file, a log_dir or LOG_DIR:best")
 
 
 def _download(repo):
@@ -136,81 +133,72 @@ def _download(repo):
 def import_hf(folder: str | Path, origin: str = "") -> dict:
     """The state of `load_any` from a folder of Hugging Face's; `origin` goes into its provenance.
 
-    The model has as many rows in wte as the file, as rows of zeros would dominate GPT-2's softmax: its logits
-    are about -30 to -100.
+    wte keeps its number of rows: GPT-2's logits are about -30 to -100, so rows of zeros would dominate.
     """
     folder = Path(folder)
+    path, weights = folder / "config.json", folder / WEIGHTS
     try:
-        config = read_json(folder / "config.json", CONFIG)
-        check(config, {"n_inner?": (None, OneOf(4 * config["n_embd"]))}, str(folder / "config.json"))
+        config = read_json(path, CONFIG)
+        check(config, {"n_inner?": (None, OneOf(4 * config["n_embd"]))}, str(path))
     except UserError as error:
         raise UserError(f"{error}; only models of GPT-2's architecture can be imported") from error
     tokenizer = _read_tokenizer(folder)
-    files = sorted(folder.glob(WEIGHTS)) or sorted(folder.glob("model-*-of-*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: no {WEIGHTS}; if it has a .bin, convert that with transformers: "
-                        f"GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained('NEW_FOLDER')")
-    stored = {}
-    for file in files:
-        try:
-            part = load_file(file)
-        except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
-            raise UserError(f"{file}: corrupt ({error}); fetch it again") from error
-        if twice := stored.keys() & part.keys():
-            raise UserError(f"{file}: {min(twice)} is in another file too; remove those of the older save")
-        stored |= part
+    if not weights.is_file():
+        raise UserError(f"{folder}: no {WEIGHTS}; make one of a .bin or of several parts with transformers: "
+                        f"GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained('NEW_FOLDER', "
+                        f"max_shard_size='100GB')")
+    try:
+        stored = load_file(weights)
+    except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
+        raise UserError(f"{weights}: corrupt ({error}); fetch it again") from error
     return _imported(folder, {**config, "block_size": config["n_positions"]}, stored, tokenizer,
                      origin or str(folder.absolute()))
 
 
 def _read_tokenizer(folder):
     """The Tokenizer of the rank file in a folder, else GPT-2's. UserError if its vocabulary is another."""
-    path = folder / RANK_FILE
-    if exported := path.is_file():
+    if (path := folder / RANK_FILE).is_file():
         tokenizer = tokenizer_from_ranks(path.read_bytes(), folder.absolute().name)
-        if tokenizer.sha256 == GPT2_SHA256:
-            tokenizer.name = "gpt2"
-    else:
+    if not path.is_file() or tokenizer.sha256 == GPT2_SHA256:
         tokenizer = load_tokenizer("gpt2")
-    vocab = theirs = hf_vocabulary(tokenizer)
     if (path := folder / "tokenizer.json").is_file():
         saved = read_json(path, TOKENIZER)
-        theirs = saved["model"]["vocab"] | {token["content"]: token["id"]
-                                            for token in saved.get("added_tokens", [])}
+        vocab = saved["model"]["vocab"] | {token["content"]: token["id"]
+                                           for token in saved.get("added_tokens", [])}
     elif (path := folder / "vocab.json").is_file():
-        theirs = read_json(path, {str: ID})
-    if theirs != vocab:
-        raise UserError(f"{path}: not the vocabulary of {RANK_FILE} beside it; copy both from one export"
-                        if exported else
-                        f"{path}: not GPT-2's vocabulary, the only one that can be imported without its rank "
-                        f"file; if the model began as an export of convert_hf.py, copy {RANK_FILE} from that")
+        vocab = read_json(path, {str: ID})
+    else:
+        return tokenizer
+    if vocab != hf_vocabulary(tokenizer):
+        raise UserError(f"{path}: not the vocabulary of {RANK_FILE}, or without that file not GPT-2's; copy "
+                        f"both files from one export of convert_hf.py")
     return tokenizer
 
 
 def import_nanogpt(path: Path) -> dict:
     """The state of `load_any` from a checkpoint of nanoGPT or build-nanogpt, whose vocabulary is GPT-2's.
 
-    Runs none of its code (UnpicklingError): build-nanogpt's GPTConfig, a pickled class, is read as a
-    namespace.
+    Runs none of its code: the GPTConfig that build-nanogpt's script pickles is read as a namespace.
     """
-    classes = [(types.SimpleNamespace, name)
-               for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
-               if name.endswith(".GPTConfig")]
-    with torch.serialization.safe_globals(classes):
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        with torch.serialization.safe_globals([(types.SimpleNamespace, "__main__.GPTConfig")]):
+            saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # of any type, as the namespace may be given any state
+        raise UserError(f"{path}: refused, it holds more than tensors, plain values and the fields of a "
+                        f"GPTConfig, and loading that could run code; name another checkpoint") from error
     config = saved.get("model_args", saved.get("config")) if isinstance(saved, dict) else None
     if isinstance(config, types.SimpleNamespace):
         config = vars(config)
     if config is None:
-        raise UserError(f"{path}: not a checkpoint of train_gpt2.py, nanoGPT or build-nanogpt; of a .bin of "
-                        f"Hugging Face's make a {WEIGHTS} with transformers' save_pretrained")
+        raise UserError(f"{path}: not a checkpoint of train_gpt2.py, nanoGPT or build-nanogpt; if it is "
+                        f"Hugging Face's, name its folder")
     check(config, NANOGPT, f"{path}, model_args")
     if unknown := sorted(map(str, config.keys() - {name.rstrip("?") for name in NANOGPT})):
         raise UserError(f"{path}: {', '.join(unknown)}: only GPT-2's architecture can be imported")
     check(saved, {"model": {str: torch.Tensor}}, str(path))
     stored = saved["model"]
-    if config.get("bias") is False:
-        stored = {name: torch.zeros(shape) for name, shape in gpt2_shapes(config).items()
+    if config.get("bias") is False:  # expanded zeros take no memory, and the shapes are not checked yet
+        stored = {name: torch.zeros(1).expand(shape) for name, shape in gpt2_shapes(config).items()
                   if name.endswith(".bias")} | stored
     if "model_args" in saved:
         print("note: nanoGPT's GELU is the exact one, ours OpenAI's tanh approximation: the logits change by "
@@ -219,7 +207,8 @@ def import_nanogpt(path: Path) -> dict:
 
 
 def _imported(place, config, stored, tokenizer, origin, nn_linear=False):
-    """The state of `load_any` from the stored {name: tensor}, which must be GPT-2's of the sizes in `config`.
+    """The state of `load_any` from {name: tensor}. UserError unless they are GPT-2's of the sizes in `config`
+    and `tokenizer`.
 
     nn_linear: matrices are (out, in), as in our checkpoints.
     """
@@ -228,8 +217,10 @@ def _imported(place, config, stored, tokenizer, origin, nn_linear=False):
         name = stored_name.removeprefix("_orig_mod.").removeprefix("transformer.")
         if re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name):
             continue  # the causal mask, which older versions stored
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise UserError(f"{place}: {name} is {tensor.dtype}; convert it to float32, float16 or bfloat16")
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16) \
+                or tensor.layout != torch.strided or tensor.is_meta:
+            raise UserError(f"{place}: {name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; "
+                            f"convert it to a dense tensor of float32, float16 or bfloat16")
         tensors[name] = tensor.float()
 
     rows, n_vocab = config["vocab_size"], tokenizer.n_vocab
@@ -237,10 +228,10 @@ def _imported(place, config, stored, tokenizer, origin, nn_linear=False):
     if not n_vocab <= rows <= padded:
         raise UserError(f"{place}: vocab_size={rows}, but {tokenizer.name} needs {n_vocab} to {padded} rows; "
                         f"a vocabulary other than GPT-2's needs the {RANK_FILE} of an export")
-    head = tensors.pop("lm_head.weight", None)
     shapes = gpt2_shapes(config)
     if nn_linear:
         shapes = {name: shape[::-1] if name.endswith(CONV1D) else shape for name, shape in shapes.items()}
+    head = tensors.pop("lm_head.weight", None)
     _check_shapes(place, tensors, shapes, "fetch it again, or correct its config")
     if head is not None and not torch.equal(head, tensors["wte.weight"]):
         raise UserError(f"{place}: lm_head.weight is not wte.weight; in GPT-2 they are one matrix (tied), "
@@ -256,9 +247,7 @@ def _imported(place, config, stored, tokenizer, origin, nn_linear=False):
             "tokenizer": describe_tokenizer(tokenizer), "provenance": {"imported_from": origin}}
 
 
-# ---- what GPT-2 is ---------------------------------------------------------------
-
-
+# ---- what GPT-2 is
 def gpt2_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """{name: shape} of a GPT2Model's tensors; matrices are (in, out)."""
     C = config["n_embd"]
@@ -271,32 +260,32 @@ def gpt2_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_shapes(place, tensors, shapes, cure):
+def _check_shapes(place, tensors, shapes, advice):
     """UserError unless `tensors` have these names and shapes."""
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [f"{name}: {found.get(name, 'missing')}, GPT-2 has {shapes.get(name, 'none')}"
              for name in sorted(found.keys() | shapes.keys()) if found.get(name) != shapes.get(name)]
     if wrong:
-        raise UserError(f"{place}: {len(wrong)} tensors are not GPT-2's: {'; '.join(wrong[:6])}: {cure}")
+        raise UserError(f"{place}: {len(wrong)} tensors are not GPT-2's: {'; '.join(wrong[:6])}: {advice}")
 
 
 def check_architecture(model: GPT, tensors: dict[str, torch.Tensor]) -> None:
     """Raises UserError unless GPT2LMHeadModel with the exported `tensors` computes what `model` does.
 
-    model.py may have been changed. config.json cannot express that: transformers would load the tensors and
-    compute other logits.
+    config.json cannot express a change of model.py: transformers would load the tensors and compute other
+    logits.
     """
     config, T = model.config, model.config.block_size
-    cure = "model.py has been changed, and this format holds only GPT-2; undo the change to export"
+    advice = "model.py has been changed, and this format holds only GPT-2; undo the change to export"
     _check_shapes("this model", {name.removeprefix("transformer."): t for name, t in tensors.items()},
-                  gpt2_shapes(dataclasses.asdict(config) | {"vocab_size": config.n_vocab}), cure)
+                  gpt2_shapes(dataclasses.asdict(config) | {"vocab_size": config.n_vocab}), advice)
     idx = torch.randint(config.n_vocab, (1, T), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, theirs = model(idx), hf_logits(tensors, config.n_layer, config.n_head, idx)
     difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not difference <= 1e-4 * largest:  # rounding in float32 makes about 1e-6 of it
         raise UserError(f"transformers would compute other logits with these weights, by up to "
-                        f"{difference:.3g} where the largest is {largest:.3g}: {cure}")
+                        f"{difference:.3g} where the largest is {largest:.3g}: {advice}")
 
 
 def hf_logits(tensors: dict[str, torch.Tensor], n_layer: int, n_head: int, idx: torch.Tensor) -> torch.Tensor:
@@ -308,37 +297,31 @@ def hf_logits(tensors: dict[str, torch.Tensor], n_layer: int, n_head: int, idx: 
     def linear(x, name):  # Conv1D
         return x @ tensors[f"transformer.{name}.weight"] + tensors[f"transformer.{name}.bias"]
 
-    T = idx.size(1)
     wte = tensors["transformer.wte.weight"]
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)  # (T, T)
-    x = wte[idx] + tensors["transformer.wpe.weight"][:T]  # (B, T, C)
+    x = wte[idx] + tensors["transformer.wpe.weight"][: idx.size(1)]  # (B, T, C)
     for h in (f"h.{i}" for i in range(n_layer)):
         q, k, v = (part.unflatten(2, (n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
                    for part in linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").chunk(3, dim=2))
-        scores = (q @ k.mT / math.sqrt(q.size(3))).masked_fill(future, -math.inf)  # (B, nh, T, T)
-        x = x + linear((scores.softmax(dim=3) @ v).transpose(1, 2).flatten(2), f"{h}.attn.c_proj")
-        u = linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc")  # (B, T, 4C)
-        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))  # gelu_new
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
+        x = x + linear(y.transpose(1, 2).flatten(2), f"{h}.attn.c_proj")
+        u = F.gelu(linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc"), approximate="tanh")  # (B, T, 4C)
         x = x + linear(u, f"{h}.mlp.c_proj")
     return norm(x, "ln_f") @ wte.T  # (B, T, V)
 
 
-# ---- export ----------------------------------------------------------------------
+# ---- export
+def export_hf(state: dict, out_dir: str | Path, log_dir: Path | None = None) -> None:
+    """Write a checkpoint's model and tokenizer as the new folder `out_dir`.
 
-
-def export_hf(state: dict, out_dir: str | Path, log_dir: Path | None = None) -> list[str]:
-    """Write a checkpoint's model and tokenizer as the new folder `out_dir`; returns what a user should know.
-
-    log_dir: the folder of the run, whose records go into the model card. The folder appears by a rename, so
-    a killed export leaves none. Raises UserError if it exists and is not empty, if the model is not GPT-2, or
-    if the disk is full.
+    log_dir: the folder of the run, whose records go into the model card. `out_dir` appears by a rename, so a
+    killed export leaves none. UserError if it is not empty, the model is not GPT-2, or the disk is full.
     """
     out = check_out_dir(out_dir)
     model, tokenizer = build_model(state, "to export"), checkpoint_tokenizer(state)
-    config, facts = model.config, describe(state, log_dir)
+    config = model.config
     if config.norm_position != "pre":
-        raise UserError("this model is Post-LN (norm_position=post); Hugging Face's GPT-2 normalises before "
-                        "each block and after the last, so only Pre-LN can be exported")
+        raise UserError("this model is Post-LN (norm_position=post) and cannot be exported: Hugging Face's "
+                        "GPT-2 normalises before each block; train one with --norm_position=pre")
     tensors = _hf_tensors(config, state["model"])
     check_architecture(model, tensors)
     ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
@@ -355,7 +338,7 @@ def export_hf(state: dict, out_dir: str | Path, log_dir: Path | None = None) -> 
         "generation_config.json": _json({"pad_token_id": tokenizer.eot, **ids,
                                          "max_new_tokens": min(256, math.ceil(config.block_size / 2))}),
         **_tokenizer_files(tokenizer, config.block_size),
-        "README.md": model_card(out.name, facts).encode()}
+        "README.md": model_card(out.name, describe(state, log_dir)).encode()}
 
     incomplete = out.with_name(f".{out.name}.convert_hf.incomplete")
     try:
@@ -374,7 +357,6 @@ def export_hf(state: dict, out_dir: str | Path, log_dir: Path | None = None) -> 
                 shutil.rmtree(incomplete, ignore_errors=True)
     except OSError as error:
         raise not_written(out, error) from error
-    return [facts["Pruning"]] if "Pruning" in facts else []
 
 
 def check_out_dir(out_dir: str | Path) -> Path:
@@ -412,34 +394,37 @@ def _hf_tensors(config, weights):
 
 
 def describe(state: dict, log_dir: Path | None = None) -> dict[str, str]:
-    """{heading: fact} of what a checkpoint holds, and of the records of its run in `log_dir`."""
+    """{heading: fact} of a checkpoint and of the records of its run in `log_dir`, without absolute paths."""
     shape, run, made = (state.get(key, {}) for key in ("model_config", "config", "provenance"))
     n_params = sum(map(math.prod, gpt2_shapes(shape | {"vocab_size": shape["n_vocab"]}).values()))
-    step, loss = state.get("step", 0), state.get("val_loss")
-    log, commands = "", []
+    step, loss = state["step"], state.get("val_loss")
+    commands, bits = [], []
     if run and log_dir:
         starts = read_jsonl(log_dir / "runs.jsonl", {"start_step": int, "arguments": [str]})
-        commands = [start["arguments"] for start in starts if start["start_step"] == 0]
+        commands = [map(_without_folders, start["arguments"]) for start in starts if not start["start_step"]]
         log = read_text(log_dir / "log.txt") if (log_dir / "log.txt").exists() else ""
-    bits = re.findall(rf"^{step} val_bpb (\S+)$", log, re.MULTILINE)
+        bits = re.findall(rf"^{step} val_bpb (\d+\.?\d*)$", log, re.MULTILINE)
+    heads, all_heads = shape.get("heads"), shape["n_layer"] * shape["n_head"]
     facts = {
         "Model": f"GPT-2, {n_params:,} parameters: {shape['n_layer']} layers, {shape['n_head']} heads, width "
                  f"{shape['n_embd']}, context of {shape['block_size']:,} tokens",
+        "Pruning": heads and f"{all_heads - sum(heads)} of {all_heads} heads are pruned; exported, they are "
+                             f"zeros and take their full space",
         "Vocabulary": f"{state['tokenizer']['name']}, {shape['n_vocab']:,} ids",
-        "Imported from": made.get("imported_from"),
-        "Initial weights": run.get("init_from"),
+        "Imported from": _without_folders(made.get("imported_from", "")),
+        "Initial weights": _without_folders(run.get("init_from", "")),
         "Data": run and Path(run["data_dir"]).name,
-        "Data prepared with": run.get("prepare") and f"`{run['prepare']}`",
         "Tokens seen": run and f"{step * run['batch_tokens']:,} in {step:,} steps",
         "Validation loss": loss and f"{loss:.4f} nats per token"
                            + (f", {float(bits[-1]):.4f} bits per byte" if bits else ""),
         "Command": commands and f"`{shlex.join(['python', 'train_gpt2.py', *commands[-1]])}`",
         "Made with": ", ".join(f"{key} {made[key]}" for key in ("git", "torch", "device") if key in made)}
-    if heads := shape.get("heads"):
-        total = shape["n_layer"] * shape["n_head"]
-        facts["Pruning"] = (f"{total - sum(heads)} of {total} heads are pruned; an export has zeros in their "
-                            f"place: the same logits, in the size of the dense model")
     return {heading: fact for heading, fact in facts.items() if fact}
+
+
+def _without_folders(text):
+    """A path or --key=path, reduced to the name if the path is absolute: model cards are published."""
+    return "=".join(Path(part).name if Path(part).is_absolute() else part for part in text.split("="))
 
 
 def model_card(name: str, facts: dict[str, str]) -> str:
@@ -469,23 +454,16 @@ print(generator("{EOT_TEXT}Hello", max_new_tokens=20)[0]["generated_text"])
 """
 
 
-# ---- vocabularies ----------------------------------------------------------------
-
-
-def byte_characters() -> list[str]:
-    """The character that stands for each byte in GPT-2's vocab.json: itself, if Latin-1 prints it, else the
-    next one from U+0100 on, so that no token contains spaces or control characters."""
-    order = byte_order()
-    printed = order.index(0)  # 0 is the first byte that has no character of its own
-    characters = {byte: chr(byte if i < printed else 256 + i - printed) for i, byte in enumerate(order)}
-    return [characters[byte] for byte in range(256)]
-
-
+# ---- vocabularies
 def hf_vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    """{token in byte_characters: id} of vocab.json, <|endoftext|> last."""
-    characters = byte_characters()
-    return {"".join(characters[byte] for byte in token): i for i, token in enumerate(tokenizer.tokens[:-1])
-            } | {EOT_TEXT: tokenizer.eot}
+    """{token: id} of vocab.json, <|endoftext|> last. Each byte of a token stands there as one character:
+    itself if Latin-1 prints it, else the next one from U+0100 on, so without spaces and control characters.
+    """
+    order = byte_order()
+    printed = order.index(0)  # the first byte that has no character of its own
+    characters = {byte: chr(byte if i < printed else 256 + i - printed) for i, byte in enumerate(order)}
+    texts = (token.decode("latin-1").translate(characters) for token in tokenizer.tokens[:-1])
+    return {text: i for i, text in enumerate(texts)} | {EOT_TEXT: tokenizer.eot}
 
 
 def derive_merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
@@ -512,13 +490,12 @@ def derive_merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
 
 def _tokenizer_files(tokenizer, block_size):
     """{name: bytes} of the files of a tokenizer."""
-    vocab, characters = hf_vocabulary(tokenizer), byte_characters()
-    merges = [" ".join("".join(characters[byte] for byte in part) for part in pair)
-              for pair in derive_merges(tokenizer.tokens[:-1])]
+    vocab = hf_vocabulary(tokenizer)
+    text = dict(zip(tokenizer.tokens, vocab))  # {token: as in vocab.json}
+    merges = [f"{text[left]} {text[right]}" for left, right in derive_merges(tokenizer.tokens[:-1])]
     if len(vocab) < tokenizer.n_vocab or len(merges) < tokenizer.n_vocab - 257:
         raise UserError(f"vocabulary {tokenizer.name} has tokens that no merge makes, or a rank for "
-                        f"{EOT_TEXT}; vocab.json and merges.txt cannot express that, so a model with this "
-                        f"vocabulary cannot be exported")
+                        f"{EOT_TEXT}; a model with it cannot be exported")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     special = {"id": tokenizer.eot, "content": EOT_TEXT, "single_word": False, "lstrip": False,
                "rstrip": False, "normalized": False, "special": True}
@@ -527,9 +504,9 @@ def _tokenizer_files(tokenizer, block_size):
         "vocab.json": _json(vocab),
         "merges.txt": "".join(f"{line}\n" for line in ["#version: 0.2", *merges]).encode(),
         "tokenizer.json": _json({
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [special],
-            "normalizer": None, "pre_tokenizer": {**byte_level, "trim_offsets": True},
-            "post_processor": byte_level, "decoder": byte_level,
+            "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+            "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
+            "added_tokens": [special],
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
                       "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
                       "ignore_merges": False, "vocab": vocab, "merges": merges}}),
@@ -539,28 +516,25 @@ def _tokenizer_files(tokenizer, block_size):
             "clean_up_tokenization_spaces": False})}
 
 
-# ---- the script ------------------------------------------------------------------
-
-
+# ---- the script
 def main() -> None:
     if bool(source) == bool(checkpoint) or not out_dir:
-        raise UserError("give --source or --checkpoint, and --out_dir:\n"
-                        "    python convert_hf.py --source=gpt2 --out_dir=log_gpt2       # import\n"
-                        "    python convert_hf.py --checkpoint=log --out_dir=gpt2_hf     # export")
-    out = check_out_dir(out_dir)
-    state, log_dir, written = load_any(source or checkpoint), None, out
+        raise UserError("give --source=MODEL to import it or --checkpoint=LOG_DIR to export it, and "
+                        "--out_dir=NEW_FOLDER")
+    out = written = check_out_dir(out_dir)
+    state, log_dir = load_any(source or checkpoint), None
     if checkpoint:
         path, _ = split_best(checkpoint)
         log_dir = path if path.is_dir() else path.parent
         export_hf(state, out, log_dir)
-    else:
-        if "imported_from" not in state.get("provenance", {}):
-            raise UserError(f"source={source} is a checkpoint of train_gpt2.py already; to export it, type "
-                            f"--checkpoint={shlex.quote(source)}")
+    elif "imported_from" in state.get("provenance", {}):
         check_out_dir(out).mkdir(parents=True, exist_ok=True)  # once more, as a download takes long
         written = save_checkpoint(out, 0, state)
+    else:
+        raise UserError(f"source={source} is a checkpoint of train_gpt2.py already; to export it, type "
+                        f"--checkpoint={shlex.quote(source)}")
     for heading, fact in describe(state, log_dir).items():
-        print(f"{heading + ':':19} {fact}")
+        print(f"{heading + ':':16} {fact}")
     print(f"wrote {written}; try it: python generate.py --checkpoint={shlex.quote(out_dir)} --prompt=Hello")
 
 
