@@ -335,9 +335,9 @@ def _load_file(path):
                 raise ValueError("compressed, and torch would map it as it is")
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ForeignCheckpoint(f"checkpoint {path}: refused, it holds more than tensors and plain values "
-                                f"({str(error).partition(chr(10))[0]}), and loading that could run code; "
-                                f"name one that train_gpt2.py wrote") from error
+        raise ForeignCheckpoint(f"checkpoint {path}: refused, it holds more than tensors and plain values, "
+                                f"and loading that could run code; name one that train_gpt2.py wrote"
+                                ) from error
     except Exception as error:  # zipfile and torch raise a dozen types on corrupt bytes
         raise UserError(f"checkpoint {path}: corrupt, or not a checkpoint "
                         f"({type(error).__name__}: {str(error).partition(chr(10))[0]})") from error
