@@ -12,7 +12,7 @@ import pytest
 from training import PYTHON, ROOT, arguments
 
 NOTEBOOK = json.loads((ROOT / "notebooks" / "demo.ipynb").read_text(encoding="utf-8"))
-TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "batch_tokens": 128,
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "batch_size": 4, "batch_tokens": 256,
         "max_steps": 4, "warmup_steps": 1, "val_interval": 2, "val_tokens": 512, "checkpoint_interval": 2,
         "sample_interval": 0, "compile": "false", "device": "cpu", "dtype": "float32"}
 PYTHON_TEXT = """#!/bin/sh
@@ -70,7 +70,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch, capfd):
         source = "".join(cell["source"]).replace('REPOSITORY = ""', 'REPOSITORY = "URL"')
         exec(compile(as_python(source), cell["id"], "exec"), names)
         if cell["id"] == "install":  # no download: this text, in place of Shakespeare's
-            text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "bpe.py"))
+            text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "ranks.py"))
             Path("shakespeare.txt").write_text(text, encoding="utf-8")
     assert Path.cwd() == tmp_path / "gpt2"
     commands = log.read_text(encoding="utf-8").splitlines()
