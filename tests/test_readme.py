@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def shown_commands(text):
     return [re.sub(r"\s+#\s.*", "", line).strip() for line in lines if line.strip()]
 
 
-SOURCES = ["README.md", "RESULTS.md", *(p.name for p in ROOT.glob("*.py")),
+SOURCES = ["README.md", "RESULTS.md", "CONTRIBUTING.md", *(p.name for p in ROOT.glob("*.py")),
            *(f"config/{p.name}" for p in (ROOT / "config").glob("*.py"))]
 COMMANDS = [(name, command) for name in SOURCES if (ROOT / name).exists()
             for command in shown_commands((ROOT / name).read_text(encoding="utf-8").split('"""\nimport')[0])]
@@ -70,11 +71,10 @@ def test_nothing_is_left_to_fill_in_and_links_lead_somewhere():
 
 
 def test_every_dependency_has_its_reason():
-    for name in ("requirements.txt", "requirements-dev.txt"):
-        for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
-            if not line.startswith("-r"):
-                package = re.match(r"[a-z_0-9-]+", line)[0]
-                assert re.search(rf"^\| `{package}` \|", README, re.M), f"{package} is not in the README"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        package = re.match(r"[a-z_0-9-]+", line)[0]
+        assert re.search(rf"^\| `{package}` \|", README, re.M), f"{package} is not in the README"
 
 
 def test_every_open_names_its_encoding():
