@@ -16,7 +16,8 @@ from configurator import UserError, configure
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MANUAL = {f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}
-FOREIGN = ("max-restarts", "nnodes")  # torchrun's
+FOREIGN = ("max-restarts", "nnodes")  # torchrun's flags
+PROGRAMS = ("git", "cd", "python3", "source", ".", "echo", "python", "sh", "export", "hf")  # not ours
 
 
 def shown_commands(text):
@@ -46,7 +47,7 @@ def test_commands_parse(source, command, monkeypatch):
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
             assert re.search(rf"^{words[1] if len(words) > 1 else 'help'}:", makefile, re.M)
         else:
-            assert words[0] in ("git", "cd", "python3", "source", ".", "echo", "python", "sh", "export", "hf"), part
+            assert words[0] in PROGRAMS, part
 
 
 def test_there_are_commands_to_parse():
