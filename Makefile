@@ -4,18 +4,22 @@ PYTHON ?= python3
 PREFIX := $(shell $(PYTHON) -c 'import sys; print(sys.prefix)')
 RUN_STAMP := $(PREFIX)/.gpt2-requirements
 DEV_STAMP := $(PREFIX)/.gpt2-requirements-dev
+# pip, or uv for an environment that uv made, without pip; a torch that is there already is kept
+INSTALL = $(shell $(PYTHON) -c 'import sys; from importlib.util import find_spec as has; \
+	print("$(PYTHON) -m pip install" if has("pip") else f"uv pip install --python={sys.executable}", \
+	*([] if has("torch") else ["-c constraints.txt"]))')
 
 .PHONY: help install vocabulary demo prepare prepare-small test lint bench gpu gpu-data doctor compare experiment-norm
 
 help:  ## print this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(RUN_STAMP): requirements.txt
-	$(PYTHON) -m pip install -r requirements.txt
+$(RUN_STAMP): pyproject.toml
+	$(INSTALL) .
 	touch $@
 
-$(DEV_STAMP): requirements-dev.txt requirements.txt
-	$(PYTHON) -m pip install -r requirements-dev.txt
+$(DEV_STAMP): pyproject.toml constraints.txt
+	$(INSTALL) '.[dev]'
 	touch $@
 
 install: vocabulary  ## install what running needs, and fetch GPT-2's vocabulary

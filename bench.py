@@ -515,7 +515,7 @@ def main() -> None:
         try:
             BENCHES[name]()
         except ImportError as error:
-            raise UserError(f"{name} needs the package {error.name}: pip install -r requirements-dev.txt, or "
+            raise UserError(f"{name} needs the package {error.name}: pip install .[dev], or "
                             f"leave it out with --only=...") from error
 
 

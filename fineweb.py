@@ -445,6 +445,23 @@ def open_source(settings: dict, downloads: Path, revision: str, rank: int, ranks
                       settings["max_tokens"], downloads, rank, ranks)
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path):
+    """Make the folder, and remove it again if this block fails before a byte is in it."""
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} ({error.strerror}); give another --data_dir"
+                        ) from error
+    try:
+        yield
+    except BaseException:
+        if made and not any(path.is_file() and path.stat().st_size for path in folder.rglob("*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def build(**settings) -> None:
     """Build or verify data_dir; the arguments are the settings at the top of this file. Raises UserError."""
     began, folder, name = time.perf_counter(), Path(settings["data_dir"]), settings["dataset"]
@@ -459,12 +476,6 @@ def build(**settings) -> None:
     if ranks > 1 and (settings["max_tokens"] or (name == "python" and not settings["input"])):
         raise UserError("several machines share files, and all of their tokens: leave out --max_tokens and "
                         "--dataset=python, or run this on one machine")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder} ({error.strerror}); give another --data_dir"
-                        ) from error
-
     unused = ("dataset", "subset", "revision") if settings["input"] else ("input",)
     flags = {key: value for key, value in settings.items() if key not in (*unused, "verify")}
     launcher = ["torchrun", f"--nnodes={ranks}"] if ranks > 1 else ["python"]
@@ -476,7 +487,7 @@ def build(**settings) -> None:
     part = manifest_name(rank, ranks, "").removesuffix(".json")  # of this machine
     downloads = folder / f"fineweb_downloads{part}"  # removed at the end, so no name that a user may have
     cores = available_cores() // env_number("LOCAL_WORLD_SIZE", 1)
-    with locked(folder, "build", name=f".lock{part}"):
+    with new_folder(folder), locked(folder, "build", name=f".lock{part}"):
         job = Build(folder, shards, decisive, command, settings["tokenizer"], rank, ranks)
         revision = job.state["source"].get("revision", settings["revision"])  # the commit it began with
         built = job.missing() is None

@@ -8,7 +8,7 @@ GPT-2: its configuration, the model and its loss, optimizer groups, and counts o
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. Layers are named as
 in OpenAI's release, so that its weights load by name (its matrices are stored transposed).
 
-To change the model, edit this file: README.md, "Change the model", has examples. Training, checkpoints and
+To change the model, edit this file; docs/change_the_model.md has examples. Training, checkpoints and
 generation use the names transformer.wte, transformer.h, attn.attention and lm_head, fsdp also ln_1 and ln_2.
 
 Shapes: B batch, T tokens, C n_embd, nh n_head, hs head size C/nh, S tokens attended to (cached + T), V

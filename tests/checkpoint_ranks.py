@@ -8,7 +8,6 @@ Runs the functions named, with their arguments; process 0 prints a line of JSON 
 
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 
@@ -108,6 +107,8 @@ def resume(folder, source):
 
 def fail(folder):
     """Saves that succeed, find the disk full, succeed: the errors of all processes, the names on disk."""
+    import resource  # Windows has none
+
     model, optimizers = build(sharded=True)
     writer, seen = CheckpointWriter(folder, 2, master=dist.get_rank() == 0), []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import pickle
-import resource
 import shutil
 import stat
 import threading
@@ -173,6 +172,7 @@ def test_not_a_checkpoint_of_ours(tmp_path):
     ("rotary", True, "rotary"),
 ])
 def test_a_wrong_model_config_is_refused_before_memory_is_taken(state, tmp_path, key, value, words):
+    resource = pytest.importorskip("resource")
     state["model_config"][key] = value
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=rf"(?s)ckpt_0000001\.pt.*{words}"):
@@ -361,6 +361,7 @@ def test_a_folder_that_cannot_be_synced(state, tmp_path, monkeypatch, code):
 
 def test_a_full_disk_in_the_middle_of_the_tensors(state, tmp_path):
     """torch's zip writer makes it a RuntimeError. Here the kernel refuses the write, as a full disk does."""
+    resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:

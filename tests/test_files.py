@@ -1,7 +1,6 @@
 """files.py: what is read is what the schema says, and what is written is complete or not there."""
 
 import errno
-import fcntl
 import json
 import math
 import os
@@ -105,6 +104,7 @@ def test_locks_of_several_machines(tmp_path):
 
 def test_a_lock_whose_holder_has_just_left(tmp_path, monkeypatch, capsys):
     """Between open and flock its file is removed, or replaced: the lock is then taken on a new file."""
+    fcntl = pytest.importorskip("fcntl")
     flock, left = fcntl.flock, ["removed", "replaced"]
 
     def late(file, how):

@@ -441,7 +441,11 @@ def test_bad_input_is_named_and_nothing_is_left(tmp_path, name, content, flags, 
         build(tmp_path / "out", **{"input": path, **flags})
     for word in words:
         assert word in str(error.value)
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()  # a folder of the user's stays
+    with pytest.raises(UserError):
+        build(tmp_path / "out", **{"input": path, **flags})
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_bad_line_of_a_later_chunk_has_its_number(tmp_path, monkeypatch):

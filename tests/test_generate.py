@@ -317,7 +317,7 @@ def test_no_checkpoint_at_all(tmp_path):
         run(tmp_path)
 
 
-def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_manuals_example_runs(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     model, tok = GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)), load_tokenizer()
     (tmp_path / "log_demo").mkdir()
@@ -325,7 +325,8 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys):
         "step": 0, "model": model.state_dict(), "model_config": describe_model(model),
         "tokenizer": describe_tokenizer(tok)})
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    manual = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", manual, re.DOTALL)
     block, = (block for block in blocks if "generate" in block)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "evaluate.md", "exec"), {})
     assert capsys.readouterr().out.count("torch.Size([2, 50257])") == 50

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -134,6 +133,7 @@ def test_unusual_names_are_names(server):
 
 def test_a_listing_of_a_gigabyte(server):
     """It is refused at the limit, and the memory stays near that."""
+    resource = pytest.importorskip("resource")
     server.faults += [Fault("flood", match="/api/")]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="more than 33,554,432 bytes"):
@@ -218,6 +218,7 @@ def test_corrupt_contents_are_found_by_the_hash(server, tmp_path, name, capsys):
 
 
 def test_a_full_disk_is_named_at_once(server, tmp_path):
+    resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:

@@ -287,6 +287,19 @@ def test_too_little_space_is_reported_first(server, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "list_files", lambda *_: (COMMIT, [hub.HubFile(FIRST, 10**15, "e" * 64)]))
     with pytest.raises(UserError, match=r"1750000\.00 GB, .* GB are free; .*--max_tokens"):
         build(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_build_without_a_byte_leaves_no_folder(server, tmp_path, monkeypatch):
+    def fetch(repo, commit, file, folder):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{file.etag}.incomplete").touch()
+        raise UserError("no network")
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    with pytest.raises(UserError, match="no network"):
+        build(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- interrupted ---------------------------------------------------------------

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import termios
 
 import pytest
 from training import (
@@ -199,6 +198,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(flags, tm
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
 def test_a_bar_in_a_terminal(flags, tmp_path):
     """With the time left of the run, and other lines above it."""
+    termios = pytest.importorskip("termios")
     ours, theirs = os.openpty()
     termios.tcsetwinsize(ours, (24, 120))
     process = subprocess.Popen(command(flags, log_dir=tmp_path / "log"), stdout=theirs, stderr=theirs,
