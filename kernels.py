@@ -78,7 +78,7 @@ class Linear(nn.Linear):
 
     MKL uses one thread for x @ weight.T with up to about 16 rows. With the operands swapped, or for a single
     row with the weight split into two halves, it uses all threads and reads the weights up to four times as
-    fast (RESULTS.md).
+    fast (docs/log.md).
     """
 
     def forward(self, x):
