@@ -696,11 +696,12 @@ def check(tokenizer: str) -> None:
     """Print where a vocabulary is and one encoded line, and compare its ids with tiktoken's."""
     tok = load_tokenizer(tokenizer)
     probe = "Hello, world! It's 2024: na\u00efve caf\u00e9, \u6771\u4eac.\n\n    return <|endoftext|>"
-    ids = tok.encode(probe).tolist()
     path = cache_file() if tokenizer == "gpt2" else Path(tokenizer).resolve()
     print(f"rank file   {path}, {len(tok.rank_file):,} bytes")
     print(f"sha256      {tok.sha256} ({'ok, GPT-2' if tok.sha256 == GPT2_SHA256 else 'not GPT-2'})")
     print(f"vocabulary  {tok.name}, {tok.n_vocab:,} ids, {EOT_TEXT} = {tok.eot}")
+    print("kernels     compiled the first time, which takes about half a minute", flush=True)
+    ids = tok.encode(probe).tolist()
     print(f"probe       {probe!r} -> {ids}")
     assert ids == tok.to_tiktoken().encode_ordinary(probe), "these are not tiktoken's ids"
     assert tok.decode(ids) == probe, "the ids decode to another text"

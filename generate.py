@@ -6,6 +6,7 @@ Sample text from a checkpoint, or compute how likely a text is under it.
     python generate.py --prompt=FILE:story.txt --temperature=0    # the prompt is a file's text; greedy
     echo "import os" | python generate.py --prompt=-              # the prompt is standard input
     python generate.py --prompts=lines.txt                        # one prompt per line, all in one batch
+    python generate.py --interactive                              # type a line, get text; Ctrl-D ends
     python generate.py --text=book.txt                            # perplexity and bits per byte of a text
 
 --checkpoint is a file, a folder (its newest checkpoint), FOLDER:best (its lowest val loss), or a Hugging Face
@@ -22,11 +23,13 @@ token ln of the model's own probability, before temperature, top_k and top_p.
 """
 
 import codecs
+import contextlib
 import itertools
 import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +45,7 @@ from files import read_text
 checkpoint: PathName = ""  # a file, a folder, FOLDER:best, gpt2, ...; empty = the newest under log*/
 prompt = ""  # text, FILE:path, or - for standard input; empty = the beginning of a document
 prompts: PathName = ""  # a text file with one prompt per line, instead of --prompt
+interactive = False  # read prompts from the terminal, one per line, until Ctrl-D; the model stays loaded
 num_samples: Between(1, 10_000) = 2  # samples of each prompt, drawn as one batch
 max_new_tokens: Between(1, 1_000_000) = 200  # tokens per sample at most
 temperature: Between(0, 1000) = 0.8  # 0 = greedy; 1 = the model's own probabilities
@@ -72,6 +76,13 @@ def read_prompts() -> list[str]:
     if prompt.startswith("FILE:"):
         return [read_text(Path(prompt.removeprefix("FILE:")).expanduser())]
     return [prompt]
+
+
+def typed_lines() -> Iterator[list[str]]:
+    """A batch of one prompt for each line that is typed, until Ctrl-D."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield [input("> ")]
 
 
 def encode_document(tok, text: str) -> np.ndarray:
@@ -172,10 +183,10 @@ def score(model, tok, dev, content: str) -> None:
 
 def main() -> None:
     check_sampling(temperature, top_k, top_p)  # Between lets top_p=0 through
-    if sum(map(bool, (prompt, prompts, text))) > 1:
-        raise UserError("give only one of --prompt, --prompts and --text")
-    texts = [read_text(text)] if text else read_prompts()  # before anything slow
-    if text and not texts[0]:
+    if sum(map(bool, (prompt, prompts, interactive, text))) > 1:
+        raise UserError("give only one of --prompt, --prompts, --interactive and --text")
+    batches = typed_lines() if interactive else [[read_text(text)] if text else read_prompts()]
+    if text and not batches[0][0]:
         raise UserError(f"text={text} is an empty file; name one with text to score")
 
     dev = resolve_device(device, dtype)
@@ -183,10 +194,12 @@ def main() -> None:
     state = load_any(source)
     model = build_model(state, str(source)).to(dev.device)
     tok = checkpoint_tokenizer(state)
-    if text:
-        score(model, tok, dev, texts[0])
-    else:
-        sample(model, tok, dev, state["step"], [text for text in texts for _ in range(num_samples)])
+    print(f"checkpoint: {source}, step {state['step']}", file=sys.stderr)
+    for texts in batches:
+        if text:
+            score(model, tok, dev, texts[0])
+        else:
+            sample(model, tok, dev, state["step"], [text for text in texts for _ in range(num_samples)])
 
 
 if __name__ == "__main__":

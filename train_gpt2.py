@@ -422,7 +422,7 @@ screen.say(f"to beat: {math.log(tok.n_vocab):.4f} for guessing, {unigram:.4f} fo
 if start_step == 0:
     record.log(0, unigram=unigram)
 if dev.compile:
-    screen.say("compiling, once: about a minute")
+    screen.say("the first step compiles, once: about a minute")
 if dry_run:  # two real steps, and one batch of validation
     n_val_windows = min(n_val_windows, world_size * B)
     val_interval = hellaswag_interval = checkpoint_interval = sample_interval = 0

@@ -134,6 +134,15 @@ def save_model_of(folder, tok, text, end):
         "tokenizer": describe_tokenizer(tok)})
 
 
+def test_interactive_answers_each_line_until_the_end(folder):
+    flags = ("--max_new_tokens=5", "--num_samples=1", "--checkpoint=log_a")
+    done = generate(folder, "--interactive", *flags, stdin=b"import os\ndef f(")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(b"checkpoint: log_a, step 0\n")
+    expected = [samples(folder, f"--prompt={text}", *flags) for text in ("import os", "def f(")]
+    assert done.stdout.decode() == "> " + "> ".join(expected) + "> "
+
+
 def test_it_stops_at_the_end_of_the_text(tmp_path, byte_tokenizer):
     """The model generates a, the two bytes of é, EOT, c: complete characters, and nothing after EOT."""
     save_model_of(tmp_path, load_tokenizer(str(byte_tokenizer)), "aéc", 3)
@@ -239,7 +248,7 @@ def test_special_tokens_in_a_prompt_are_text(folder):
     *(([flag], "this text is UTF-16; convert it") for flag in (
         "--text=utf16.txt", "--prompts=utf16.txt", "--prompt=FILE:utf16.txt")),
     (["--text=."], ".: not a regular file"),
-    *((["--prompts=blank.txt", flag], "only one of --prompt, --prompts and --text") for flag in (
+    *((["--prompts=blank.txt", flag], "only one of --prompt, --prompts, --interactive") for flag in (
         "--prompt=a", "--text=blank.txt")), (["--text=blank.txt", "--prompt=a"], "only one of --prompt"),
     (["--text=blank.txt", "--stride=33"], "--stride=32 or less"),
     (["--stride=-1"], "stride=-1"),
