@@ -59,7 +59,7 @@ SHARED ?= $(GPT2_SHARED_DATA)
 gpu:  ## what needs a CUDA GPU, in MINUTES=6, with the inputs in GPU_DATA; again = the missing steps; installs nothing
 	$(PYTHON) gpu.py --minutes=$(MINUTES) --data=$(GPU_DATA)
 
-gpu-data: install  ## build what `make gpu` reads, 46 MiB: SHARED has openstax/, shakespeare/, hellaswag/, tokenizer/
+gpu-data: install  ## build what `make gpu` reads, 57 MiB: SHARED has openstax/, shakespeare/, hellaswag/, tokenizer/
 	$(PYTHON) fineweb.py --input=$(SHARED)/shakespeare/input.txt --data_dir=$(GPU_DATA)/shakespeare
 	$(PYTHON) fineweb.py --input=$(SHARED)/openstax/openstax.parquet --data_dir=$(GPU_DATA)/openstax4m \
 		--max_tokens=43e5 --val_fraction=.07
