@@ -182,13 +182,13 @@ def fail_on_rank_1():
         open("/nowhere/shard")
 case = ""
 configure(globals())
-signal.signal(signal.SIGTERM, lambda *ignored: None)  # as in the loop of train_gpt2.py
 ranks = Ranks()
 if case == "before they meet":
     fail()
 if case == "on rank 1 before they meet" and ranks.rank == 1:
     fail()
 ranks.connect(torch.device("cpu"))
+signal.signal(signal.SIGTERM, lambda *ignored: None)  # as in the loop of train_gpt2.py
 try:
     ranks.on_all({{"on all": fail, "on all, one late": fail, "on rank 1": fail_on_rank_1}}[case])
 except UserError:
