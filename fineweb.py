@@ -135,9 +135,12 @@ def start_worker(tokenizer: str):
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, tokenizer), daemon=True)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's alone, also
-    process.start()                                          # while a worker imports
-    signal.signal(signal.SIGINT, handler)
+    # the worker inherits this: Ctrl-C is the parent's alone, also while a worker imports
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     theirs.close()  # the worker has the only copy: if it dies, recv on ours raises EOFError
     return process, ours
 
