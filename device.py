@@ -213,14 +213,22 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
 
 
-def explain_out_of_memory(name: str, advice: str) -> None:
-    """From now on, running out of memory ends the script with a line that says what to type: `advice`."""
+def watch_memory(dev: Device, needed: int, advice: str) -> None:
+    """From now on, running out of memory ends the script with a line that says what to type: `advice`.
+
+    Linux kills a process that fills main memory without a word: so on a CPU this raises UserError at once if
+    `needed` bytes, which are computed, are more than the machine has.
+    """
     previous_hook = sys.excepthook  # configurator's
+    advice += "; analyze_compute.py computes what a setting needs, --dry_run measures it"
+    total = dev.total_memory()
+    if dev.type == "cpu" and total and needed > total:
+        raise UserError(f"training needs {needed / 1e9:,.1f} GB of memory (computed), and {dev.name} has "
+                        f"{total / 1e9:,.1f} GB; type {advice}")
 
     def explain(kind, error, trace):
         if is_out_of_memory(error):
-            error = UserError(f"out of memory on {name}; type {advice}; analyze_compute.py computes what a "
-                              f"setting needs, --dry_run measures it")
+            error = UserError(f"out of memory on {dev.name}; type {advice}")
         previous_hook(type(error), error, trace)
 
     sys.excepthook = explain

@@ -34,11 +34,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import hellaswag
+from analyze_compute import count_memory
 from bpe import load_tokenizer
 from configurator import Between, OneOf, PathName, UserError, configure, report_failure
 from convert_hf import load_any
 from decoding import sample_texts
-from device import check_first_loss, explain_out_of_memory, resolve_device, self_test
+from device import check_first_loss, resolve_device, self_test, watch_memory
 from kernels import plain_attention
 from model import GPT, GPTConfig
 from ranks import Ranks, StopRequests
@@ -199,15 +200,18 @@ if not eval_only and (max_steps < 1 or warmup_steps > max_steps):
 # ---- model, optimizers
 torch.manual_seed(seed)  # the same initial weights on every process and device
 half = f"--batch_size={B // 2} (same tokens per step; now {B}), " if B > 1 else ""
-explain_out_of_memory(dev.name, f"{half}--loss_chunk={min(1024, max(1, B * T // 8))} or less, "
-                                f"--activation_checkpointing, or a smaller --block_size than {T}, --n_embd "
-                                f"than {n_embd} or --n_layer than {n_layer}")
-raw_model = GPT(GPTConfig(block_size=T, vocab_size=vocab_size, n_vocab=tok.n_vocab, n_layer=n_layer,
-                          n_head=n_head, n_embd=n_embd, dropout=dropout, norm_position=norm_position,
-                          heads=heads))
-raw_model.activation_checkpointing = activation_checkpointing
+gpt_config = GPTConfig(block_size=T, vocab_size=vocab_size, n_vocab=tok.n_vocab, n_layer=n_layer,
+                       n_head=n_head, n_embd=n_embd, dropout=dropout, norm_position=norm_position,
+                       heads=heads)
 # fsdp computes the loss eagerly, where all logits at once would take more memory than the model
-raw_model.loss_chunk = loss_chunk or dev.loss_chunk or (4096 if fsdp else 0)
+loss_rows = loss_chunk or dev.loss_chunk or (4096 if fsdp else 0)
+memory = count_memory(gpt_config, B, dev.dtype.itemsize, loss_rows, activation_checkpointing, optimizer)
+watch_memory(dev, 0 if eval_only or fsdp else memory.peak * world_size // ranks.nodes,
+             f"{half}--loss_chunk={min(1024, max(1, B * T // 8))} or less, --activation_checkpointing, or a "
+             f"smaller --block_size than {T}, --n_embd than {n_embd} or --n_layer than {n_layer}")
+raw_model = GPT(gpt_config)
+raw_model.activation_checkpointing = activation_checkpointing
+raw_model.loss_chunk = loss_rows
 if fsdp:
     raw_model.shard(init_device_mesh(dev.type, (world_size,)), dev.dtype, dev.compile)
 else:
