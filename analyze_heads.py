@@ -40,9 +40,9 @@ are left out ("none"), or replaced: by their mean output, or by a least-squares 
 all heads left in the layer. Fits use activations of the unpruned model. The result to report is the cell of
 `criterion` and `merge`, chosen before the run: the best of all cells is also the luckiest.
 
-Cost, in forwards over 65,536 tokens (12 s on one core for 7M parameters and 48 heads): 9 for patterns and
-importance, 36 for ablation and uniform attention, 0.5 for each pair swapped, 1.25 for each head removed (by
-greedy ablation), 44 for the pruned models of each share. GPT-2 small needs a GPU.
+Cost, in forwards over 65,536 tokens (12 s on one core for 7M parameters and 48 heads; 25 s on a busy one):
+9 for patterns and importance, 36 for ablation and uniform attention, 0.5 for each pair swapped, 1.25 for each
+head removed (by greedy ablation), 44 for the pruned models of each share. GPT-2 small needs a GPU.
 
 Shapes: B sequences, T tokens, nh heads of a layer, hs head size, C n_embd, N windows, H heads in all layers,
 P pairs.

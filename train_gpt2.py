@@ -589,8 +589,9 @@ else:
                + (f", peak memory {train_memory / 1e9:.2f} GB" if step_times and train_memory else "")
                + (f", skipped: {guard['skipped']}" if guard["skipped"] else ""))
     if not stopping:
-        screen.say(f"val loss {val_loss:.4f} nats per token ({val_bpb:.4f} bits per byte) on "
-                   f"{n_val_windows * T:,} tokens of {data_dir}; a unigram model has {unigram:.4f}")
+        screen.say(f"val loss {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte, on "
+                   f"{n_val_windows * T:,} tokens of {data_dir}; a unigram model has {unigram:.4f}, "
+                   f"{unigram * val_bpb / val_loss:.4f}")
     for path in checkpoint.list_checkpoints(log_dir)[-1:]:
         screen.say(f"checkpoint: {path}" + ("; continue with --resume" if stopping else ""))
     if best:
