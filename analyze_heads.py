@@ -11,7 +11,7 @@ receives the report pruning.txt, three tables (heads, pairs, pruning), three fig
 pruning) and pruned models (pruned_0.15.pt, ...), which other scripts take as checkpoints.
 
 Losses are in nats per token. "+-", and `_95` in a table, is half the 95% interval over 20 stretches of the
-split. `_null` is the same measure of a model with random weights: only what exceeds it was learned.
+split. `_null` is the same measure of a model with random weights: only the difference was learned.
 
 Pairs of heads: cosines of attention patterns, averaged over queries (except the first), then over windows.
     pattern        raw. Published work calls heads above 0.85 redundant, but random weights give 0.99, as all
@@ -19,8 +19,8 @@ Pairs of heads: cosines of attention patterns, averaged over queries (except the
     centred        minus uniform attention, 1/(t+1); undefined for a uniform head
     centred_layer  minus the mean over the layer's heads; n unrelated heads come to -1/(n-1)
 In pairs above similarity_threshold, either head attends with the other's pattern and keeps its own values
-(head_as_other, other_as_head). Where this costs less than `uniform`, its queries and keys are redundant; the
-head need not be.
+(head_as_other, other_as_head). Where this costs about 0, its queries and keys are redundant; where it costs
+less than `uniform`, the other's pattern is of use to it. Neither shows that the head can go.
 
 Heads:
     importance     mean |dL/dg| of a gate g = 1 on the output (Michel et al. 2019, "Are Sixteen Heads Really
@@ -791,9 +791,11 @@ def main() -> None:
     except FileExistsError as error:
         raise UserError(f"out_dir={out_dir} exists already; name a new folder with --out_dir=ANOTHER, or, if "
                         f"it is of a run that stopped, remove it: rm -r {out_dir}") from error
-    measured_on, evaluated_on = (T * sum(len(x) for x, _ in batches) for batches in (calibration, val))
+    measured_on, ablated_on, evaluated_on = (
+        T * sum(len(x) for x, _ in batches) for batches in (calibration, ablation_batches, val))
     title = (f"{source}, step {state['step']}: {len(heads)} heads in {model.config.n_layer} layers; measured "
-             f"on {measured_on:,} train tokens, evaluated on {evaluated_on:,} val tokens")
+             f"on {measured_on:,} train tokens (ablation and swaps: {ablated_on:,}), evaluated on "
+             f"{evaluated_on:,} val tokens")
     print(title, flush=True)
 
     # ---- measure

@@ -731,7 +731,8 @@ def test_the_files(analyzed):
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     text = (folder / "pruning.txt").read_text(encoding="utf-8")
     assert "nan" not in text and text == printed
-    assert "8 heads in 2 layers; measured on 320 train tokens, evaluated on 320 val tokens" in text
+    assert ("8 heads in 2 layers; measured on 320 train tokens (ablation and swaps: 320), evaluated on "
+            "320 val tokens") in text
     assert text.index("2 of 8 heads removed") < text.index("4 of 8 heads removed")
 
 
@@ -876,7 +877,8 @@ def test_a_pruned_model_is_analyzed_again(analyzed, byte_tokenizer, run, tmp_pat
     run(checkpoint=str(source), data_dir=str(data_dir), out_dir="again", batch_size=100,
         prune_fractions="0.5", criterion="random", random_seeds=1, merge="mean")
     printed = capsys.readouterr().out
-    assert "4 heads in 2 layers; measured on 112 train tokens, evaluated on 16 val tokens" in printed
+    assert ("4 heads in 2 layers; measured on 112 train tokens (ablation and swaps: 112), evaluated on "
+            "16 val tokens") in printed
     assert "nan" not in printed and "2 of 4 heads removed" in printed
     again, state = load_model(tmp_path / "again" / "pruned_0.5.pt")
     assert sum(again.config.heads) == 2 and state["pruned"]["from"] == str(source)
