@@ -1,6 +1,5 @@
 #!/bin/sh
-# Four vocabularies at equal training FLOPs, by bits per byte of the same text: 8 runs, 50 minutes of one
-# core (computed from 6 minutes a run).
+# Four vocabularies at equal training FLOPs, by bits per byte of the same text: 8 runs, 70 minutes of one core.
 #     sh experiments/vocabularies.sh                           # needs openstax.parquet
 # Run it again after a stop: it continues, and finished runs end in seconds. FLAGS goes to every run.
 # The numbers of steps make the training FLOPs (GPT.flops_per_token times tokens) equal to those of 400 steps
