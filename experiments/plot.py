@@ -165,7 +165,7 @@ def norm_figure(runs):
                           color=ARMS[row["norm"], weights][1], label=None if name in named else name)
                 named.add(name)
         axis.set(title=f"{title}, peak learning rate {shown:g}", xlabel="optimizer step",
-                 ylabel="train loss (nats per token)")
+                 ylabel="train loss (nats per token)", ylim=(None, 9))  # one run has a spike to 15
     for arm, (name, color) in ARMS.items():
         filled = arm[1] == "gpt2"
         for warmup, style in styles.items():
