@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# two test files run at a time: more threads than one each would wait for each other at every small product
+# three test files run at a time: more threads than one each would wait for each other at every small product
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 ROOT = Path(__file__).resolve().parent.parent
