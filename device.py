@@ -216,13 +216,13 @@ def is_out_of_memory(error: Exception) -> bool:
 def watch_memory(dev: Device, needed: int, advice: str) -> None:
     """From now on, running out of memory ends the script with a line that says what to type: `advice`.
 
-    Linux kills a process that fills main memory without a word: so on a CPU this raises UserError at once if
-    `needed` bytes, which are computed, are more than the machine has.
+    Linux kills a process that fills main memory without a word. So on a CPU this raises UserError at once if
+    `needed` bytes, computed and up to 25% too high, are certainly more than the machine has.
     """
     previous_hook = sys.excepthook  # configurator's
     advice += "; analyze_compute.py computes what a setting needs, --dry_run measures it"
     total = dev.total_memory()
-    if dev.type == "cpu" and total and needed > total:
+    if dev.type == "cpu" and total and needed > 1.25 * total:
         raise UserError(f"training needs {needed / 1e9:,.1f} GB of memory (computed), and {dev.name} has "
                         f"{total / 1e9:,.1f} GB; type {advice}")
 

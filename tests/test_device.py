@@ -14,7 +14,7 @@ from conftest import ROOT
 
 import device as device_module
 from configurator import UserError
-from device import PEAK_TFLOPS, Device, peak_tflops, resolve_device
+from device import PEAK_TFLOPS, Device, peak_tflops, resolve_device, watch_memory
 
 # What torch and the system report on each machine. sm: compute capability; bf16: the flag of the CPU's
 # instructions; compiler: the error of torch.compile there, None where it works
@@ -307,3 +307,13 @@ def test_to_device_keeps_values(device):
     assert dev.type == device and (device == "cpu" or dev.dtype != torch.float32)
     array = np.arange(6, dtype=np.int64).reshape(2, 3)
     assert torch.equal(dev.to_device(array).cpu(), torch.arange(6).view(2, 3))
+
+
+def test_memory_is_refused_only_where_it_is_certainly_too_little(monkeypatch):
+    """What is computed may be 25% too high."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which watch_memory replaces
+    monkeypatch.setattr(Device, "total_memory", lambda self: 1000)
+    cpu = resolve_device("cpu", "float32")
+    watch_memory(cpu, 1240, "--batch_size=1")
+    with pytest.raises(UserError, match=r"of memory \(computed\), .*; type --batch_size=1; "):
+        watch_memory(cpu, 1260, "--batch_size=1")
