@@ -9,7 +9,7 @@ INSTALL = $(shell $(PYTHON) -c 'import sys; from importlib.util import find_spec
 	print("$(PYTHON) -m pip install" if has("pip") else f"uv pip install --python={sys.executable}", \
 	*([] if has("torch") else ["-c constraints.txt"]))')
 
-.PHONY: help install vocabulary demo prepare prepare-small test lint bench gpu gpu-data doctor compare experiment-norm
+.PHONY: help install vocabulary python4k demo prepare prepare-small test lint bench gpu gpu-data doctor compare experiment-norm
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,13 +30,19 @@ vocabulary: $(RUN_STAMP)  # where only the package index can be reached: openai-
 	tar -xzOf "$$file.pip"/*.tar.gz openai_whisper-20250625/whisper/assets/gpt2.tiktoken > "$$file"; \
 	rm -r "$$file.pip"; $(PYTHON) bpe.py; }
 
-demo: install  ## train a small GPT-2 on this Python installation's source, in minutes; again = continue
-	$(PYTHON) fineweb.py --dataset=python --val_fraction=0.02 --data_dir=python_corpus
+python4k: $(RUN_STAMP)  # the data of demo and experiment-norm
+	@echo 'Ctrl-C stops this at any time. The same make command continues.'
+	test -e python4k.tiktoken || $(PYTHON) train_bpe.py --dataset=python --vocab_size=4096 \
+		--val_fraction=0.03 --out=python4k.tiktoken
+	$(PYTHON) fineweb.py --dataset=python --tokenizer=python4k.tiktoken --data_dir=python4k --val_fraction=0.03
+
+demo: python4k  ## train a small GPT-2 on Python's standard library, in minutes; again = continue
 	$(PYTHON) train_gpt2.py config/demo_cpu.py --resume
-	$(PYTHON) generate.py --checkpoint=log_demo --prompt="def" --temperature=0.7
+	$(PYTHON) generate.py --checkpoint=log_demo:best --prompt="    def read(self" --temperature=0.7 --num_samples=2 \
+		--max_new_tokens=110
 	$(PYTHON) plot_log.py --log_dir=log_demo
 	@echo
-	@echo 'next: python generate.py --checkpoint=log_demo --prompt="class Queue:" --num_samples=3'
+	@echo 'next: python generate.py --checkpoint=log_demo:best --interactive'
 
 prepare: install  ## build the FineWeb-Edu shards (10B tokens, 20 GB) that train_gpt2.py reads by default
 	$(PYTHON) fineweb.py
@@ -68,10 +74,7 @@ gpu-data: install  ## build what `make gpu` reads, 57 MiB: SHARED has openstax/,
 	cp $(SHARED)/hellaswag/hellaswag_val.jsonl $(GPU_DATA)
 	cp $(SHARED)/tokenizer/gpt2.tiktoken $(GPU_DATA)/tokenizer/0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4
 
-experiment-norm: $(RUN_STAMP)  ## Pre-LN against Post-LN: 30 short runs, an hour or less; again = continue
-	test -e python4k.tiktoken || $(PYTHON) train_bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken
-	test -e python4k/manifest.json || $(PYTHON) fineweb.py --dataset=python --tokenizer=python4k.tiktoken \
-		--data_dir=python4k --val_fraction=0.03
+experiment-norm: python4k  ## Pre-LN against Post-LN: 30 short runs, an hour or less; again = continue
 	PATH="$$(dirname "$$(command -v $(PYTHON))"):$$PATH" sh experiments/norm.sh
 	$(PYTHON) experiments/plot.py norm
 

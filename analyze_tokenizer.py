@@ -29,6 +29,7 @@ import math
 import random
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,18 +95,16 @@ def read_corpus(input: str, column: str, val_fraction: float) -> Corpus:
     """Count the pieces of both parts. Raises UserError if one has no text, or for an unreadable document."""
     parts, hyphenated, documents, sizes = (Counter(), Counter()), Counter(), [0, 0], [0, 0]
     for _, chunk in input_source(input, column, val_fraction).chunks():
-        text, offsets, is_val, _, bad = chunk.read(*chunk.args)
-        if bad:
-            raise UserError(f"{bad[0]}; fix or remove it, and run this again")
-        lengths = np.diff(offsets)
-        for part, counts in enumerate(parts):
-            chosen = is_val == part
-            mine = text[:offsets[-1]][np.repeat(chosen, lengths)]
-            counts.update(count_documents(mine, np.cumsum([0, *lengths[chosen]])))
-            documents[part] += int(chosen.sum())
-            sizes[part] += len(mine)
-        for d in np.flatnonzero(is_val):
-            hyphenated.update(HYPHENATED.findall(text[offsets[d]:offsets[d + 1]].tobytes().decode()))
+        read = chunk.read(*chunk.args)
+        if read.bad:
+            raise UserError(f"{read.bad[0]}; fix or remove it, and run this again")
+        for val, counts in enumerate(parts):
+            text, offsets = read.part(val)
+            counts.update(count_documents(text, offsets))
+            documents[val] += len(offsets) - 1
+            sizes[val] += len(text)
+        for start, end in pairwise(offsets):  # of val
+            hyphenated.update(HYPHENATED.findall(text[start:end].tobytes().decode()))
     if not all(documents):
         raise UserError(f"--input={input}: {documents[0]:,} documents to train on and {documents[1]:,} to "
                         f"measure on, but both are needed; give more text, or another --val_fraction")

@@ -5,8 +5,8 @@ GPT-2's byte-level BPE tokenizer: numba kernels over raw UTF-8 bytes, ids bit-id
     python bpe.py --tokenizer=my_vocab.tiktoken    # check another rank file; train_bpe.py makes one
 
 Reads a rank file (tiktoken's format: one `base64 rank` per line); GPT-2's by tiktoken's cache and download.
-Prints where it is, its sha256 and one encoded line. Takes a second, about ten more the first time, when numba
-compiles the kernels and keeps them on disk.
+Prints where it is, its sha256 and one encoded line. Takes a second; the first time, half a minute more, in
+which numba compiles the kernels and keeps them on disk.
 
 GPT-2's pattern cuts text into pieces (" word", "'ll", "...", "   "), and the tokens of a piece depend on its
 bytes alone. A document goes through the kernels in blocks of about 16 kB, each in three steps:
@@ -26,6 +26,7 @@ import base64
 import functools
 import hashlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -688,19 +689,25 @@ def gpt2_rank_file() -> bytes:
                         f"{GPT2_SHA256}, at {cache_file()}, or type --tokenizer=FILE") from error
 
 
+def say_compiling(kernel) -> None:
+    """Say so where a numba kernel is not in the cache yet: compiling it and those it calls takes a while."""
+    if not any(Path(kernel.stats.cache_path).glob(f"*.{kernel.__name__}-*.nbc")):
+        print("compiling the tokenizer's kernels, once: about half a minute", file=sys.stderr, flush=True)
+
+
 # ---- settings: override with a config file and/or --key=value -----------------
 tokenizer: PathName = "gpt2"  # to check: gpt2, or the path of a rank file
 
 
 def check(tokenizer: str) -> None:
     """Print where a vocabulary is and one encoded line, and compare its ids with tiktoken's."""
+    say_compiling(encode_kernel)
     tok = load_tokenizer(tokenizer)
     probe = "Hello, world! It's 2024: na\u00efve caf\u00e9, \u6771\u4eac.\n\n    return <|endoftext|>"
     path = cache_file() if tokenizer == "gpt2" else Path(tokenizer).resolve()
     print(f"rank file   {path}, {len(tok.rank_file):,} bytes")
     print(f"sha256      {tok.sha256} ({'ok, GPT-2' if tok.sha256 == GPT2_SHA256 else 'not GPT-2'})")
     print(f"vocabulary  {tok.name}, {tok.n_vocab:,} ids, {EOT_TEXT} = {tok.eot}")
-    print("kernels     compiled the first time, which takes about half a minute", flush=True)
     ids = tok.encode(probe).tolist()
     print(f"probe       {probe!r} -> {ids}")
     assert ids == tok.to_tiktoken().encode_ordinary(probe), "these are not tiktoken's ids"

@@ -65,6 +65,12 @@ class Documents(NamedTuple):
     empty: int           # documents left out because they are empty
     bad: list[str]       # and because they cannot be read: "FILE, line 3: not JSON"
 
+    def part(self, val: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Text and offsets, as above, of the documents for validation alone, or of the others."""
+        sizes, chosen = np.diff(self.offsets), self.is_val == val
+        text = self.text[:self.offsets[-1]][np.repeat(chosen, sizes)]
+        return text, np.cumsum([0, *sizes[chosen]])
+
 
 class Chunk(NamedTuple):
     """Some megabytes of documents, cheap to send to a process."""

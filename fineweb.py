@@ -46,7 +46,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from bpe import EOT_TEXT, load_tokenizer
+from bpe import EOT_TEXT, encode_kernel, load_tokenizer, say_compiling
 from configurator import Between, OneOf, PathName, UserError, configure, env_number
 from documents import Chunk, Place, Source, available_cores, hub_source, input_source, python_source
 from files import locked, read_json, write_atomically
@@ -89,6 +89,14 @@ PAIR = {"files": [{"file": SHARD_NAME, "tokens": COUNT, "sha256": SHA256}], "emp
 STATE = {  # build.json
     "settings": {str: PLAIN}, "command": str, "identity": str, "source": {str: PLAIN}, "pairs": [PAIR]}
 NAMES = {"fineweb-edu": "edufineweb", "fineweb": "fineweb", "python": "python"}  # of the shards of a dataset
+OWN_TEXT = "config/own_text.py --data_dir={data_dir} --log_dir={log_dir}"
+LARGE = ("--n_layer=8 --n_head=8 --n_embd=512 --block_size=512 --batch_tokens=32768 --num_epochs=3 "
+         "--compile=true")
+MEDIUM = "--n_layer=6 --n_head=4 --n_embd=256 --block_size=256 --batch_tokens=8192 --num_epochs=4"
+COMMANDS = [  # train tokens from, arguments of train_gpt2.py for them: the table of README.md
+    (5_000_000_000, "--data_dir={data_dir}"), (150_000_000, "--data_dir={data_dir} --num_epochs=4"),
+    (15_000_000, f"{OWN_TEXT} {LARGE}"), (1_500_000, f"{OWN_TEXT} {MEDIUM}"), (150_000, OWN_TEXT),
+    (0, f"{OWN_TEXT} --dropout=0.2 --num_epochs=20")]
 REMEDY = "delete the folder if you no longer need it, or give another --data_dir=..."
 
 # ---- tokenizing, in a pool of processes ----------------------------------------
@@ -437,6 +445,14 @@ def describe(manifest: dict, folder: Path, seconds: float) -> str:
             f"bytes per token, {seconds:.1f} s\n{val_line}\n{len(manifest['files'])} shards in {folder}")
 
 
+def training_command(folder: Path, tokens: int) -> str:
+    """The command that trains a model of a size that suits this many train tokens."""
+    arguments = next(text for least, text in COMMANDS if tokens >= least)
+    log_dir = f"log_{folder.resolve().name.removesuffix('_data')}"
+    return "python train_gpt2.py " + arguments.format(data_dir=shlex.quote(str(folder)),
+                                                      log_dir=shlex.quote(log_dir))
+
+
 def open_source(settings: dict, downloads: Path, revision: str, rank: int, ranks: int) -> Source:
     """Where the documents come from; downloads: the folder for what the hub sends."""
     column, val_fraction = settings["text_column"], settings["val_fraction"]
@@ -479,6 +495,7 @@ def build(**settings) -> None:
     if ranks > 1 and (settings["max_tokens"] or (name == "python" and not settings["input"])):
         raise UserError("several machines share files, and all of their tokens: leave out --max_tokens and "
                         "--dataset=python, or run this on one machine")
+    say_compiling(encode_kernel)
     unused = ("dataset", "subset", "revision") if settings["input"] else ("input",)
     flags = {key: value for key, value in settings.items() if key not in (*unused, "verify")}
     launcher = ["torchrun", f"--nnodes={ranks}"] if ranks > 1 else ["python"]
@@ -504,7 +521,7 @@ def build(**settings) -> None:
         print(f"{folder} is already built by these settings" if built else
               describe(read_json(job.manifest, {}), folder, time.perf_counter() - began))
         shutil.rmtree(downloads, ignore_errors=True)
-    print(f"next: python train_gpt2.py --data_dir={shlex.quote(str(folder))}")
+    print(f"next: {training_command(folder, read_json(job.manifest, {})['splits']['train']['tokens'])}")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ Train a byte-level BPE vocabulary with GPT-2's pattern; the same merges as Huggi
     python train_bpe.py --input=books/,more.jsonl.gz --vocab_size=32768 --out=my.tiktoken
     python train_bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken    # the embedded corpus
 
-Reads text as fineweb.py does and writes a rank file (tiktoken's format) of --vocab_size - 1 ranks,
-because <|endoftext|> is the last id and has no line. First come the 256 bytes in the order of GPT-2's file,
-then the merges. Prints what it read and wrote, and the command that builds token shards with it. 70 MB take
-about four seconds. Memory grows only with the distinct pieces of the text.
+Reads text as fineweb.py does, but for what fineweb.py with the same --val_fraction keeps for validation.
+Writes a rank file (tiktoken's format) of --vocab_size - 1 ranks, because <|endoftext|> is the last id and has
+no line. First come the 256 bytes in the order of GPT-2's file, then the merges. Prints what it read and
+wrote, and the command that builds token shards with it. 70 MB take about four seconds. Memory grows only
+with the distinct pieces of the text.
 
 Two steps: count how often each piece of GPT-2's pattern occurs (threads, a chunk of documents each), then
 merge the most frequent pair of neighbours in the distinct pieces, again and again.
@@ -38,6 +39,7 @@ from bpe import (
     rank_file,
     read_pieces,
     same_bytes,
+    say_compiling,
     unicode_classes,
 )
 from configurator import Between, PathName, UserError, configure
@@ -131,11 +133,11 @@ def count_chunks(chunks, num_workers: int = 0) -> Counter:
 
 
 def count_chunk(chunk) -> Counter:
-    """count_documents of a chunk."""
+    """count_documents of a chunk, without its documents for validation."""
     documents = chunk.read(*chunk.args)
     if documents.bad:
         raise UserError(f"{documents.bad[0]}; fix or remove it, and run this again")
-    return count_documents(documents.text, documents.offsets)
+    return count_documents(*documents.part(val=False))
 
 
 # ---- merges --------------------------------------------------------------------
@@ -263,12 +265,14 @@ def train_ranks(counts: dict[bytes, int], vocab_size: int) -> list[bytes]:
 input: PathName = ""  # the text: PATH[,PATH...], as in fineweb.py
 dataset = ""  # or python: the embedded corpus, Python's own standard library
 text_column = "text"  # the parquet column or jsonl field that holds the text
+val_fraction: Between(0, 1 - 1e-9) = 0.01  # leave out what fineweb.py with this value keeps for validation
 vocab_size: Between(257, 65_536) = 32_768  # ids of the new vocabulary: 256 bytes, merges, <|endoftext|>
 out: PathName = ""  # the new rank file
 num_workers: Between(0, 1024) = 0  # threads that count; 0 = one per core
 
 
-def train(dataset: str, input: str, text_column: str, vocab_size: int, out: str, num_workers: int) -> None:
+def train(dataset: str, input: str, text_column: str, val_fraction: float, vocab_size: int, out: str,
+          num_workers: int) -> None:
     """Train a vocabulary on --dataset or --input and write it to `out`; the arguments are the settings."""
     from tqdm import tqdm
 
@@ -283,7 +287,8 @@ def train(dataset: str, input: str, text_column: str, vocab_size: int, out: str,
         raise UserError(f"--out={out} exists; type another name, or remove it")
     if not path.parent.is_dir():
         raise UserError(f"--out={out}: make {path.parent} first, or type another --out=...")
-    source = python_source(0) if dataset else input_source(input, text_column, 0)
+    say_compiling(count_kernel)
+    source = python_source(val_fraction) if dataset else input_source(input, text_column, val_fraction)
     chunks = (chunk for _, chunk in source.chunks())
     counts = count_chunks(tqdm(chunks, unit=" chunks", leave=False, disable=None), num_workers)
     text_bytes, counted = sum(len(piece) * count for piece, count in counts.items()), time.perf_counter()
@@ -303,8 +308,8 @@ def train(dataset: str, input: str, text_column: str, vocab_size: int, out: str,
     print(f"rank file   {path}, {len(data):,} bytes, sha256 {tok.sha256}")
     print(f"this text   {tokens:,} tokens, {text_bytes / tokens:.3f} bytes per token")
     text = f"--dataset={dataset}" if dataset else f"--input={shlex.quote(input)}"
-    print(f"next: python fineweb.py {text} --tokenizer={shlex.quote(out)} "
-          f"--data_dir={shlex.quote(path.stem + '_data')}")
+    print(f"next: python fineweb.py {text} --tokenizer={shlex.quote(out)} --data_dir="
+          f"{shlex.quote(path.stem + '_data')}{f' --val_fraction={val_fraction:g}' if val_fraction else ''}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,28 @@
-# What `make demo` trains: a small GPT-2 on the source code of Python's standard library. Minutes
-# on 2 cores. Most of the work is the output layer over 50,257 ids: a narrow model sees more text in the time.
+# What `make demo` trains: a small GPT-2 on the source code of Python's standard library, in minutes on two
+# cores. docs/log.md has what else was tried in the same time.
 #     python train_gpt2.py config/demo_cpu.py
-prepare = "python fineweb.py --dataset=python --val_fraction=0.02 --data_dir=python_corpus"
-data_dir = "python_corpus"
+prepare = ("python train_bpe.py --dataset=python --vocab_size=4096 --val_fraction=0.03 "
+           "--out=python4k.tiktoken && python fineweb.py --dataset=python --tokenizer=python4k.tiktoken "
+           "--data_dir=python4k --val_fraction=0.03")
+data_dir = "python4k"
 log_dir = "log_demo"
-n_layer = 6
-n_head = 4
-n_embd = 128
-block_size = 256
-batch_size = 4
-batch_tokens = 2 * 4 * 256  # two micro-steps on one process, one each on two
-max_steps = 1200
-warmup_steps = 50
-max_lr = 2e-3
+n_layer = 2
+n_head = 3  # of 64, as GPT-2's
+n_embd = 192
+block_size = 128
+batch_size = 32
+batch_tokens = 32 * 128
+max_steps = 330
+warmup_steps = 20
+optimizer = "muon"
+max_lr = 0.016
 min_lr = 1e-4
-val_interval = 400
+val_interval = 55
 val_tokens = 65_536
 hellaswag_interval = 0
-checkpoint_interval = 200
-sample_interval = 400
-prompt = "def"
+checkpoint_interval = 55
+sample_interval = 110
+compile = False  # compiling takes longer than it saves in a run this short
+prompt = "    def read(self"
 num_samples = 1
 max_new_tokens = 64

@@ -1,8 +1,9 @@
 # What experiments/optimizers.sh and vocabularies.sh train: a GPT-2 with 1.3M parameters, on textbooks, in
 # minutes on one core. With 4,096 ids the blocks, not the output layer, are most of the work.
 #     python train_gpt2.py config/openstax_cpu.py --optimizer=muon
-prepare = ("python train_bpe.py --input=openstax.parquet --vocab_size=4096 --out=openstax4k.tiktoken && "
-           "python fineweb.py --input=openstax.parquet --tokenizer=openstax4k.tiktoken --data_dir=openstax4k")
+prepare = ("python train_bpe.py --input=openstax.parquet --vocab_size=4096 --val_fraction=0 "
+           "--out=openstax4k.tiktoken && python fineweb.py --input=openstax.parquet "
+           "--tokenizer=openstax4k.tiktoken --data_dir=openstax4k")
 data_dir = "openstax4k"
 log_dir = "log_openstax_cpu"
 n_layer = 4

@@ -1,8 +1,9 @@
 # The model whose heads RESULTS.md studies: 48 heads, on textbooks. On 2 cores, 1 hour with
 # bfloat16 and 2 to 3 without.
 #     python train_gpt2.py config/openstax_heads.py
-prepare = ("python train_bpe.py --input=openstax.parquet --vocab_size=8192 --out=openstax8k.tiktoken && "
-           "python fineweb.py --input=openstax.parquet --tokenizer=openstax8k.tiktoken --data_dir=openstax8k")
+prepare = ("python train_bpe.py --input=openstax.parquet --vocab_size=8192 --val_fraction=0 "
+           "--out=openstax8k.tiktoken && python fineweb.py --input=openstax.parquet "
+           "--tokenizer=openstax8k.tiktoken --data_dir=openstax8k")
 data_dir = "openstax8k"
 log_dir = "log_openstax_heads"
 n_layer = 6

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Muon against AdamW: 13 runs of 400 steps and 3 of 160, 105 minutes of one core.
-#     python train_bpe.py --input=openstax.parquet --vocab_size=4096 --out=openstax4k.tiktoken
+#     python train_bpe.py --input=openstax.parquet --vocab_size=4096 --val_fraction=0 \
+#         --out=openstax4k.tiktoken
 #     python fineweb.py --input=openstax.parquet --tokenizer=openstax4k.tiktoken --data_dir=openstax4k
 #     sh experiments/optimizers.sh
 # Run it again after a stop: it continues, and finished runs end in seconds. FLAGS goes to every run.

@@ -1,12 +1,13 @@
 """
 The whole of GPT-2 training in one short file: read this first. It imports nothing from this repository.
 
-    python fineweb.py --dataset=python --val_fraction=0.02 --data_dir=python_corpus
-    python tests/plain_gpt2.py python_corpus
+    make python4k
+    python tests/plain_gpt2.py python4k
 
 One process, float32, no dropout. It prints the loss, learning rate and gradient norm of every step, and saves
-nothing. `python train_gpt2.py config/demo_cpu.py` trains the same model on the same tokens, with everything
-around it that a long run needs; tests/test_plain.py checks that their losses and weights agree.
+nothing. `python train_gpt2.py config/demo_cpu.py --optimizer=adamw --max_lr=4e-3` trains the same model on
+the same tokens, with everything around it that a long run needs; tests/test_plain.py checks that their losses
+and weights agree.
 
 Shapes: B windows (sequences) per step, T tokens in each, C n_embd, nh n_head, hs = C/nh, V vocab_size.
 """
@@ -21,12 +22,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-n_layer, n_head, n_embd = 6, 4, 128
-T = 256  # tokens in a window
-B = 8  # windows per step
-vocab_size = 50304  # 50,257 ids, rounded up to a multiple of 128
-max_steps, warmup_steps = 1200, 50
-max_lr, min_lr = 2e-3, 1e-4
+n_layer, n_head, n_embd = 2, 3, 192
+T = 128  # tokens in a window
+B = 32  # windows per step
+vocab_size = 4096
+max_steps, warmup_steps = 330, 20
+max_lr, min_lr = 4e-3, 1e-4
 beta1, beta2 = 0.9, 0.95
 weight_decay = 0.1
 grad_clip = 1.0  # largest L2 norm of the gradient

@@ -9,6 +9,7 @@ bootstrapped.
 
 import base64
 import hashlib
+import importlib
 import importlib.metadata
 import itertools
 import multiprocessing
@@ -475,6 +476,18 @@ def test_download(cache, tmp_path, cached):
     (tmp_path / "server").write_bytes(gpt2.rank_file)
     assert bpe.gpt2_rank_file() == gpt2.rank_file == cache.read_bytes()
     assert [*cache.parent.iterdir()] == [cache]  # no temporary file left
+
+
+def test_compiling_is_announced_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "kernels_of_a_test.py").write_text(
+        "from numba import njit\n\n\n@njit(cache=True)\ndef double(x):\n    return 2 * x\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    double = importlib.import_module("kernels_of_a_test").double
+    bpe.say_compiling(double)
+    assert "compiling" in capsys.readouterr().err
+    assert double(2) == 4
+    bpe.say_compiling(double)
+    assert not capsys.readouterr().err
 
 
 def test_script(tmp_path):

@@ -7,15 +7,14 @@ Reads the corpora under GPT2_SHARED_DATA where that is set.
 """
 
 import itertools
+import json
 import os
 import random
 import subprocess
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -29,6 +28,7 @@ import bpe
 import train_bpe
 from bpe import byte_order, rank_file
 from configurator import UserError
+from documents import Chunk, Documents, input_source
 from train_bpe import count_chunks, count_documents, train_ranks
 
 REPO = Path(__file__).parent.parent
@@ -45,16 +45,9 @@ def count(documents: list[bytes]) -> Counter:
     return count_documents(*pack(documents))
 
 
-class Chunk(NamedTuple):
-    """As documents.py has them."""
-    read: Callable
-    args: tuple
-
-
-class Documents(NamedTuple):
-    text: np.ndarray
-    offsets: np.ndarray
-    bad: tuple = ()
+def read(documents: list[bytes], bad: tuple = (), val: int | None = None) -> Documents:
+    """As documents.py reads them; val: the one for validation."""
+    return Documents(*pack(documents), np.arange(len(documents)) == val, 0, bad)
 
 
 def slow_twin(counts: dict[bytes, int], n_ranks: int) -> list[bytes]:
@@ -138,7 +131,7 @@ def test_threads_and_order_do_not_matter():
     for workers, seed in ((1, None), (2, None), (3, 2)):
         if seed is not None:
             random.Random(seed).shuffle(documents)
-        chunks = [Chunk(Documents, pack(documents[i:i + 7])) for i in range(0, len(documents), 7)]
+        chunks = [Chunk(read, (documents[i:i + 7],)) for i in range(0, len(documents), 7)]
         counts = count_chunks(chunks, workers)
         assert sum(len(piece) * times for piece, times in counts.items()) == sum(map(len, documents))
         results.append((counts, train_ranks(counts, 2000)))
@@ -146,11 +139,11 @@ def test_threads_and_order_do_not_matter():
 
 
 def test_an_error_in_a_thread_ends_the_count():
-    def read(i):
-        return Documents(*pack([b"some text"]), bad=["file 3: is corrupt"] if i == 3 else ())
+    def read_one(i):
+        return read([b"some text"], ("file 3: is corrupt",) if i == 3 else ())
 
     with pytest.raises(UserError, match="file 3: is corrupt; fix"):
-        count_chunks((Chunk(read, (i,)) for i in itertools.count()), 2)  # would never end
+        count_chunks((Chunk(read_one, (i,)) for i in itertools.count()), 2)  # would never end
 
 
 def test_too_many_different_pieces_are_refused(monkeypatch):
@@ -293,7 +286,7 @@ def test_the_script_trains_and_the_data_build_takes_it(tmp_path):
     (tmp_path / "books").mkdir()
     for path in texts:
         (tmp_path / "books" / f"{path.stem}.txt").write_bytes(path.read_bytes())
-    flags = f"--input={tmp_path / 'books'}", "--vocab_size=1000", f"--out={out}"
+    flags = f"--input={tmp_path / 'books'}", "--vocab_size=1000", "--val_fraction=0", f"--out={out}"
     done = run_script("train_bpe.py", *flags)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == rank_file(train_ranks(count([path.read_bytes() for path in texts]), 1000))
@@ -315,6 +308,25 @@ def test_the_script_trains_and_the_data_build_takes_it(tmp_path):
     assert again.returncode == 2 and "exists" in again.stderr and "another" in again.stderr
 
 
+@pytest.mark.parametrize("name", ["one.txt", "many.jsonl"])
+def test_the_text_for_validation_is_left_out(name, tmp_path, monkeypatch, capsys):
+    """The vocabulary is that of the train part alone, as fineweb.py splits the text."""
+    monkeypatch.chdir(tmp_path)
+    path = Path(name)
+    lines = [f"line {i} of word{i} and word{i % 7}\n" * 20 for i in range(100)]
+    texts = [json.dumps({"text": line}) + "\n" for line in lines] if path.suffix == ".jsonl" else lines
+    path.write_text("".join(texts), encoding="utf-8")
+    kept = []
+    for _, chunk in input_source(str(path), "text", 0.2).chunks():
+        part = chunk.read(*chunk.args)
+        kept += [part.text[part.offsets[d]:part.offsets[d + 1]].tobytes()
+                 for d in np.flatnonzero(~part.is_val)]
+    assert 0.6 < len(b"".join(kept)) / len("".join(lines).encode()) < 0.95
+    train_bpe.train("", str(path), "text", 0.2, 300, "out.tiktoken", 1)
+    assert Path("out.tiktoken").read_bytes() == rank_file(train_ranks(count(kept), 300))
+    assert "--data_dir=out_data --val_fraction=0.2\n" in capsys.readouterr().out
+
+
 def test_a_vocabulary_of_the_embedded_corpus(tmp_path, monkeypatch, capsys):
     """Of an installation with two modules, and two files that fineweb.py leaves out."""
     texts = {f"{name}.py": (STDLIB / f"{name}.py").read_bytes() for name in ("heapq", "bisect")}
@@ -322,7 +334,7 @@ def test_a_vocabulary_of_the_embedded_corpus(tmp_path, monkeypatch, capsys):
         (tmp_path / name).write_bytes(text)
     monkeypatch.setattr("documents.sysconfig.get_path", lambda key: tmp_path)
     out = tmp_path / "out.tiktoken"
-    train_bpe.train("python", "", "text", 400, str(out), 1)
+    train_bpe.train("python", "", "text", 0, 400, str(out), 1)
     expected = rank_file(train_ranks(count([*texts.values()]), 400))
     assert out.read_bytes() == expected
     assert "fineweb.py --dataset=python --tokenizer=" in capsys.readouterr().out
@@ -340,8 +352,8 @@ def test_mistakes_are_named(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("some.txt").write_text("hello there hello", encoding="utf-8")
     Path("empty.txt").touch()
-    settings = {"dataset": "", "input": "some.txt", "text_column": "text", "vocab_size": 257,
-                "out": "my.tiktoken", "num_workers": 1, **flags}
+    settings = {"dataset": "", "input": "some.txt", "text_column": "text", "val_fraction": 0,
+                "vocab_size": 257, "out": "my.tiktoken", "num_workers": 1, **flags}
     with pytest.raises(UserError, match=message):
         train_bpe.train(**settings)
     assert not Path("my.tiktoken").exists()

@@ -12,6 +12,7 @@ import torch
 from training import ROOT, SHAPE
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import demo
 import plot
 import xavier
 
@@ -180,3 +181,16 @@ def test_xavier_draws_every_matrix_with_its_own_deviation():
                         (block.attn.c_proj.weight, (2 / 128)**0.5), (model.transformer.wte.weight, 1 / 8)):
         assert weight.std().item() == pytest.approx(std, rel=0.05)
     assert model.lm_head.weight is model.transformer.wte.weight and not block.mlp.c_fc.bias.any()
+
+
+def test_the_demos_picture_has_its_losses_and_its_sample():
+    folder = ROOT / "results" / "demo_cpu"
+    losses, sample = demo.draw(folder).get_axes()
+    train, val, unigram = losses.get_lines()
+    log = plot.parse_log(folder / "log.txt")
+    assert [tuple(point) for point in val.get_xydata()] == sorted(log["val_bpb"].items())
+    last = max(log["train"])
+    nats, bits = log["val"][max(log["val"])], log["val_bpb"][max(log["val"])]
+    assert train.get_xydata()[-1] == pytest.approx([last, log["train"][last] / nats * bits])
+    assert unigram.get_ydata()[0] == pytest.approx(log["unigram"][0] / nats * bits)
+    assert sample.texts[0].get_text() == (folder / "sample.txt").read_text(encoding="utf-8")

@@ -13,8 +13,9 @@ from training import PYTHON, ROOT, arguments
 
 NOTEBOOK = json.loads((ROOT / "notebooks" / "demo.ipynb").read_text(encoding="utf-8"))
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "batch_size": 4, "batch_tokens": 256,
-        "max_steps": 4, "warmup_steps": 1, "val_interval": 2, "val_tokens": 512, "checkpoint_interval": 2,
-        "sample_interval": 0, "compile": "false", "device": "cpu", "dtype": "float32"}
+        "max_steps": 4, "num_epochs": 0, "warmup_steps": 1, "val_interval": 2, "val_tokens": 512,
+        "checkpoint_interval": 2, "sample_interval": 0, "compile": "false", "device": "cpu",
+        "dtype": "float32"}
 PYTHON_TEXT = """#!/bin/sh
 echo "$@" >> {log}
 case "$1" in

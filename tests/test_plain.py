@@ -39,7 +39,9 @@ def test_it_trains_as_train_gpt2_does(flags, tmp_path, tiny_data, monkeypatch):
 
 
 def test_its_settings_are_those_of_the_demo():
-    demo = {**train_settings(), **runpy.run_path(str(ROOT / "config" / "demo_cpu.py"))}
+    """With AdamW, as its docstring says."""
+    demo = {**train_settings(), **runpy.run_path(str(ROOT / "config" / "demo_cpu.py")), "max_lr": 4e-3}
+    assert "config/demo_cpu.py --optimizer=adamw --max_lr=4e-3`" in plain_gpt2.__doc__
     plain = vars(plain_gpt2)
     assert (plain["T"], plain["B"] * plain["T"]) == (demo["block_size"], demo["batch_tokens"])
     for key in ("n_layer", "n_head", "n_embd", "max_steps", "warmup_steps", "max_lr", "min_lr", "beta1",

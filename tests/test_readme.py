@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from test_configurator import SCRIPTS, settings_of
 
+import fineweb
 from configurator import TYPES, UserError, configure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,8 @@ SOURCES = ["README.md", "RESULTS.md", "CONTRIBUTING.md", *MANUAL, *(p.name for p
            *(f"config/{p.name}" for p in (ROOT / "config").glob("*.py"))]
 COMMANDS = [(name, command) for name in SOURCES if (ROOT / name).exists()
             for command in shown_commands((ROOT / name).read_text(encoding="utf-8").split('"""\nimport')[0])]
+COMMANDS += [("Makefile", command) for command in
+             re.findall(r"next: (.*)'", (ROOT / "Makefile").read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize(("source", "command"), COMMANDS, ids=[f"{s}: {c[:60]}" for s, c in COMMANDS])
@@ -107,6 +110,24 @@ def test_files_and_flags_of_the_manual_exist(name, monkeypatch):
             assert not errors, errors
 
 
+def test_the_table_of_sizes_is_what_fineweb_suggests(monkeypatch):
+    """For each row's number of tokens, the command's settings are the row's."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure replaces it
+    monkeypatch.chdir(ROOT)
+    rows = re.findall(r"^\| [\d.]+ [MG]B \| ([\d.]+)([kMB]) \| [^|]* \| (\d+) x (\d+) \| (\d+) \| "
+                      r"([\d.]+) \| ([\d.]+) \|", README, re.M)
+    commands = {}
+    for number, unit, *numbers in rows:
+        tokens = float(number) * {"k": 1e3, "M": 1e6, "B": 1e9}[unit]
+        command = fineweb.training_command(Path("books_data"), tokens)
+        chosen = configure(settings_of(ROOT / "train_gpt2.py"), shlex.split(command)[2:])
+        assert chosen["data_dir"] == "books_data"
+        names = "n_layer", "n_embd", "block_size", "dropout", "num_epochs"
+        assert [chosen[name] for name in names] == list(map(float, numbers))
+        commands[command] = numbers
+    assert len(commands) == len(fineweb.COMMANDS) - 1  # the largest is the 10B tokens of `make prepare`
+
+
 def test_lines_of_the_manual_are_short():
     for name, text in {"README.md": README, **MANUAL}.items():
         in_code = False
@@ -120,9 +141,11 @@ def test_install_md_has_the_commands_behind_make():
     makefile = re.sub(r"\\\n\s*", "", (ROOT / "Makefile").read_text(encoding="utf-8"))
     shown = shown_commands(MANUAL["docs/install.md"])
     values = {"PYTHON": "python", "NPROC": "2", "RUN": "log_demo", "REF": "reference/demo_cpu.json"}
-    for target in ("demo", "prepare", "prepare-small", "lint", "test", "bench", "doctor", "compare"):
+    for target in ("python4k", "demo", "prepare", "prepare-small", "lint", "test", "bench", "doctor",
+                   "compare"):
         recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", makefile, re.M)[1]
-        commands = [line for line in map(str.strip, recipe.splitlines()) if line.startswith("$(PYTHON)")]
+        lines = [re.sub(r"^test -e \S+ \|\| ", "", line.strip()) for line in recipe.splitlines()]
+        commands = [line for line in lines if line.startswith("$(PYTHON)")]
         assert commands, target
         for command in commands:
             command = re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], command)
