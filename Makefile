@@ -33,8 +33,8 @@ vocabulary: $(RUN_STAMP)  # where only the package index can be reached: openai-
 python4k: $(RUN_STAMP)  # the data of demo and experiment-norm
 	@echo 'Ctrl-C stops this at any time. The same make command continues.'
 	test -e python4k.tiktoken || $(PYTHON) train_bpe.py --dataset=python --vocab_size=4096 \
-		--val_fraction=0.03 --out=python4k.tiktoken
-	$(PYTHON) fineweb.py --dataset=python --tokenizer=python4k.tiktoken --data_dir=python4k --val_fraction=0.03
+		--val_fraction=0.05 --out=python4k.tiktoken
+	$(PYTHON) fineweb.py --dataset=python --tokenizer=python4k.tiktoken --data_dir=python4k --val_fraction=0.05
 
 demo: python4k  ## train a small GPT-2 on Python's standard library, in minutes; again = continue
 	$(PYTHON) train_gpt2.py config/demo_cpu.py --resume

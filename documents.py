@@ -49,8 +49,9 @@ KINDS_TEXT = ".parquet; .jsonl, .ndjson, .json (a document per line) and .txt, a
 READ_ERRORS = (OSError, EOFError, ValueError, zlib.error)  # Arrow's are OSError and ValueError
 # below a folder: hidden files, what macOS adds to an archive, and the notes of another build
 NO_TEXT = re.compile(r"/(\.|__MACOSX|(manifest|build)(_\d+_of_\d+)?\.json$)")
-# of the standard library's folder: tests, packages, and what differs from machine to machine
-LEFT_OUT = re.compile(r"/(tests?|idle_test|(site|dist)-packages|config-[^/]*|_sysconfigdata[^/]*)(/|$)")
+# of the standard library's folder: tests, generated tables, packages, and what differs between machines
+LEFT_OUT = re.compile(r"/(tests?|idle_test|encodings|pydoc_data|(site|dist)-packages|config-[^/]*|"
+                      r"_sysconfigdata[^/]*)(/|$)")
 FETCHING = threading.Lock()  # one complete file at a time: a thread of an earlier call may still be at work
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 Place = tuple[int, int, int]  # of a chunk: unit; row group, line or number; piece of a large row group
@@ -436,7 +437,7 @@ def input_source(input: str, column: str, val_fraction: float, rank: int = 0, ra
 
 
 def python_source(val_fraction: float) -> Source:
-    """The embedded corpus: the standard library's .py files, without tests, sorted by path, each text once.
+    """The embedded corpus: the standard library's .py files, but tests and tables, sorted by path, each once.
 
     The same for everyone with the same Python: what is installed or configured beside it is left out.
     """

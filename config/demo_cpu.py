@@ -1,9 +1,9 @@
 # What `make demo` trains: a small GPT-2 on the source code of Python's standard library, in minutes on two
 # cores. docs/log.md has what else was tried in the same time.
 #     python train_gpt2.py config/demo_cpu.py
-prepare = ("python train_bpe.py --dataset=python --vocab_size=4096 --val_fraction=0.03 "
+prepare = ("python train_bpe.py --dataset=python --vocab_size=4096 --val_fraction=0.05 "
            "--out=python4k.tiktoken && python fineweb.py --dataset=python --tokenizer=python4k.tiktoken "
-           "--data_dir=python4k --val_fraction=0.03")
+           "--data_dir=python4k --val_fraction=0.05")
 data_dir = "python4k"
 log_dir = "log_demo"
 n_layer = 2
@@ -12,16 +12,16 @@ n_embd = 192
 block_size = 128
 batch_size = 32
 batch_tokens = 32 * 128
-max_steps = 330
+max_steps = 320
 warmup_steps = 20
 optimizer = "muon"
 max_lr = 0.016
 min_lr = 1e-4
-val_interval = 55
-val_tokens = 65_536
+val_interval = 80
+val_tokens = 131_072  # all of val
 hellaswag_interval = 0
-checkpoint_interval = 55
-sample_interval = 110
+checkpoint_interval = 80
+sample_interval = 160
 compile = False  # compiling takes longer than it saves in a run this short
 prompt = "    def read(self"
 num_samples = 1

@@ -1,9 +1,9 @@
 # What `make experiment-norm` trains, with norm_position=pre and post: deep and narrow, so that the place of
 # the norms matters, on the source of Python's standard library; minutes on one core.
 #     python train_gpt2.py config/norm_cpu.py --norm_position=post
-prepare = ("python train_bpe.py --dataset=python --vocab_size=4096 --val_fraction=0.03 "
+prepare = ("python train_bpe.py --dataset=python --vocab_size=4096 --val_fraction=0.05 "
            "--out=python4k.tiktoken && python fineweb.py --dataset=python --tokenizer=python4k.tiktoken "
-           "--data_dir=python4k --val_fraction=0.03")
+           "--data_dir=python4k --val_fraction=0.05")
 data_dir = "python4k"
 log_dir = "log_norm_cpu"
 n_layer = 12  # as GPT-2 small

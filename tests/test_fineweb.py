@@ -565,7 +565,8 @@ def test_large_vocabularies_are_refused(tmp_path):
 
 def test_the_embedded_corpus_is_the_standard_library(tmp_path, monkeypatch):
     for name in ("z.py", "a/b.py", "copy_of_z.py", "site-packages/no.py", "__pycache__/no.txt", "test/no.py",
-                 "a/tests/no.py", "config-3.11-x/no.py", "_sysconfigdata__linux.py", "contest.py"):
+                 "a/tests/no.py", "encodings/no.py", "pydoc_data/no.py", "config-3.11-x/no.py",
+                 "_sysconfigdata__linux.py", "contest.py"):
         path = tmp_path / "lib" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"text of {'z.py' if 'copy' in name else name}\n", encoding="utf-8")
