@@ -34,7 +34,7 @@ def draw(folder: Path):
     left.grid(alpha=0.3)
     left.legend()
     right.axis("off")
-    right.set_title("A sample at the end", loc="left")
+    right.set_title("Two samples at the end", loc="left")
     right.text(0, 1, sample, family="monospace", fontsize=9, verticalalignment="top",
                transform=right.transAxes)
     return figure

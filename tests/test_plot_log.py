@@ -592,9 +592,9 @@ def test_a_reference_that_is_none_is_named(draw, made, tmp_path, key, value):
 
 def test_the_streams_are_those_that_the_training_script_logs(draw):
     run, = read_runs(str(DEMO))
-    assert list(run.streams["val_bpb"]) == list(STEPS)
-    assert {*CURVE} - {*run.start} == {"adamw_lr_scale", "init_from"}  # settings that are newer than that run
-    assert "inside: 7 of 7" in draw(f"--log_dir={DEMO}", "--ref=reference/demo_cpu.json", cwd=ROOT).out
+    assert list(run.streams["val_bpb"]) == list(range(0, 321, 80))
+    assert {*CURVE} <= {*run.start}
+    assert "inside: 5 of 5" in draw(f"--log_dir={DEMO}", "--ref=reference/demo_cpu.json", cwd=ROOT).out
 
 
 def test_every_setting_of_training_is_compared_or_known_not_to_change_the_curve():
