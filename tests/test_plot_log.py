@@ -639,5 +639,5 @@ def test_one_seed_gives_distances_and_no_verdict(draw, tmp_path):
     assert top.get_lines()[0].get_xdata()[-1] == 19_560
     np.testing.assert_allclose(bottom.get_lines()[1].get_ydata()[:41], 0.25)
     assert np.isnan(bottom.get_lines()[1].get_ydata()[41:]).all()
-    with pytest.raises(UserError, match="n_layer=12 and 6"):
+    with pytest.raises(UserError, match="n_layer=12 and 2"):
         draw(f"--ref={GPT2}", f"--log_dir={DEMO}")
