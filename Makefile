@@ -32,8 +32,7 @@ vocabulary: $(RUN_STAMP)  # where only the package index can be reached: openai-
 
 python4k: $(RUN_STAMP)  # the data of demo and experiment-norm
 	@echo 'Ctrl-C stops this at any time. The same make command continues.'
-	test -e python4k.tiktoken || $(PYTHON) train_bpe.py --dataset=python --vocab_size=4096 \
-		--val_fraction=0.05 --out=python4k.tiktoken
+	$(PYTHON) train_bpe.py --dataset=python --vocab_size=4096 --val_fraction=0.05 --out=python4k.tiktoken
 	$(PYTHON) fineweb.py --dataset=python --tokenizer=python4k.tiktoken --data_dir=python4k --val_fraction=0.05
 
 demo: python4k  ## train a small GPT-2 on Python's standard library, in minutes; again = continue
@@ -54,7 +53,7 @@ lint: $(DEV_STAMP)  ## check the style
 	$(PYTHON) -m ruff check .
 
 test: $(DEV_STAMP) vocabulary lint  ## install what tests need and run all tests
-	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 bench: install $(DEV_STAMP)  ## measure every speed this repository claims, beside its baseline
 	$(PYTHON) bench.py

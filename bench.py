@@ -247,8 +247,8 @@ def bench_bpe_train() -> None:
     documents = read_documents()
     texts = [document.decode() for document in documents]
     step = -(-len(documents) // 16)  # 16 chunks, shared by the cores
-    chunks = [Chunk(Documents, (*pack(documents[i:i + step]), np.zeros(0, bool), 0, []))
-              for i in range(0, len(documents), step)]
+    parts = [documents[i:i + step] for i in range(0, len(documents), step)]
+    chunks = [Chunk(Documents, (*pack(part), np.zeros(len(part), bool), 0, [])) for part in parts]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     char_of = dict(zip(byte_order(), sorted(byte_level.alphabet())))  # tokenizers writes bytes as characters
 

@@ -691,7 +691,8 @@ def gpt2_rank_file() -> bytes:
 
 def say_compiling(kernel) -> None:
     """Say so where a numba kernel is not in the cache yet: compiling it and those it calls takes a while."""
-    if not any(Path(kernel.stats.cache_path).glob(f"*.{kernel.__name__}-*.nbc")):
+    line, version = kernel.py_func.__code__.co_firstlineno, "".join(map(str, sys.version_info[:2]))
+    if not any(Path(kernel.stats.cache_path).glob(f"*.{kernel.__name__}-{line}.py{version}*.nbc")):
         print("compiling the tokenizer's kernels, once: about half a minute", file=sys.stderr, flush=True)
 
 

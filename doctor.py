@@ -3,7 +3,7 @@ Check, before a long run, what makes training on several processes fail or crawl
 
     torchrun --standalone --nproc_per_node=8 doctor.py  # the GPUs of one machine
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 doctor.py
-    python doctor.py --data_dir=python_corpus           # one process: device, limits, folders
+    python doctor.py --data_dir=python4k                # one process: device, limits, folders
 
 Start it as you will start train_gpt2.py: same launcher, same nodes, same folders. It compares the machines
 and versions of all ranks, all-reduces integers whose sums must be exact, measures the bandwidth, and looks

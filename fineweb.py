@@ -89,12 +89,14 @@ PAIR = {"files": [{"file": SHARD_NAME, "tokens": COUNT, "sha256": SHA256}], "emp
 STATE = {  # build.json
     "settings": {str: PLAIN}, "command": str, "identity": str, "source": {str: PLAIN}, "pairs": [PAIR]}
 NAMES = {"fineweb-edu": "edufineweb", "fineweb": "fineweb", "python": "python"}  # of the shards of a dataset
-OWN_TEXT = "config/own_text.py --data_dir={data_dir} --log_dir={log_dir}"
+FOLDERS = "--data_dir={data_dir} --log_dir={log_dir}"
+OWN_TEXT = f"config/own_text.py {FOLDERS}"
+LONG = "--num_epochs=4 --warmup_steps=100 --hellaswag_interval=0"
 LARGE = ("--n_layer=8 --n_head=8 --n_embd=512 --block_size=512 --batch_tokens=32768 --num_epochs=3 "
          "--compile=true")
 MEDIUM = "--n_layer=6 --n_head=4 --n_embd=256 --block_size=256 --batch_tokens=8192 --num_epochs=4"
 COMMANDS = [  # train tokens from, arguments of train_gpt2.py for them: the table of README.md
-    (5_000_000_000, "--data_dir={data_dir}"), (150_000_000, "--data_dir={data_dir} --num_epochs=4"),
+    (5_000_000_000, "--data_dir={data_dir}"), (150_000_000, f"config/gpu_24gb.py {FOLDERS} {LONG}"),
     (15_000_000, f"{OWN_TEXT} {LARGE}"), (1_500_000, f"{OWN_TEXT} {MEDIUM}"), (150_000, OWN_TEXT),
     (0, f"{OWN_TEXT} --dropout=0.2 --num_epochs=20")]
 REMEDY = "delete the folder if you no longer need it, or give another --data_dir=..."
@@ -436,7 +438,7 @@ def describe(manifest: dict, folder: Path, seconds: float) -> str:
     if manifest["bad_documents"]:
         left_out += f", {manifest['bad_documents']:,} bad left out"
     val = manifest["splits"]["val"]
-    windows = " and ".join(f"{(val['tokens'] - 1) // T:,} of {T:,}" for T in (256, 1024))
+    windows = " and ".join(f"{(val['tokens'] - 1) // T:,} of {T:,}" for T in (128, 1024))
     val_line = f"validation: {val['documents']:,} documents, {val['tokens']:,} tokens; windows: {windows}"
     if not val["tokens"]:
         val_line = "no validation, which training needs: build again with --val_fraction=0.01, for example"
@@ -521,7 +523,10 @@ def build(**settings) -> None:
         print(f"{folder} is already built by these settings" if built else
               describe(read_json(job.manifest, {}), folder, time.perf_counter() - began))
         shutil.rmtree(downloads, ignore_errors=True)
-    print(f"next: {training_command(folder, read_json(job.manifest, {})['splits']['train']['tokens'])}")
+        splits = read_json(job.manifest, {})["splits"]
+    if splits["val"]["tokens"]:
+        tokens = ranks * splits["train"]["tokens"]  # about, on several machines
+        print(f"next: {training_command(folder, tokens if local or name not in NAMES else math.inf)}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ Train a byte-level BPE vocabulary with GPT-2's pattern; the same merges as Huggi
 Reads text as fineweb.py does, but for what fineweb.py with the same --val_fraction keeps for validation.
 Writes a rank file (tiktoken's format) of --vocab_size - 1 ranks, because <|endoftext|> is the last id and has
 no line. First come the 256 bytes in the order of GPT-2's file, then the merges. Prints what it read and
-wrote, and the command that builds token shards with it. 70 MB take about four seconds. Memory grows only
-with the distinct pieces of the text.
+wrote, and the command that builds token shards with it. Run again, it changes nothing. 70 MB take about four
+seconds. Memory grows only with the distinct pieces of the text.
 
 Two steps: count how often each piece of GPT-2's pattern occurs (threads, a chunk of documents each), then
 merge the most frequent pair of neighbours in the distinct pieces, again and again.
@@ -283,21 +283,21 @@ def train(dataset: str, input: str, text_column: str, val_fraction: float, vocab
     if bool(dataset) == bool(input) or not out:
         raise UserError("needs one text and a new file; type --input=PATH[,PATH...] or --dataset=python, "
                         "and --out=my.tiktoken")
-    if path.exists():
-        raise UserError(f"--out={out} exists; type another name, or remove it")
-    if not path.parent.is_dir():
-        raise UserError(f"--out={out}: make {path.parent} first, or type another --out=...")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--out={out}: wanted a file in a folder that is there; type another --out=...")
     say_compiling(count_kernel)
     source = python_source(val_fraction) if dataset else input_source(input, text_column, val_fraction)
     chunks = (chunk for _, chunk in source.chunks())
     counts = count_chunks(tqdm(chunks, unit=" chunks", leave=False, disable=None), num_workers)
     text_bytes, counted = sum(len(piece) * count for piece, count in counts.items()), time.perf_counter()
     if not counts:
-        raise UserError("no text found; check --input and --text_column")
+        raise UserError("no text found to train on; check --input, --text_column and --val_fraction")
     print(f"text        {text_bytes:,} bytes, {counts.total():,} pieces, {len(counts):,} of them distinct, "
           f"counted in {counted - began:.1f} s")
     data = rank_file(train_ranks(counts, vocab_size))
     trained = time.perf_counter()
+    if path.exists() and path.read_bytes() != data:
+        raise UserError(f"--out={out} exists and is another vocabulary; type another name, or remove it")
     write_atomically(path, data)
     tok = load_tokenizer(out)
     offsets = np.cumsum([0, *map(len, counts)])
@@ -307,9 +307,11 @@ def train(dataset: str, input: str, text_column: str, val_fraction: float, vocab
           f"{trained - counted:.1f} s, {EOT_TEXT} = {tok.eot}")
     print(f"rank file   {path}, {len(data):,} bytes, sha256 {tok.sha256}")
     print(f"this text   {tokens:,} tokens, {text_bytes / tokens:.3f} bytes per token")
-    text = f"--dataset={dataset}" if dataset else f"--input={shlex.quote(input)}"
-    print(f"next: python fineweb.py {text} --tokenizer={shlex.quote(out)} --data_dir="
-          f"{shlex.quote(path.stem + '_data')}{f' --val_fraction={val_fraction:g}' if val_fraction else ''}")
+    command = ["python", "fineweb.py", f"--dataset={dataset}" if dataset else f"--input={input}",
+               f"--tokenizer={out}", f"--data_dir={path.stem}_data"]
+    command += [f"--text_column={text_column}"] if text_column != "text" else []
+    command += [f"--val_fraction={val_fraction}"] if val_fraction else []
+    print(f"next: {shlex.join(command)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ prepare = ("python train_bpe.py --dataset=python --vocab_size=4096 --val_fractio
 data_dir = "python4k"
 log_dir = "log_demo"
 n_layer = 2
-n_head = 3  # of 64, as GPT-2's
+n_head = 3  # each 64 wide, as in GPT-2
 n_embd = 192
 block_size = 128
 batch_size = 32

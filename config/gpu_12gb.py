@@ -1,4 +1,4 @@
-# GPT-2 124M on a card of 12 GB, such as an RTX 3060 or an RTX 4070; RESULTS.md has its peak of memory.
+# GPT-2 124M on a card of 12 GB, such as an RTX 3060 or an RTX 4070; docs/training.md has its memory.
 #     python train_gpt2.py config/gpu_12gb.py
 log_dir = "log_gpu_12gb"
 batch_size = 16

@@ -1,4 +1,4 @@
-# GPT-2 124M on a card of 24 GB, such as an RTX 3090 or an RTX 4090; RESULTS.md has its peak of memory.
+# GPT-2 124M on a card of 24 GB, such as an RTX 3090 or an RTX 4090; docs/training.md has its memory.
 #     python train_gpt2.py config/gpu_24gb.py
 log_dir = "log_gpu_24gb"
 batch_size = 32

@@ -1,4 +1,4 @@
-# GPT-2 124M on a card of 4 GB, such as a GTX 1650 or an RTX 3050 laptop; RESULTS.md has its peak of memory.
+# GPT-2 124M on a card of 4 GB, such as a GTX 1650 or an RTX 3050 laptop; docs/training.md has its memory.
 #     python train_gpt2.py config/gpu_4gb.py
 log_dir = "log_gpu_4gb"
 batch_size = 4

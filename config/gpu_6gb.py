@@ -1,4 +1,4 @@
-# GPT-2 124M on a card of 6 GB, such as an RTX 4050 laptop or an RTX 2060; RESULTS.md has its peak of memory.
+# GPT-2 124M on a card of 6 GB, such as an RTX 4050 laptop or an RTX 2060; docs/training.md has its memory.
 #     python train_gpt2.py config/gpu_6gb.py
 log_dir = "log_gpu_6gb"
 batch_size = 4

@@ -1,4 +1,4 @@
-# GPT-2 124M on a card of 8 GB, such as an RTX 4060 or an RTX 3070; RESULTS.md has its peak of memory.
+# GPT-2 124M on a card of 8 GB, such as an RTX 4060 or an RTX 3070; docs/training.md has its memory.
 #     python train_gpt2.py config/gpu_8gb.py
 log_dir = "log_gpu_8gb"
 batch_size = 8

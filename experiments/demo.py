@@ -2,7 +2,9 @@
 The picture at the top of README.md: the demo's loss beside one of its samples.
 
     python experiments/demo.py                        # results/demo_cpu/ -> results/demo_cpu/demo.png
-    python experiments/demo.py --log_dir=log_demo     # your own run, with a sample in log_demo/sample.txt
+    python experiments/demo.py --log_dir=log_demo     # your own run, with samples in log_demo/sample.txt
+
+Train losses are turned into bits per byte with the bytes per token of val, and so are a little off.
 """
 
 import sys

@@ -11,9 +11,8 @@ logs=${LOGS:-log_vocabularies}
 mkdir -p "$logs"
 
 for k in 1 4 16; do
-    test -e openstax${k}k.tiktoken ||
-        python train_bpe.py --input=openstax.parquet --vocab_size=$((1024 * k)) --val_fraction=0 \
-            --out=openstax${k}k.tiktoken
+    python train_bpe.py --input=openstax.parquet --vocab_size=$((1024 * k)) --val_fraction=0 \
+        --out=openstax${k}k.tiktoken
 done
 for k in 1 4 16 50; do
     tokenizer=openstax${k}k.tiktoken

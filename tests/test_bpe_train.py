@@ -45,9 +45,9 @@ def count(documents: list[bytes]) -> Counter:
     return count_documents(*pack(documents))
 
 
-def read(documents: list[bytes], bad: tuple = (), val: int | None = None) -> Documents:
-    """As documents.py reads them; val: the one for validation."""
-    return Documents(*pack(documents), np.arange(len(documents)) == val, 0, bad)
+def read(documents: list[bytes], bad: tuple = ()) -> Documents:
+    """As documents.py reads them."""
+    return Documents(*pack(documents), np.zeros(len(documents), bool), 0, bad)
 
 
 def slow_twin(counts: dict[bytes, int], n_ranks: int) -> list[bytes]:
@@ -304,8 +304,11 @@ def test_the_script_trains_and_the_data_build_takes_it(tmp_path):
     assert built.returncode == 0 and f"{tokens + 3:,} tokens" in built.stdout, built.stderr
     checked = run_script("bpe.py", f"--tokenizer={out}")
     assert checked.returncode == 0 and "ids equal tiktoken's" in checked.stdout
-    again = run_script("train_bpe.py", *flags)
-    assert again.returncode == 2 and "exists" in again.stderr and "another" in again.stderr
+    before = out.read_bytes()
+    assert run_script("train_bpe.py", *flags).returncode == 0
+    other = run_script("train_bpe.py", *flags, "--vocab_size=999")
+    assert other.returncode == 2 and "exists" in other.stderr and "another" in other.stderr
+    assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["one.txt", "many.jsonl"])
@@ -343,7 +346,9 @@ def test_a_vocabulary_of_the_embedded_corpus(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("flags", "message"), [
     ({"vocab_size": 32_768}, "type --vocab_size="), ({"out": ""}, "--out=my.tiktoken"),
     ({"input": ""}, "--input=PATH"),
-    ({"out": "nowhere/my.tiktoken"}, "make .*nowhere"), ({"input": "missing.txt"}, "missing.txt"),
+    ({"out": "nowhere/my.tiktoken"}, "in a folder that is there"), ({"out": "."}, "wanted a file"),
+    ({"val_fraction": 0.9, "input": "some.txt"}, "no text found to train on.*--val_fraction"),
+    ({"input": "missing.txt"}, "missing.txt"),
     ({"input": "empty.txt"}, "no text found"), ({"dataset": "python"}, "needs one text"),
     ({"dataset": "fineweb", "input": ""}, "only python"),
     ({"dataset": "python", "input": "", "out": ""}, "--dataset=python, and --out="),

@@ -352,7 +352,7 @@ def test_five_books_have_a_validation_split(tmp_path, encoding, capsys):
     assert all(f"book {i}, line 8999" in text for i in range(5)) and text.count("<|endoftext|>") == 5
     assert abs(len(tokens_of(folder, "val")) / read_manifest(folder)["tokens"] - 0.01) < 0.001
     tokens = len(tokens_of(folder, "val"))
-    said = f"validation: 5 documents, {tokens:,} tokens; windows: {(tokens - 1) // 256} of 256"
+    said = f"validation: 5 documents, {tokens:,} tokens; windows: {(tokens - 1) // 128} of 128"
     assert said in capsys.readouterr().out
 
 
