@@ -53,7 +53,7 @@ lint: $(DEV_STAMP)  ## check the style
 	$(PYTHON) -m ruff check .
 
 test: $(DEV_STAMP) vocabulary lint  ## install what tests need and run all tests
-	$(PYTHON) -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: install $(DEV_STAMP)  ## measure every speed this repository claims, beside its baseline
 	$(PYTHON) bench.py

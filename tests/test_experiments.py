@@ -185,7 +185,8 @@ def test_xavier_draws_every_matrix_with_its_own_deviation():
 
 def test_the_demos_picture_has_its_losses_and_its_sample():
     folder = ROOT / "results" / "demo_cpu"
-    losses, sample = demo.draw(folder).get_axes()
+    figure = demo.draw(folder)
+    losses, sample = figure.get_axes()
     train, val, unigram = losses.get_lines()
     log = plot.parse_log(folder / "log.txt")
     assert [tuple(point) for point in val.get_xydata()] == sorted(log["val_bpb"].items())
@@ -194,3 +195,4 @@ def test_the_demos_picture_has_its_losses_and_its_sample():
     assert train.get_xydata()[-1] == pytest.approx([last, log["train"][last] / nats * bits])
     assert unigram.get_ydata()[0] == pytest.approx(log["unigram"][0] / nats * bits)
     assert sample.texts[0].get_text() == (folder / "sample.txt").read_text(encoding="utf-8")
+    demo.pyplot().close(figure)
