@@ -9,7 +9,7 @@ INSTALL = $(shell $(PYTHON) -c 'import sys; from importlib.util import find_spec
 	print("$(PYTHON) -m pip install" if has("pip") else f"uv pip install --python={sys.executable}", \
 	*([] if has("torch") else ["-c constraints.txt"]))')
 
-.PHONY: help install vocabulary python4k demo prepare prepare-small test lint bench gpu gpu-data doctor compare experiment-norm
+.PHONY: help install vocabulary python4k demo prepare prepare-small test lint bench gpu gpu-data doctor compare experiment-norm rehearse
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ gpu-data: install  ## build what `make gpu` reads, 57 MiB: SHARED has openstax/,
 experiment-norm: python4k  ## Pre-LN against Post-LN: 30 short runs, an hour or less; again = continue
 	PATH="$$(dirname "$$(command -v $(PYTHON))"):$$PATH" sh experiments/norm.sh
 	$(PYTHON) experiments/plot.py norm
+
+rehearse: $(DEV_STAMP)  ## runs C, D and E with a tiny model on a CPU, five minutes: download, kill, restart, figures
+	$(PYTHON) experiments/rehearse.py
 
 NPROC ?= $(shell $(PYTHON) -c 'import torch; print(max(1, torch.cuda.device_count()))')
 doctor: $(RUN_STAMP)  ## check GPUs, network and folders before a long run; NPROC=8 processes
