@@ -28,13 +28,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from hub_server import HubServer
+
+from plot_log import parse_log
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from hub_server import HubServer  # noqa: E402 (after the path is set)
-
-from plot_log import parse_log  # noqa: E402
-
 FOLDER = ROOT / "rehearsal"  # of data, logs and figures
 TINY = ("--n_layer=2 --n_head=2 --n_embd=32 --block_size=128 --batch_size=8 --batch_tokens=8192 "
         "--max_lr=1e-3 --warmup_steps=3 --val_interval=10 --val_tokens=16384 --hellaswag_interval=10 "
