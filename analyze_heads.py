@@ -760,7 +760,7 @@ def open_batches(state: dict, source: str, tok, T: int, dev: Device) -> tuple[Ba
     the split, in order, so that stretches of them are parts of it."""
     folder, found = find_data_dir(state, source, data_dir), []
     for split, n_tokens in (("train", calibration_tokens), ("train", ablation_tokens), ("val", val_tokens)):
-        loader = WindowLoader(open_stream(folder, split, tok, T), T, T, seed, tok.n_vocab, shuffle=False)
+        loader = WindowLoader(open_stream(folder, split, tok), T, T, seed, tok.n_vocab, shuffle=False)
         n = min(loader.n_windows, max(BLOCKS, n_tokens // T))
         if split == "train" and n < 4:  # two for each half
             raise UserError(f"data_dir={folder} has {n} train windows of {T} tokens, 4 are needed to measure "

@@ -218,7 +218,7 @@ def measure(source: str | Path, data_dir: str, val_tokens: int, device: str, dty
     model = build_model(state, str(source)).to(dev.device)
     model.loss_chunk = dev.loss_chunk
     T = model.config.block_size
-    val, train = (open_stream(data_dir, split, tok, T) for split in ("val", "train"))
+    val, train = (open_stream(data_dir, split, tok) for split in ("val", "train"))
     # of a run that began with other weights it is unknown what those have seen
     known = (config and not config.get("init_from") and state.get("data") == train.fingerprint
              and config["block_size"] == T)

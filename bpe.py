@@ -177,7 +177,7 @@ def mark_starts(kinds, n, starts):
 
 @njit(cache=True, error_model="numpy")
 def mark_wide_spaces(kinds, n, starts):
-    """Put mark_starts right for spaces of several bytes, where the next character is not at the next byte."""
+    """Correct mark_starts at spaces of several bytes, whose next character is not at the next byte."""
     for i in range(n):
         if kinds[i] == SPACE | WIDE:
             after = i + 1
@@ -232,7 +232,7 @@ def contraction(block, pos):
 
 @intrinsic
 def prefetch(typing_context, array, i):
-    """Ask the processor for the memory of array[i] without waiting for it; LLVM's llvm.prefetch."""
+    """Load the memory of array[i] into the cache without waiting for it: llvm.prefetch."""
     def generate(context, builder, signature, arguments):
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
         place = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
@@ -493,11 +493,10 @@ def unicode_classes() -> np.ndarray:
 
 
 def raise_not_utf8(text: np.ndarray, offsets: np.ndarray, document: int) -> None:
-    """Raise Python's error for a document that is not UTF-8, with its index as attribute `document`."""
+    """Raise Python's error for a document that is not UTF-8, and name the document in it."""
     try:
         text[offsets[document]:offsets[document + 1]].tobytes().decode()
     except UnicodeDecodeError as error:
-        error.document = document
         error.reason += f", in document {document}"
         raise
 
@@ -538,8 +537,8 @@ class Tokenizer:
         ranks = {token: rank for rank, token in enumerate(tokens)}
         byte_ids = np.array([ranks[bytes([byte])] for byte in range(256)], np.uint16)
 
-        # Every left + right = merged of tokens, not only the cut its training took: tiktoken asks whether two
-        # neighbours joined are a token, whatever they came from.
+        # All splits of a token into two tokens, not only the one that training merged: tiktoken merges two
+        # neighbours whenever their bytes together are a token.
         merges = np.fromiter((left << 32 | right << 16 | rank for token, rank in ranks.items()
                               for i in range(1, len(token))
                               if (left := ranks.get(token[:i])) is not None
@@ -565,8 +564,8 @@ class Tokenizer:
 
         text is a uint8 array of UTF-8 (an Arrow buffer as it is), offsets has n_docs + 1 integers. Document i
         is ids[id_offsets[i]:id_offsets[i+1]]: the end-of-text id, then its tokens. Raises UnicodeDecodeError
-        for the first document that is not UTF-8, with its index as attribute `document`; a character cut by
-        an offset is invalid on both sides. Raises ValueError for other types and for offsets that decrease or
+        for the first document that is not UTF-8, and names it; a character cut by an offset is invalid on
+        both sides. Raises ValueError for other types and for offsets that decrease or
         lie outside the text.
         """
         text, offsets = check_documents(text, offsets)
@@ -681,16 +680,16 @@ def gpt2_rank_file() -> bytes:
     try:
         data = read_file_cached(GPT2_URL, GPT2_SHA256)
         if hashlib.sha256(data).hexdigest() != GPT2_SHA256:  # tiktoken checks only what it caches
-            raise ValueError("its sha256 is another one")
+            raise ValueError("its sha256 is wrong")
         return data
-    except (OSError, ValueError) as error:  # ValueError: another sha256
+    except (OSError, ValueError) as error:  # ValueError: wrong sha256
         raise UserError(f"GPT-2's vocabulary is not in the cache and cannot be downloaded from {GPT2_URL} "
                         f"({error}); put r50k_base.tiktoken (or Whisper's gpt2.tiktoken), sha256 "
                         f"{GPT2_SHA256}, at {cache_file()}, or type --tokenizer=FILE") from error
 
 
 def say_compiling(kernel) -> None:
-    """Say so where a numba kernel is not in the cache yet: compiling it and those it calls takes a while."""
+    """Print a note if a numba kernel is not cached yet: compiling it and those it calls takes a while."""
     line, version = kernel.py_func.__code__.co_firstlineno, "".join(map(str, sys.version_info[:2]))
     if not any(Path(kernel.stats.cache_path).glob(f"*.{kernel.__name__}-{line}.py{version}*.nbc")):
         print("compiling the tokenizer's kernels, once: about half a minute", file=sys.stderr, flush=True)

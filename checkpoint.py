@@ -476,6 +476,7 @@ def find_data_dir(state: dict, source: str | Path, data_dir: str) -> str:
     names `source`, if those are not there."""
     trained_on = state.get("config", {}).get("data_dir", "")
     if not data_dir and not (trained_on and Path(trained_on).is_dir()):
-        known = f"was trained on data_dir={trained_on}, which is not there" if trained_on else "names no data"
+        known = (f"was trained on data_dir={trained_on}, which does not exist" if trained_on
+                 else "names no data")
         raise UserError(f"{source} {known}; give --data_dir=FOLDER of its shards, or of others")
     return data_dir or trained_on

@@ -31,7 +31,7 @@ import traceback
 import typing
 from pathlib import Path
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no more room
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk or quota
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 OTHER_NAMES = {  # of nanoGPT, build-nanogpt and llm.c: the name here, and the unit where theirs is another

@@ -13,7 +13,7 @@ that is 1,000 bytes or more, is validation, from the start of a line on.
 Chunks and their order depend on the files alone. So the result is the same for any number of processes, and
 the place of a chunk is all that a later run needs to go on from there.
 
-Imported by fineweb.py, train_bpe.py and analyze_tokenizer.py; nothing to run.
+Imported by fineweb.py, train_bpe.py, analyze_tokenizer.py and bench.py; nothing to run.
 """
 import collections
 import contextlib
@@ -46,7 +46,7 @@ MOST_BYTES = 1 << 26   # of a txt document, and of a row group that a worker rea
 VAL_BYTES = 1000       # a txt file whose val_fraction is less than this is not divided
 KINDS = re.compile(r".+\.(parquet|(jsonl|ndjson|json|txt)(\.gz|\.zst)?)", re.IGNORECASE)
 KINDS_TEXT = ".parquet; .jsonl, .ndjson, .json (a document per line) and .txt, also as .gz or .zst"
-READ_ERRORS = (OSError, EOFError, ValueError, zlib.error)  # Arrow's are OSError and ValueError
+READ_ERRORS = (OSError, EOFError, ValueError, NotImplementedError, zlib.error)
 # below a folder: hidden files, what macOS adds to an archive, and the notes of another build
 NO_TEXT = re.compile(r"/(\.|__MACOSX|(manifest|build)(_\d+_of_\d+)?\.json$)")
 # of the standard library's folder: tests, generated tables, packages, and what differs between machines
@@ -69,7 +69,7 @@ class Documents(NamedTuple):
     def part(self, val: bool) -> tuple[np.ndarray, np.ndarray]:
         """Text and offsets, as above, of the documents for validation alone, or of the others."""
         sizes, chosen = np.diff(self.offsets), self.is_val == val
-        text = self.text[:self.offsets[-1]][np.repeat(chosen, sizes)]
+        text = self.text[np.repeat(chosen, sizes)]
         return text, np.cumsum([0, *sizes[chosen]])
 
 
@@ -85,9 +85,9 @@ Unit = Iterator[tuple[tuple[int, int], Chunk]]  # of a file, or of a group of tx
 class Source(NamedTuple):
     """Where documents come from."""
     facts: dict    # for the manifest
-    identity: str  # of the files: a build does not go on with others
+    identity: str  # hash of the files' names, sizes and times: a build continues only with the same ones
     units: Callable[[Place], Iterable[Unit]]  # units(start): from number start[0] on
-    release: Callable[[int], None] = id  # when a unit is no longer needed; id does nothing
+    release: Callable[[int], None] = lambda unit: None  # when a unit is no longer needed
 
     def chunks(self, start: Place = (0, 0, 0)) -> Iterator[tuple[Place, Chunk]]:
         """(place, chunk) from place `start` on, in order."""
@@ -148,7 +148,7 @@ def hash_kernel(text, offsets, out):
 def with_sides(text: np.ndarray, offsets: np.ndarray, val_fraction: float) -> Documents:
     """Documents, each on the side that its hash says; empty ones are left out."""
     text = text.view()
-    text.flags.writeable = False  # Arrow's buffers are; one compiled kernel for all
+    text.flags.writeable = False  # as Arrow's buffers: one compiled kernel for both
     kept = np.unique(offsets)  # an empty document ends where the previous one did
     hashes = np.empty(len(kept) - 1, dtype=np.uint64)
     hash_kernel(text, kept, hashes)
@@ -213,7 +213,8 @@ def check_column(file: File, column: str) -> None:
     if schema.names.count(column) != 1:
         found = "two of them" if column in schema.names else f"only {', '.join(schema.names)}"
         raise UserError(f"{file.name}: wanted a column {column!r}, found {found}; type --text_column=NAME")
-    kind = getattr(schema.field(column).type, "value_type", schema.field(column).type)  # of a dictionary
+    kind = schema.field(column).type
+    kind = kind.value_type if hasattr(kind, "index_type") else kind  # of a dictionary
     if str(kind).removeprefix("large_").removesuffix("_view") not in ("string", "binary"):
         raise UserError(f"{file.name}: column {column!r} holds {kind}, not text; type --text_column=NAME")
 
@@ -276,7 +277,7 @@ def read_rows(array, name: str, row: int, val_fraction: float) -> Documents:
 def read_blocks(file: File, size: int) -> Iterator[bytes]:
     """The decompressed contents, about `size` bytes at a time, without a byte order mark.
 
-    Of a compressed file that is cut off comes all that can be read, and then the UserError.
+    A truncated compressed file yields all that can be read, then raises UserError.
     """
     import pyarrow as pa
     suffix = file.path.suffix.lower()
@@ -495,8 +496,8 @@ class HubFiles(NamedTuple):
         if not self.max_tokens:  # one is read, two are ahead, and one stays until its last shard is written
             needed += sum(sorted(file.size for file in self.files if not hub.cached(self.repo, file))[-4:])
         folder = self.downloads.parent
-        there = [*self.downloads.glob("*"), *list_shards(folder, "train"), *list_shards(folder, "val")]
-        hub.need_space(folder, max(0, needed - sum(path.stat().st_size for path in there)))
+        existing = [*self.downloads.glob("*"), *list_shards(folder, "train"), *list_shards(folder, "val")]
+        hub.need_space(folder, max(0, needed - sum(path.stat().st_size for path in existing)))
 
     def units(self, start: Place) -> Iterable[Unit]:
         """Source.units: the next files are fetched while one is read."""

@@ -129,7 +129,7 @@ def _sync(descriptor):
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, without its byte order mark. Raises UserError if it is no such file."""
+    """The text of a UTF-8 file, without its byte order mark. Raises UserError if it is not one."""
     path = Path(path)
     if path.exists() and not path.is_file():  # reading a pipe would wait for whoever writes into it
         raise UserError(f"{path}: not a regular file; name a text file")

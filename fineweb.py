@@ -76,7 +76,7 @@ input: PathName = ""  # your own files instead: PATH[,PATH...], each a file, a g
 text_column = "text"  # the parquet column or JSON field that holds the text
 data_dir: PathName = "edu_fineweb10B"  # where the shards go
 tokenizer: PathName = "gpt2"  # gpt2, or a rank file in tiktoken's format
-shard_tokens: Between(1, 2**31 - 2**27) = 100_000_000  # per train shard, and up to a chunk more: 200 MB
+shard_tokens: Between(1, 2**31 - 2**27) = 100_000_000  # per train shard, or a chunk more; 100M are 200 MB
 val_fraction: Between(0, 1 - 1e-9) = 0.01  # share of documents for validation; 0 = none
 max_tokens: Between(0, 10**15) = 0  # stop after the document that reaches this many; 0 = all
 num_workers: Between(0, 1024) = 0  # processes; 0 = one per core, at most 16
@@ -95,7 +95,7 @@ LONG = "--num_epochs=4 --warmup_steps=100 --hellaswag_interval=0"
 LARGE = ("--n_layer=8 --n_head=8 --n_embd=512 --block_size=512 --batch_tokens=32768 --num_epochs=3 "
          "--compile=true")
 MEDIUM = "--n_layer=6 --n_head=4 --n_embd=256 --block_size=256 --batch_tokens=8192 --num_epochs=4"
-COMMANDS = [  # train tokens from, arguments of train_gpt2.py for them: the table of README.md
+COMMANDS = [  # (least train tokens, arguments of train_gpt2.py): the table in README.md
     (5_000_000_000, "--data_dir={data_dir}"), (150_000_000, f"config/gpu_24gb.py {FOLDERS} {LONG}"),
     (15_000_000, f"{OWN_TEXT} {LARGE}"), (1_500_000, f"{OWN_TEXT} {MEDIUM}"), (150_000, OWN_TEXT),
     (0, f"{OWN_TEXT} --dropout=0.2 --num_epochs=20")]
@@ -246,7 +246,7 @@ class Build:
         elif others := [path.name for path in folder.iterdir() if self.is_taken(path.name)]:
             raise UserError(f"{folder} already holds {min(others)}, which is not of this build; {REMEDY}")
         self.pairs = self.state["pairs"]
-        notes = self.path.name, self.manifest.name, RANK_FILE if ranks == 1 else ""  # not of other machines
+        notes = {self.path.name, self.manifest.name} | ({RANK_FILE} if ranks == 1 else set())  # not of others
         for path in folder.glob("*.*.tmp"):  # of a process that was killed while it wrote
             file = path.name.rsplit(".", 2)[0]
             if file in notes or (file.startswith(f"{name}_") and self.is_taken(file)):
@@ -273,7 +273,7 @@ class Build:
         return match is not None and (self.ranks == 1 or match["ranks"] != str(self.ranks))
 
     def is_complete(self, k: int) -> bool:
-        """Whether the shards of pair k are there, and as long as they should be."""
+        """Whether the shards of pair k exist and have the recorded length."""
         with contextlib.suppress(UserError, OSError):
             return all(read_header(self.folder / record["file"])[0] == record["tokens"]
                        for record in self.pairs[k]["files"])
@@ -403,7 +403,7 @@ def verify_folder(folder: Path) -> None:
     known = {record["file"] for record in manifest["files"]}
     for path in (path for split in SPLITS for path in list_shards(folder, split)):
         if path.name not in known:
-            raise UserError(f"{path} is not in the manifest: it is of another set; move it away")
+            raise UserError(f"{path} is not in the manifest: it belongs to another build; move it elsewhere")
     began, n_vocab = time.perf_counter(), manifest["tokenizer"]["n_vocab"]
     documents = dict.fromkeys(SPLITS, 0)
     for record in tqdm(manifest["files"], unit=" shards"):
@@ -466,23 +466,6 @@ def open_source(settings: dict, downloads: Path, revision: str, rank: int, ranks
                       settings["max_tokens"], downloads, rank, ranks)
 
 
-@contextlib.contextmanager
-def new_folder(folder: Path):
-    """Make the folder, and remove it again if this block fails before a byte is in it."""
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder} ({error.strerror}); give another --data_dir"
-                        ) from error
-    try:
-        yield
-    except BaseException:
-        if made and not any(path.is_file() and path.stat().st_size for path in folder.rglob("*")):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
 def build(**settings) -> None:
     """Build or verify data_dir; the arguments are the settings at the top of this file. Raises UserError."""
     began, folder, name = time.perf_counter(), Path(settings["data_dir"]), settings["dataset"]
@@ -509,7 +492,8 @@ def build(**settings) -> None:
     part = manifest_name(rank, ranks, "").removesuffix(".json")  # of this machine
     downloads = folder / f"fineweb_downloads{part}"  # removed at the end, so no name that a user may have
     cores = available_cores() // env_number("LOCAL_WORLD_SIZE", 1)
-    with new_folder(folder), locked(folder, "build", name=f".lock{part}"):
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "build", name=f".lock{part}"):
         job = Build(folder, shards, decisive, command, settings["tokenizer"], rank, ranks)
         revision = job.state["source"].get("revision", settings["revision"])  # the commit it began with
         built = job.missing() is None
@@ -520,13 +504,14 @@ def build(**settings) -> None:
         except UserError as error:
             kept = ". What is done is kept: run the same command again, and it goes on"
             raise UserError(f"{error}{kept if job.pairs else ''}") from error.__cause__
+        manifest = read_json(job.manifest, {})
         print(f"{folder} is already built by these settings" if built else
-              describe(read_json(job.manifest, {}), folder, time.perf_counter() - began))
+              describe(manifest, folder, time.perf_counter() - began))
         shutil.rmtree(downloads, ignore_errors=True)
-        splits = read_json(job.manifest, {})["splits"]
+    splits = manifest["splits"]
     if splits["val"]["tokens"]:
         tokens = ranks * splits["train"]["tokens"]  # about, on several machines
-        print(f"next: {training_command(folder, tokens if local or name not in NAMES else math.inf)}")
+        print(f"next: {training_command(folder, tokens)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Files of datasets on the Hugging Face hub: listed, downloaded, or read by ranges
 Requests use huggingface_hub's session, so HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and the proxies work
 as they do there. Its cache is only read, and its downloads are not used: they start anew after a kill.
 
-Imported by documents.py, fineweb.py, convert_hf.py and hellaswag.py; nothing to run.
+Imported by documents.py, convert_hf.py and hellaswag.py; nothing to run.
 """
 import contextlib
 import errno
@@ -61,14 +61,14 @@ class HubFile(NamedTuple):
     etag: str  # hash of the contents, in hex: sha256, or of a small file git's blob id (a sha1)
 
 
-def retry(what: str, attempt: Callable, progress: Callable[[], int] = int, attempts: int = 0):
+def retry(what: str, attempt: Callable, progress: Callable[[], int] = int, attempts: int = ATTEMPTS):
     """Return attempt(), repeated while the network or the server fails, with a line on stderr each time.
 
     The waits double, with jitter, and last at least as long as the server asks. When progress() has grown,
-    the count of attempts starts anew. Raises UserError after `attempts` (or ATTEMPTS), and at once for 401,
+    the count of attempts starts anew. Raises UserError after `attempts`, and at once for 401,
     403, 404, HF_HUB_OFFLINE or a proxy that needs another package. An OSError of the disk passes through.
     """
-    best, failures, attempts = progress(), 0, attempts or ATTEMPTS
+    best, failures = progress(), 0
     while True:
         try:
             return attempt()
@@ -272,8 +272,8 @@ def need_space(folder: Path, needed: int) -> None:
 
     Raises UserError if less is free.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     line = f"disk of {folder}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
     if needed > free:
         raise UserError(f"{line}; free some space, choose another disk with --data_dir=..., or take less "

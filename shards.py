@@ -190,8 +190,8 @@ class TokenStream:
         """`prepare` is the command that builds the folder: the message names it if the folder is missing."""
         self.folder = folder = Path(data_dir)
         if not folder.is_dir():
-            raise UserError(f"data_dir={data_dir} is not there; build it: {prepare}, or name another folder "
-                            f"with --data_dir")
+            raise UserError(f"data_dir={data_dir} does not exist; build it: {prepare}, or name another "
+                            f"folder with --data_dir")
         self.manifest = read_manifest(folder)
         if self.manifest is None and (builds := _find(folder, BUILD_NAME)):
             command = read_json(folder / builds[0][0], {"command": str})["command"]
@@ -221,7 +221,8 @@ class TokenStream:
                    if SHARD_NAME.fullmatch(record["file"])["split"] == split}
         for name in sorted(found.keys() | records.keys()):
             if name not in records:
-                raise UserError(f"{folder / name} is not in the manifest: it is of another set; move it away")
+                raise UserError(f"{folder / name} is not in the manifest: it belongs to another build; move it "
+                                f"elsewhere")
             if name not in found:
                 raise UserError(f"{folder / name} is in the manifest but missing; run fineweb.py again")
             if found[name] != records[name]["tokens"]:
@@ -304,14 +305,10 @@ class TokenStream:
         return tokens
 
 
-def open_stream(data_dir: str | Path, split: str, tok, T: int) -> TokenStream:
-    """A split for a model with the tokenizer `tok` and a context of T tokens. Raises UserError where the
-    shards have another vocabulary or fewer than T + 1 tokens."""
+def open_stream(data_dir: str | Path, split: str, tok) -> TokenStream:
+    """A split for a model with the tokenizer `tok`. Raises UserError if the shards have another one."""
     stream = TokenStream(data_dir, split)
     stream.require_tokenizer(tok, "give --data_dir=FOLDER of shards with the model's vocabulary, or ")
-    if len(stream) < T + 1:
-        raise UserError(f"data_dir={data_dir} has {len(stream):,} {split} tokens, fewer than a window of the "
-                        f"model's context, {T + 1:,}; give --data_dir=FOLDER of a longer text")
     return stream
 
 
@@ -357,8 +354,8 @@ class WindowLoader:
                  shuffle: bool = True):
         if len(stream) < T + 1:
             raise UserError(f"{stream.paths[0]}, ... have {len(stream):,} tokens, too few for one window of "
-                            f"block_size={T} and its targets; choose --block_size={len(stream) - 1} or "
-                            f"smaller, or build more data")
+                            f"block_size={T} and its targets; build more data, or train with "
+                            f"--block_size={len(stream) - 1} or smaller")
         assert batch_tokens % T == 0 < batch_tokens, f"batch_tokens={batch_tokens} is not a multiple of {T}"
         self.stream, self.T, self.seed, self.n_vocab, self.shuffle = stream, T, seed, n_vocab, shuffle
         self.n_windows = (len(stream) - 1) // T

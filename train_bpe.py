@@ -4,7 +4,7 @@ Train a byte-level BPE vocabulary with GPT-2's pattern; the same merges as Huggi
     python train_bpe.py --input=books/,more.jsonl.gz --vocab_size=32768 --out=my.tiktoken
     python train_bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken    # the embedded corpus
 
-Reads text as fineweb.py does, but for what fineweb.py with the same --val_fraction keeps for validation.
+Reads the documents that fineweb.py, with the same --val_fraction, trains on.
 Writes a rank file (tiktoken's format) of --vocab_size - 1 ranks, because <|endoftext|> is the last id and has
 no line. First come the 256 bytes in the order of GPT-2's file, then the merges. Prints what it read and
 wrote, and the command that builds token shards with it. Run again, it changes nothing. 70 MB take about four
@@ -33,13 +33,13 @@ from bpe import (
     byte_order,
     check_documents,
     hash_bytes,
-    load_tokenizer,
     mark_block,
     raise_not_utf8,
     rank_file,
     read_pieces,
     same_bytes,
     say_compiling,
+    tokenizer_from_ranks,
     unicode_classes,
 )
 from configurator import Between, PathName, UserError, configure
@@ -265,7 +265,7 @@ def train_ranks(counts: dict[bytes, int], vocab_size: int) -> list[bytes]:
 input: PathName = ""  # the text: PATH[,PATH...], as in fineweb.py
 dataset = ""  # or python: the embedded corpus, Python's own standard library
 text_column = "text"  # the parquet column or jsonl field that holds the text
-val_fraction: Between(0, 1 - 1e-9) = 0.01  # leave out what fineweb.py with this value keeps for validation
+val_fraction: Between(0, 1 - 1e-9) = 0.01  # share that fineweb.py keeps for validation; left out here
 vocab_size: Between(257, 65_536) = 32_768  # ids of the new vocabulary: 256 bytes, merges, <|endoftext|>
 out: PathName = ""  # the new rank file
 num_workers: Between(0, 1024) = 0  # threads that count; 0 = one per core
@@ -284,7 +284,7 @@ def train(dataset: str, input: str, text_column: str, val_fraction: float, vocab
         raise UserError("needs one text and a new file; type --input=PATH[,PATH...] or --dataset=python, "
                         "and --out=my.tiktoken")
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"--out={out}: wanted a file in a folder that is there; type another --out=...")
+        raise UserError(f"--out={out}: is a folder, or its folder does not exist; type another --out=...")
     say_compiling(count_kernel)
     source = python_source(val_fraction) if dataset else input_source(input, text_column, val_fraction)
     chunks = (chunk for _, chunk in source.chunks())
@@ -299,7 +299,7 @@ def train(dataset: str, input: str, text_column: str, val_fraction: float, vocab
     if path.exists() and path.read_bytes() != data:
         raise UserError(f"--out={out} exists and is another vocabulary; type another name, or remove it")
     write_atomically(path, data)
-    tok = load_tokenizer(out)
+    tok = tokenizer_from_ranks(data, path.stem)
     offsets = np.cumsum([0, *map(len, counts)])
     _, id_offsets = tok.encode_documents(np.frombuffer(b"".join(counts), np.uint8), offsets)
     tokens = int((np.diff(id_offsets) - 1) @ np.array([*counts.values()]))

@@ -745,7 +745,7 @@ def test_the_tables_of_heads_and_pairs(analyzed, monkeypatch):
     calibration, ablation_batches, val = study.open_batches(state, "", tok, 16, DEV)
     values, moments = watch(model, calibration)
     assert all([len(x) for x, _ in some] == [5] * 4 for some in (calibration, ablation_batches, val))
-    stream = study.open_stream(state["config"]["data_dir"], "val", tok, 16)
+    stream = study.open_stream(state["config"]["data_dir"], "val", tok)
     loader = study.WindowLoader(stream, 16, 16, 0, tok.n_vocab, shuffle=False)
     first, last = loader.read_windows(np.array([0, loader.n_windows - 1]))[0]
     assert loader.n_windows > 40 and (val[0][0][0] == first).all() and (val[-1][0][-1] == last).all()
@@ -912,12 +912,12 @@ def test_measuring_only(analyzed, run, tmp_path, capsys):
 @pytest.mark.parametrize(("settings", "words"), [
     *(({"prune_fractions": text}, "prune_fractions=.*above 0 and below 1 with commas between them, such as 0")
       for text in ("1", "nan", "0.1;0.2")),
-    ({"data_dir": "nowhere"}, "data_dir=nowhere is not there; build it: make prepare"),
+    ({"data_dir": "nowhere"}, "data_dir=nowhere does not exist; build it: make prepare"),
     ({"checkpoint": "nowhere"}, "nowhere: not there"), ({"device": "abacus"}, "wanted auto, cpu"),
     ({"sentence": "a"}, "sentence='a' has fewer than two tokens; give a longer --sentence"),
     ({"data_dir": "others"}, "others was tokenized with .*; give --data_dir"),
     ({"data_dir": "little"}, "data_dir=little has 3 train windows of 16 tokens, 4 are needed"),
-    ({"data_dir": "no_val"}, "has 16 val tokens, fewer than a window of the model's context, 17"),
+    ({"data_dir": "no_val"}, "have 16 tokens, too few for one window of block_size=16"),
 ])
 def test_bad_input_is_refused_before_anything_is_measured(analyzed, byte_tokenizer, run, tmp_path,
                                                           monkeypatch, settings, words):

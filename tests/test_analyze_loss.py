@@ -387,7 +387,7 @@ def test_mistakes_are_named(tmp_path, state, monkeypatch):
     refused("no checkpoint under log.*--checkpoint=FILE_OR_FOLDER", "--checkpoint=")
     refused(r"nosuch\.pt: not there", "--checkpoint=nosuch.pt")
     save_checkpoint(tmp_path / "log", STEP, state)
-    refused("data_dir=nosuch is not there", "--data_dir=nosuch")
+    refused("data_dir=nosuch does not exist", "--data_dir=nosuch")
 
     def write_data(folder, sha256, n_val):
         files = [write_shard(folder / f"other_{split}_000000.npy", np.arange(n, dtype=np.uint16))
@@ -401,7 +401,7 @@ def test_mistakes_are_named(tmp_path, state, monkeypatch):
     refused("data_dir=short has 16 val tokens, fewer than .* 17; give --data_dir", "--data_dir=short")
     moved = {**state, "config": {**state["config"], "data_dir": "gone"}}
     save_checkpoint(tmp_path / "log", STEP, moved)
-    refused("was trained on data_dir=gone, which is not there; give --data_dir=FOLDER")
+    refused("was trained on data_dir=gone, which does not exist; give --data_dir=FOLDER")
     save_checkpoint(tmp_path / "log", STEP, {key: value for key, value in state.items() if key != "config"})
     refused("names no data; give --data_dir=FOLDER")
     state["model"]["transformer.wte.weight"][0, 0] = math.nan

@@ -85,7 +85,6 @@ def check_documents(tokenizer, documents: list[bytes]):
         except UnicodeDecodeError as error:
             with pytest.raises(UnicodeDecodeError, match=rf"{error.reason}, in document {i}$") as raised:
                 tokenizer.encode_documents(*pack(documents))
-            assert raised.value.document == i
             assert (raised.value.start, raised.value.object) == (error.start, document)
             return
     ids, id_offsets = tokenizer.encode_documents(*pack(documents))

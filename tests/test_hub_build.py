@@ -87,6 +87,7 @@ def test_complete_files_through_a_bad_network(server, corpus, tmp_path, encoding
     said = capsys.readouterr()
     assert not server.faults and said.err.count("attempt") == 5 and "000_00000.parquet: corrupt" in said.err
     assert "4 parquet files" in said.out and "GB are free" in said.out
+    assert "next: python train_gpt2.py config/own_text.py " in said.out  # a sample this small is no FineWeb
     assert splits_of(folder) == slow_build(corpus[1], encoding)
     manifest = read_manifest(folder)
     assert manifest["source"] == {"repo": REPO, "revision": COMMIT, "files": 4}
@@ -287,19 +288,6 @@ def test_too_little_space_is_reported_first(server, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "list_files", lambda *_: (COMMIT, [hub.HubFile(FIRST, 10**15, "e" * 64)]))
     with pytest.raises(UserError, match=r"1750000\.00 GB, .* GB are free; .*--max_tokens"):
         build(tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-
-
-def test_a_build_without_a_byte_leaves_no_folder(server, tmp_path, monkeypatch):
-    def fetch(repo, commit, file, folder):
-        folder.mkdir(exist_ok=True)
-        (folder / f"{file.etag}.incomplete").touch()
-        raise UserError("no network")
-
-    monkeypatch.setattr(hub, "fetch", fetch)
-    with pytest.raises(UserError, match="no network"):
-        build(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 # ---- interrupted ---------------------------------------------------------------

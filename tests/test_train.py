@@ -306,7 +306,7 @@ def test_log_dir_that_is_a_file(flags, tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
-    ({"data_dir": "/nonexistent"}, ["data_dir=/nonexistent is not there; build it: make prepare"]),
+    ({"data_dir": "/nonexistent"}, ["data_dir=/nonexistent does not exist; build it: make prepare"]),
     ({"data_dir": "/nonexistent", "prepare": "python x.py"}, ["build it: python x.py"]),
     ({"batch_tokens": 500}, ["batch_tokens=500", "--batch_tokens=384 or 512"]),
     ({"batch_tokens": 64}, ["--batch_tokens=128 or 256"]),
