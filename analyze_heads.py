@@ -63,16 +63,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import (
-    build_model,
-    checkpoint_tokenizer,
-    describe_model,
-    find_data_dir,
-    newest_checkpoint,
-    write_checkpoint,
-)
+from checkpoint import describe_model, find_data_dir, write_checkpoint
 from configurator import Between, OneOf, PathName, UserError, configure
-from convert_hf import load_any
+from convert_hf import open_model
 from device import TOLERANCE, Device, resolve_device
 from figures import csv_bytes, pyplot, save_figure, table
 from files import write_atomically
@@ -774,11 +767,9 @@ def open_batches(state: dict, source: str, tok, T: int, dev: Device) -> tuple[Ba
 def main() -> None:
     shares = parse_fractions()
     dev = resolve_device(device, "float32")
-    source = checkpoint or newest_checkpoint()
-    state = load_any(source)
-    tok = checkpoint_tokenizer(state)
-    model = build_model(state, str(source)).to(dev.device).requires_grad_(False)
-    for key in ("model", "optimizers"):  # more than the model itself takes
+    source, state, model, tok = open_model(checkpoint, dev.device)
+    model.requires_grad_(False)
+    for key in ("model", "optimizers"):  # free them: they are larger than the model
         state.pop(key, None)
     model.loss_chunk = dev.loss_chunk
     heads, pairs, T = all_heads(model), all_pairs(model), model.config.block_size

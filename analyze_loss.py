@@ -33,9 +33,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import build_model, checkpoint_tokenizer, find_data_dir, newest_checkpoint, split_best
+from checkpoint import find_data_dir, newest_checkpoint, split_best
 from configurator import Between, OneOf, PathName, UserError, configure
-from convert_hf import load_any
+from convert_hf import open_model
 from device import Device, resolve_device
 from figures import csv_bytes, log_ticks, pyplot, save_figure, table
 from files import write_atomically
@@ -212,14 +212,12 @@ def measure(source: str | Path, data_dir: str, val_tokens: int, device: str, dty
             ) -> Report:
     """The report of a model: `source` as load_any takes it, the others as the settings above."""
     dev = resolve_device(device, dtype)
-    state = load_any(source)
-    config, tok = state.get("config", {}), checkpoint_tokenizer(state)
-    data_dir = find_data_dir(state, source, data_dir)
-    model = build_model(state, str(source)).to(dev.device)
+    _, state, model, tok = open_model(source, dev.device)
+    config, data_dir = state.get("config", {}), find_data_dir(state, source, data_dir)
     model.loss_chunk = dev.loss_chunk
     T = model.config.block_size
     val, train = (open_stream(data_dir, split, tok) for split in ("val", "train"))
-    # of a run that began with other weights it is unknown what those have seen
+    # with init_from, what the initial weights have seen is unknown
     known = (config and not config.get("init_from") and state.get("data") == train.fingerprint
              and config["block_size"] == T)
     batch_tokens, run_seed = (config["batch_tokens"], config["seed"]) if known else (T, seed)

@@ -339,7 +339,7 @@ def our_step(config, batch_size: int, device: str, dtype: str):
     model = random_model(config, dev.device)
     model.loss_chunk = dev.loss_chunk
     forward = torch.compile(model, dynamic=False) if dev.compile else model
-    return optimizer_step(model, forward, batch_size, dev.fused, dev.autocast)
+    return optimizer_step(model, forward, batch_size, True, dev.autocast)
 
 
 def stock_loss(model, idx, targets):

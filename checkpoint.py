@@ -6,7 +6,7 @@ to generate, or to resume with any number of processes.
     writer.save(step, {"step": step, ..., **training_state(model, optimizers)}, best_step)
     values = load_into("log", model, optimizers, check)         # resume
     state = load_checkpoint("log")                              # a file, a folder's newest, or log:best
-    model, state = load_model("log:best", device)               # of the run in log, the lowest val loss
+    model = build_model(load_checkpoint("log:best"), "log")      # of the run in log, the lowest val loss
 
 A checkpoint is one file of torch.save, LOG_DIR/ckpt_{step:07d}.pt. It is a dict of tensors and plain values:
     model                      state dict with the keys of the bare GPT: no trace of compile, DDP or fsdp
@@ -140,7 +140,7 @@ def _part_of(value, parameter):
     if not isinstance(value, torch.Tensor):
         return value
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value.to(parameter.device if value.dim() else value.device, copy=True)  # step: as it was
+        return value.to(parameter.device if value.dim() else value.device, copy=True)  # step stays
     # None: nothing is sent, as every process has the full tensor; clone, to let go of the rest
     part = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return part.clone()
@@ -203,12 +203,11 @@ class CheckpointWriter:
 
     def _write(self, step, state, best_step):
         try:
-            for path in self.log_dir.glob("ckpt_*.tmp"):  # nobody else writes there: log_dir is locked
-                if is_temporary(path.name) and path.is_file():
-                    path.unlink()
+            for path in self.log_dir.glob("ckpt_*.pt.*.tmp"):  # of a killed write: log_dir is locked
+                path.unlink()
             save_checkpoint(self.log_dir, step, state)
             for path in list_checkpoints(self.log_dir)[:-self.keep]:
-                if path.is_file() and step_of(path) != best_step:
+                if step_of(path) != best_step:
                     path.unlink(missing_ok=True)
         except (UserError, OSError) as error:
             self._error = UserError(f"{error}; then continue with --resume: earlier checkpoints are complete")
@@ -242,22 +241,15 @@ def write_checkpoint(path: Path, state: dict) -> None:
             raise (failed or [error])[0] from None
 
 
-def is_temporary(name: str) -> bool:
-    """Whether a file's name is that of a killed write, by this version or an earlier one."""
-    return bool(re.fullmatch(r"ckpt_\d+(\.pt\.\d+)?\.tmp", name))
-
-
 # ---- finding
 def list_checkpoints(log_dir: str | Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first: ckpt_*.pt, and the ckpt_*/ folders of older versions."""
-    found = [path for path in Path(log_dir).glob("ckpt_*") if re.fullmatch(r"ckpt_\d+(\.pt)?", path.name)]
-    found = [path for path in found if path.is_dir() == (path.suffix == "")]
-    return sorted(found, key=lambda path: (step_of(path), path.suffix))
+    """The checkpoints in a folder, oldest first."""
+    found = (path for path in Path(log_dir).glob("ckpt_*.pt") if re.fullmatch(r"ckpt_\d+\.pt", path.name))
+    return sorted(filter(Path.is_file, found), key=step_of)
 
 
 def _candidates(path):
-    itself = path.is_file() or (path.is_dir() and re.fullmatch(r"ckpt_\d+", path.name))
-    return [path] if itself else list_checkpoints(path)
+    return [path] if path.is_file() else list_checkpoints(path)
 
 
 def step_of(path: Path) -> int:
@@ -296,11 +288,6 @@ def _load(name):
                         f"or train one with make demo")
     errors = []
     for found in reversed(_candidates(path)):
-        if found.is_dir():
-            raise UserError(f"checkpoint {found}: a folder, written by an older version under fsdp; make it "
-                            f"a file: git checkout d2a1bca && python -c \"from checkpoint import *; state = "
-                            f"load_checkpoint('{found}'); save_checkpoint('{found.parent}', state['step'], "
-                            f"state)\" && git checkout -")
         try:
             state = _load_file(found)
             break
@@ -403,12 +390,6 @@ def load_checkpoint(path: str | Path) -> dict:
     A corrupt one is a UserError; in a folder it is reported on stderr and the previous one is used.
     """
     return _load(path)[1]
-
-
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
-    """The model of a checkpoint, in eval mode on `device`, and the checkpoint itself (on the CPU)."""
-    state = load_checkpoint(path)
-    return build_model(state, str(path)).to(device), state
 
 
 def build_model(state: dict, name: str) -> GPT:

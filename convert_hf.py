@@ -52,6 +52,7 @@ from checkpoint import (
     describe_tokenizer,
     holds_checkpoint,
     load_checkpoint,
+    newest_checkpoint,
     save_checkpoint,
     split_best,
 )
@@ -83,7 +84,7 @@ NANOGPT = {**SHAPE, "block_size": SIZE, "bias?": bool, "dropout?": float}  # bui
 
 # ---- import
 def load_any(source: str | Path) -> dict:
-    """The state of a checkpoint, on the CPU, from a model of any kind; `checkpoint.build_model` builds it.
+    """The state of a checkpoint, on the CPU, from a model of any kind; `open_model` builds it.
 
     `source`: a checkpoint of ours (a file, a folder for its newest, or FOLDER:best), a file of nanoGPT or
     build-nanogpt, a folder with config.json and model.safetensors, or one of HUB_NAMES. An imported state has
@@ -104,6 +105,16 @@ def load_any(source: str | Path) -> dict:
         return import_hf(_download(repo), f"hub: {repo}")
     raise UserError(f"{source}: not there or not a model; name a folder with config.json and {WEIGHTS}, "
                     f"one of {', '.join(HUB_NAMES)}, or a checkpoint: a file, a log_dir or LOG_DIR:best")
+
+
+def open_model(source: str | Path, device: str | torch.device) -> tuple[str, dict, GPT, Tokenizer]:
+    """(name, state on the CPU, model in eval mode on `device`, tokenizer) of what load_any takes.
+
+    An empty `source` is the folder under log*/ whose checkpoint is the newest.
+    """
+    name = str(source or newest_checkpoint())
+    state = load_any(name)
+    return name, state, build_model(state, name).to(device), checkpoint_tokenizer(state)
 
 
 def _download(repo):

@@ -39,12 +39,6 @@ class KVCache:
         self.v[layer][:, :, self.length : S] = v
         return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
 
-    def advance(self, T):
-        self.length += T
-
-    def clear(self):
-        self.length = 0
-
 
 @torch.no_grad()
 def generate(model: GPT, prompts: torch.Tensor | list[torch.Tensor], max_new_tokens: int,
@@ -59,7 +53,9 @@ def generate(model: GPT, prompts: torch.Tensor | list[torch.Tensor], max_new_tok
     every half context. use_cache=False gives the same ids up to rounding, at a full forward pass per token.
     Raises UserError for an empty prompt, settings out of range, and logits that are not finite.
     """
-    check_sampling(temperature, top_k, top_p)
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):  # nan fails too
+        raise UserError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: wanted temperature >= 0, "
+                        f"top_k >= 0 and 0 < top_p <= 1")
     prompts = list(prompts)
     if not prompts or min(map(len, prompts)) == 0:
         raise UserError(f"prompts of {[len(prompt) for prompt in prompts]} tokens: each needs at least 1 "
@@ -81,7 +77,7 @@ def generate(model: GPT, prompts: torch.Tensor | list[torch.Tensor], max_new_tok
             starts = [p + context_start(n - p, block_size) for p in pad]  # the first column each row sees
             begin = min(starts)
             if cache is not None and starts != previous:
-                cache.clear()
+                cache.length = 0
             held = cache.length if cache is not None else 0
 
             rows = {}
@@ -135,16 +131,6 @@ def row_mask(first: torch.Tensor, query: torch.Tensor, S: int) -> torch.Tensor:
 # ---- sampling ------------------------------------------------------------------
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raises UserError where one of the three is out of range."""
-    for name, value, valid, wanted in (
-            ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
-            ("top_k", top_k, top_k >= 0, "0 (all) or more"),
-            ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1 (all)")):
-        if not valid:
-            raise UserError(f"{name}={value}: wanted {wanted}")
-
-
 def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
                  generator: torch.Generator | None) -> torch.Tensor:
     """Draw ids (B,) from logits (B, V), among the top_k most likely (0 = all) and the smallest set that
@@ -155,7 +141,7 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: fl
 
     ids = None
     if 0 < top_k < logits.size(-1) or top_p < 1.0:
-        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)), dim=-1)  # (B, k), falling
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)), dim=-1)  # (B, k), sorted
     logits = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: no overflow
     precise = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
     # below a temperature of 1e-6 only the most likely id is left, and smaller divisors may round to 0

@@ -1,5 +1,5 @@
 """
-Decides where and how to compute: device, dtype, autocast, loss scaler, fused optimizer, pinned memory,
+Decides where and how to compute: device, dtype, autocast, loss scaler, pinned memory,
 compile. And checks that the device computes the right thing.
 
     dev = resolve_device("auto", "auto", compile=True)
@@ -40,8 +40,8 @@ TOLERANCE = {torch.float32: 4e-3, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # Dense peaks in TFLOP/s of 16-bit matrix products that accumulate in float32, by the driver's name of a card.
 # From the vendors' data sheets and architecture papers: half of a figure "with sparsity", a quarter for Ada
 # workstation cards, whose figure is FP8 besides. GeForce: 4 FLOPs per CUDA core and clock, at the boost clock
-# of the product page (white papers: 71 for the RTX 3090, 165.2 for the 4090, 209.5 for the 5090). A laptop's
-# is the highest clock of a range, which it reaches only with the power for it.
+# of the product page (white papers: 71 for the RTX 3090, 165.2 for the 4090, 209.5 for the 5090). A laptop
+# GPU reaches its boost clock only at its highest power limit.
 PEAK_TFLOPS = {
     "NVIDIA B200": 2250.0, "NVIDIA GH200 480GB": 989.4, "NVIDIA H200": 989.4, "NVIDIA H200 NVL": 835.5,
     "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H100 NVL": 835.5, "NVIDIA H100 PCIe": 756.4,
@@ -87,9 +87,8 @@ class Device:
 
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights stay float32
-    compile: bool  # whether torch.compile works here
+    compile: bool  # asked for, and it works here
     name: str  # "NVIDIA H200", "AMD EPYC", ...
-    fused = True  # AdamW has a one-pass kernel on CUDA, CPU and MPS
 
     @property
     def type(self) -> str:
@@ -164,9 +163,10 @@ def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = Fa
     `local_rank` picks the GPU of a process under torchrun; only 0 prints. auto dtype: bfloat16 where the
     hardware multiplies it, float16 on older CUDA cards, float32 on MPS, whose 16-bit attention has leaked
     future tokens (pytorch #195910), and on other CPUs. A CPU takes any dtype, even one that is slow there, so
-    that a GPU's path can be tried without one. ROCm is "cuda" to torch, and so it is here. `attention` (one
-    of ATTENTION, or auto: cuDNN's on Hopper) is tried first on CUDA; "" keeps torch's own order.
-    `deterministic` and `attention` hold for the process: call this before anything else computes.
+    that a GPU's path can be tried without one. torch calls ROCm devices "cuda", and so does this file.
+
+    `attention` (one of ATTENTION, or auto: cuDNN's on Hopper) is tried first on CUDA; "" keeps torch's own
+    order. `deterministic` and `attention` hold for the process: call this before anything else computes.
 
     Raises UserError if the device or dtype is unknown or not available, or if it is bfloat16 on a CUDA card
     that would emulate it.
@@ -216,8 +216,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def watch_memory(dev: Device, needed: int, advice: str) -> None:
     """From now on, running out of memory ends the script with a line that says what to type: `advice`.
 
-    Linux kills a process that fills main memory without a word. So on a CPU this raises UserError at once if
-    `needed` bytes, computed and up to 25% too high, are certainly more than the machine has.
+    Linux kills a process that fills main memory, without a message. So on a CPU this raises UserError at
+    once if `needed` bytes, computed and up to 25% too high, are certainly more than the machine has.
     """
     previous_hook = sys.excepthook  # configurator's
     advice += "; analyze_compute.py computes what a setting needs, --dry_run measures it"
@@ -243,8 +243,6 @@ def _best_device(local_rank):
     if local_rank == 0 and not _built_for_gpus() and shutil.which("nvidia-smi"):
         print(f"device: cpu, the GPU is not used: torch {torch.__version__} is built without CUDA; "
               f"install it as pytorch.org/get-started says", flush=True)
-    if local_rank == 0 and torch.xpu.is_available():
-        print("device: cpu, the Intel GPU is not used: Intel GPUs are not supported", flush=True)
     return "cpu"
 
 
@@ -307,16 +305,12 @@ def _why_not_compile(device):
     if device.type == "mps":  # a trial passes there
         return "on MPS it silently computes a wrong LayerNorm: pytorch #191976"
     try:
-        twice = torch.compile(_twice)
+        twice = torch.compile(lambda x: x * 2)
         if not (twice(torch.ones(8, device=device)) == 2).all():
             return "a trial gave wrong numbers"
     except Exception as error:  # the compiler stack raises anything from ImportError to CalledProcessError
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
     return None
-
-
-def _twice(x):
-    return x * 2
 
 
 def _cpu_name():
@@ -387,8 +381,6 @@ def _test_attention(config, dev, attention):
         """Output and gradients of q, k, v, all (B, nh, T, hs), from x (B, T, 3C), split as the model does."""
         x = x.requires_grad_()
         q, k, v = (part.view(B, T, nh, -1).transpose(1, 2) for part in x.split(C, dim=2))
-        if x.device.type == "mps":
-            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         y = attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=True)
         with torch.no_grad():
             y_without_grad = attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=True)

@@ -8,10 +8,11 @@ Check, before a long run, what makes training on several processes fail or crawl
 Start it as you will start train_gpt2.py: same launcher, same nodes, same folders. It compares the machines
 and versions of all ranks, all-reduces integers whose sums must be exact, measures the bandwidth, and looks
 for the same log_dir and the same data from every rank. Takes half a minute; reads data_dir; writes and
-removes one small file beside log_dir. Exit code 0: no problem (notes are advice), 1: problems, 2: a bad flag.
+removes one small file beside log_dir, whose parent folder it may create. Exit code 0: no problem (notes are
+advice), 1: problems, 2: a bad flag.
 
 A rank that never starts, or that hangs, is named after --timeout seconds. For nodes that are missing torchrun
-itself waits first, 10 minutes unless told otherwise: --rdzv_conf=join_timeout=60.
+itself waits first, 10 minutes by default: --rdzv_conf=join_timeout=60.
 """
 
 import contextlib
@@ -113,7 +114,7 @@ def compare_ranks(facts: list[dict]) -> tuple[list[str], list[str]]:
         if on_cuda and len(set(devices)) < len(devices):
             wrong.append(f"{host}: {name_ranks(ranks)} share a GPU ({', '.join(devices)}); start at most one "
                          f"process per GPU, and leave --device=auto")
-        too_few = not on_cuda and threads <= f["cores"] // 2  # torchrun sets 1 unless told otherwise
+        too_few = not on_cuda and threads <= f["cores"] // 2  # torchrun's default is 1
         if too_few or (len(ranks) > 1 and threads > f["cores"]):
             notes.append(f"{host}: {threads} threads on {f['cores']} cores; set OMP_NUM_THREADS="
                          f"{max(1, f['cores'] // len(ranks))}")

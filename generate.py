@@ -35,10 +35,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import build_model, checkpoint_tokenizer, newest_checkpoint
 from configurator import Between, OneOf, PathName, UserError, configure
-from convert_hf import load_any
-from decoding import check_sampling, context_start, generate
+from convert_hf import open_model
+from decoding import context_start, generate
 from device import resolve_device
 from files import read_text
 
@@ -50,7 +49,7 @@ num_samples: Between(1, 10_000) = 2  # samples of each prompt, drawn as one batc
 max_new_tokens: Between(1, 1_000_000) = 200  # tokens per sample at most
 temperature: Between(0, 1000) = 0.8  # 0 = greedy; 1 = the model's own probabilities
 top_k: Between(0, 2**31) = 200  # sample among the k most likely tokens; 0 = all
-top_p: Between(0, 1) = 1.0  # sample among the most likely tokens that together reach this probability
+top_p: Between(1e-9, 1) = 1.0  # sample among the most likely tokens that together reach this probability
 text: PathName = ""  # a text file to score, instead of sampling
 stride: Between(0, 2**31) = 0  # tokens between the starts of its windows; 0 = half a block_size
 logprobs = False  # print ln of the probability of each token
@@ -182,7 +181,6 @@ def score(model, tok, dev, content: str) -> None:
 
 
 def main() -> None:
-    check_sampling(temperature, top_k, top_p)  # Between lets top_p=0 through
     if sum(map(bool, (prompt, prompts, interactive, text))) > 1:
         raise UserError("give only one of --prompt, --prompts, --interactive and --text")
     batches = typed_lines() if interactive else [[read_text(text)] if text else read_prompts()]
@@ -190,10 +188,7 @@ def main() -> None:
         raise UserError(f"text={text} is an empty file; name one with text to score")
 
     dev = resolve_device(device, dtype)
-    source = checkpoint or newest_checkpoint()
-    state = load_any(source)
-    model = build_model(state, str(source)).to(dev.device)
-    tok = checkpoint_tokenizer(state)
+    source, state, model, tok = open_model(checkpoint, dev.device)
     print(f"checkpoint: {source}, step {state['step']}", file=sys.stderr)
     for texts in batches:
         if text:

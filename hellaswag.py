@@ -44,9 +44,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from bpe import GPT2_SHA256, Tokenizer
-from checkpoint import build_model, checkpoint_tokenizer, newest_checkpoint
 from configurator import Between, OneOf, PathName, UserError, configure
-from convert_hf import load_any
+from convert_hf import open_model
 from device import Device, resolve_device
 from files import check, write_atomically
 from model import GPT
@@ -304,7 +303,7 @@ def evaluate(model: GPT, examples: Examples, dev: Device, batch_tokens: int = 16
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     rows, slots = make_rows(examples.items, model.config.block_size)
     batches, scored = make_batches(rows, batch_tokens), []
-    # as many forward passes on every process: sharded parameters are gathered by all of them together
+    # the same number of forward passes on every process: all of them gather sharded parameters
     turns = range(rank, math.ceil(len(batches) / world_size) * world_size, world_size)
     model.eval()
     try:
@@ -349,12 +348,7 @@ def main() -> None:
     dev = resolve_device(device, dtype, local_rank=ranks.local_rank)
     ranks.connect(dev.device)
     path = find_data(data, ranks)
-    source = checkpoint or newest_checkpoint()
-    state = load_any(source)
-    model, tok = build_model(state, str(source)).to(dev.device), checkpoint_tokenizer(state)
-    if tok.n_vocab != model.config.n_vocab:
-        raise UserError(f"{source}: its tokenizer has {tok.n_vocab:,} ids and its model "
-                        f"{model.config.n_vocab:,}; use a checkpoint where they match")
+    _, state, model, tok = open_model(checkpoint, dev.device)
     names = PROTOCOLS if protocol == "both" else (protocol,)
     sets = [read_examples(path, tok, name, limit) for name in names]  # all errors before the first score
     if ranks.master:

@@ -1,6 +1,7 @@
 """
 What makes a step fast: attention, GELU, Linear layers and Muon for CPUs, and a cross-entropy that never holds
-all logits. Each computes what its torch counterpart computes, up to rounding.
+all logits; and attention written out, for devices on which torch's is wrong. Each computes what its torch
+counterpart computes, up to rounding.
 
 Shapes: B batch, T queries, S keys, nh heads, hs head size, N rows (tokens), C width, V rows of wte.
 """
@@ -141,7 +142,7 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     or none (N,), in nats; rows whose target is -100 count nothing. Only the first n_vocab logits take part:
     the product is of all V rows, because tensor cores want a multiple of 128. Can be differentiated once.
     """
-    if reduction == "none" and not torch.is_grad_enabled():  # evaluation: skip the rows without a target
+    if reduction == "none":  # evaluation: skip the rows without a target
         kept = (targets != -100).nonzero()[:, 0]
         weight = weight.to(product_dtype(weight))  # once; autocast would cast it again for every chunk
         rows = chunk or 2048  # never all logits at once, however large the batch
@@ -155,17 +156,14 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
         return F.cross_entropy(F.linear(x, weight)[:, :n_vocab], targets, reduction=reduction)
 
     dtype = product_dtype(x)
-    if torch.is_grad_enabled() and reduction != "none" and dtype != torch.float16 and n_vocab is None:
+    if torch.is_grad_enabled() and dtype != torch.float16 and n_vocab is None:
         total = ChunkedCrossEntropy.apply(x.to(dtype), weight, targets, chunk, torch.compiler.is_compiling())
     else:
-        # either nothing is differentiated, or the gradient needs a factor that only the backward knows (one
-        # per row, or float16's loss scale), so the backward computes the logits again
-        losses = torch.cat([checkpoint(row_losses, x_c, weight, targets_c, n_vocab, use_reentrant=False,
-                                       preserve_rng_state=False)
-                            for x_c, targets_c in zip(x.split(chunk), targets.split(chunk))])  # (N,)
-        if reduction == "none":
-            return losses
-        total = losses.sum()
+        # either nothing is differentiated, or the gradient needs float16's loss scale, which only the
+        # backward knows, so the backward computes the logits again
+        total = torch.cat([checkpoint(row_losses, x_c, weight, targets_c, n_vocab, use_reentrant=False,
+                                      preserve_rng_state=False)
+                           for x_c, targets_c in zip(x.split(chunk), targets.split(chunk))]).sum()
     return total / (targets != -100).sum() if reduction == "mean" else total
 
 

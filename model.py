@@ -136,7 +136,7 @@ class GPT(nn.Module):
     """GPT-2. Its initial weights come from torch's global generator: seed it first.
 
     activation_checkpointing = True keeps only each block's input for the backward, which computes the block
-    again: a third more compute for a fraction of the memory (Chen et al. 2016, "Training Deep Nets with
+    again: up to a third more compute for a fraction of the memory (Chen et al. 2016, "Training Deep Nets with
     Sublinear Memory Cost").
     """
 
@@ -187,7 +187,7 @@ class GPT(nn.Module):
                 x = block(x, cache, mask)
         x = self.transformer.ln_f(x)
         if cache is not None:
-            cache.advance(T)
+            cache.length += T
 
         if targets is None:
             x = x[:, -1:] if only_last else x
@@ -219,7 +219,7 @@ class GPT(nn.Module):
         fully_shard(self, mesh=mesh)
 
     def configure_optimizers(self, optimizer: str, weight_decay: float, lr: float, betas: tuple[float, float],
-                             fused: bool) -> list[torch.optim.Optimizer]:
+                             fused: bool = True) -> list[torch.optim.Optimizer]:
         """[AdamW], or for muon [AdamW, Muon], where Muon has the matrices of the blocks.
 
         Matrices and embeddings decay, biases and norms do not (GPT-3, appendix B). Muon: Jordan et al. 2024,

@@ -1,6 +1,6 @@
 """
 The processes of a run, started by torchrun, or a single one: who they are, and what they do together. RANK
-and friends are read here (and by fineweb.py, which forms no group).
+and friends are read here; fineweb.py, which forms no group, and configurator.py read some too.
 
     ranks = Ranks()                            # from the environment, checked
     ranks.connect(dev.device)                  # NCCL on CUDA, gloo elsewhere
@@ -37,7 +37,7 @@ class Ranks:
         self.many = self.world_size > 1
         self.master = self.rank == 0  # the process that prints and writes
         self.by_torchrun, self.parent = "TORCHELASTIC_RUN_ID" in os.environ, os.getppid()
-        # which torchrun: a restarted process has the same one, the same command typed again has not
+        # identifies the torchrun: the same after a restart, another when the command is typed again
         self.launcher = f"{platform.node()} {self.parent}" if self.by_torchrun else ""
         self._device = torch.device("cpu")
         fix = "start with torchrun, or type `unset WORLD_SIZE RANK` for a single process"

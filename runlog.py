@@ -38,9 +38,10 @@ class RunLog:
     """The run in `log_dir`, if there is one, and the log of this one. `launcher` is Ranks.launcher;
     writes=False (all ranks but 0) only looks.
 
-    exists: whether a run is there; a start that failed before its first step is none
+    exists: whether a run is there; a start that failed before its first step does not count
     restarted: whether torchrun has started this process again: the latest start came from the same torchrun
-        with the same arguments. The same command typed again is not a restart, its torchrun is another one.
+        with the same arguments. The same command typed again is not a restart: its torchrun is another
+        process.
     init_from: the weights that the run began with, or ""
     error: the OSError of a line that could not be written, or None
     """

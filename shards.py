@@ -221,8 +221,8 @@ class TokenStream:
                    if SHARD_NAME.fullmatch(record["file"])["split"] == split}
         for name in sorted(found.keys() | records.keys()):
             if name not in records:
-                raise UserError(f"{folder / name} is not in the manifest: it belongs to another build; move it "
-                                f"elsewhere")
+                raise UserError(f"{folder / name} is not in the manifest: it belongs to another build; move "
+                                f"it elsewhere")
             if name not in found:
                 raise UserError(f"{folder / name} is in the manifest but missing; run fineweb.py again")
             if found[name] != records[name]["tokens"]:

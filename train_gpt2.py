@@ -90,7 +90,7 @@ max_z_score: Between(0, 10**6) = 0.0  # skip steps whose loss or norm is this ma
 max_bad_steps: Between(1, 10**9) = 10  # abort after this many consecutive skipped steps
 # ---- evaluating and saving
 val_interval: Between(0, 10**9) = 250  # steps between validations; 0 = only at the end
-val_tokens: Between(1, 10**12) = 10_485_760  # the first N tokens of the val split; less where it is shorter
+val_tokens: Between(1, 10**12) = 10_485_760  # the first N tokens of the val split; fewer if it is shorter
 hellaswag_interval: Between(0, 10**9) = 250  # steps between HellaSwag scores, and at the end; 0 = never
 hellaswag_data: PathName = ""  # its validation set (.jsonl); empty = download the public file once
 checkpoint_interval: Between(0, 10**9) = 1000  # steps between checkpoints; 0 = only at the end
@@ -220,7 +220,7 @@ else:
 if attention == "plain":
     raw_model.use_attention(plain_attention)
 
-# attention that leaks future tokens gives a wonderful loss, so the device is tested first
+# attention that leaks future tokens gives a deceptively low loss, so the device is tested first
 failed_here = self_test(raw_model, dev, raw_model.transformer.h[0].attn.attention)
 if problems := dict.fromkeys(problem for failed in ranks.gather(failed_here) for problem in failed):
     ranks.fail(f"self-test on {dev.name}: {'; '.join(problems)}; this device computes wrong numbers: type "
@@ -245,7 +245,7 @@ if dev.compile and not fsdp:  # around DDP, so that it cuts the graph where grad
     model = torch.compile(model, dynamic=False)
 eval_compiled = dev.compile and dev.type == "cuda"  # on a CPU compiling takes longer than it saves
 eval_model = torch.compile(raw_model, dynamic=False) if eval_compiled and not fsdp else raw_model
-optimizers = raw_model.configure_optimizers(optimizer, weight_decay, max_lr, (beta1, beta2), dev.fused)
+optimizers = raw_model.configure_optimizers(optimizer, weight_decay, max_lr, (beta1, beta2))
 scaler = dev.grad_scaler()
 
 failures = []  # errors of this process's threads; the others learn of them at the end of the step
@@ -300,7 +300,7 @@ def evaluate_loss(n_windows):
     raw_model.eval()
     for first in range(0, n_windows, world_size * rows):
         ids = np.arange(first + rank * rows, min(first + (rank + 1) * rows, n_windows))
-        # a compiled model needs one shape, and fsdp every process in every forward: fill up, and ignore that
+        # a compiled model needs one shape, and fsdp every process in every forward: pad, and ignore it
         width = rows if eval_compiled else max(1, len(ids))
         try:
             x, y = val_loader.read_windows(np.pad(ids, (0, width - len(ids))))
@@ -429,7 +429,7 @@ if dev.compile:
     screen.say("the first step compiles, once: about a minute")
 if dry_run:  # two real steps, and one batch of validation
     n_val_windows = min(n_val_windows, world_size * B)
-    val_interval = hellaswag_interval = checkpoint_interval = sample_interval = 0
+    val_interval = checkpoint_interval = sample_interval = 0
 end_step = min(2, max_steps) if dry_run else max_steps
 
 # ---- the loop

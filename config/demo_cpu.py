@@ -1,9 +1,7 @@
 # What `make demo` trains: a small GPT-2 on the source code of Python's standard library, in minutes on two
 # cores. docs/log.md has what else was tried in the same time.
 #     python train_gpt2.py config/demo_cpu.py
-prepare = ("python train_bpe.py --dataset=python --vocab_size=4096 --val_fraction=0.05 "
-           "--out=python4k.tiktoken && python fineweb.py --dataset=python --tokenizer=python4k.tiktoken "
-           "--data_dir=python4k --val_fraction=0.05")
+prepare = "make python4k"
 data_dir = "python4k"
 log_dir = "log_demo"
 n_layer = 2

@@ -24,4 +24,3 @@ sample_interval = 0
 device = "cpu"
 dtype = "float32"
 compile = False  # compiling takes longer than it saves in a run this short
-prompt = "The cell"

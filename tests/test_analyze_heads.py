@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from training import losses, snapshot, train
+from training import load_model, losses, snapshot, train
 
 import analyze_heads as study
 import decoding
@@ -33,7 +33,7 @@ from analyze_heads import (
     watch,
 )
 from bpe import load_tokenizer
-from checkpoint import describe_model, describe_tokenizer, load_model, save_checkpoint
+from checkpoint import checkpoint_tokenizer, describe_model, describe_tokenizer, save_checkpoint
 from configurator import UserError, annotations_of
 from convert_hf import export_hf, load_any
 from device import Device
@@ -741,7 +741,7 @@ def test_the_tables_of_heads_and_pairs(analyzed, monkeypatch):
     model, state = load_model(source)
     for key, value in FLAGS.items():
         monkeypatch.setattr(study, key, value)
-    tok = study.checkpoint_tokenizer(state)
+    tok = checkpoint_tokenizer(state)
     calibration, ablation_batches, val = study.open_batches(state, "", tok, 16, DEV)
     values, moments = watch(model, calibration)
     assert all([len(x) for x, _ in some] == [5] * 4 for some in (calibration, ablation_batches, val))
@@ -787,7 +787,7 @@ def test_the_table_of_pruned_models(analyzed, monkeypatch):
     model, state = load_model(source)
     for key, value in FLAGS.items():
         monkeypatch.setattr(study, key, value)
-    _, _, val = study.open_batches(state, "", study.checkpoint_tokenizer(state), 16, DEV)
+    _, _, val = study.open_batches(state, "", checkpoint_tokenizer(state), 16, DEV)
     rows = read_csv(folder / "pruning.csv")
     jobs = {(name, seed, how) for name in study.CRITERIA for how in MERGES
             for seed in (("1337", "1338") if name == "random" else ("",))}

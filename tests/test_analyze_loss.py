@@ -398,7 +398,7 @@ def test_mistakes_are_named(tmp_path, state, monkeypatch):
         (tmp_path / name).mkdir()
         write_data(tmp_path / name, sha256, n_val)
     refused("other was tokenized with 'other.tiktoken', not with .*; give --data_dir", "--data_dir=other")
-    refused("data_dir=short has 16 val tokens, fewer than .* 17; give --data_dir", "--data_dir=short")
+    refused("short/.* have 16 tokens, too few for one window of block_size=16", "--data_dir=short")
     moved = {**state, "config": {**state["config"], "data_dir": "gone"}}
     save_checkpoint(tmp_path / "log", STEP, moved)
     refused("was trained on data_dir=gone, which does not exist; give --data_dir=FOLDER")

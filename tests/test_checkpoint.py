@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_ranks import accept, build, state_of, train
-from training import PYTHON, ROOT, assert_same_tensors, run_by_hand, tensors_of
+from training import PYTHON, ROOT, assert_same_tensors, load_model, run_by_hand, tensors_of
 
 import checkpoint
 from bpe import load_tokenizer, tokenizer_from_ranks
@@ -29,7 +29,6 @@ from checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_into,
-    load_model,
     newest_checkpoint,
     restore,
     save_checkpoint,
@@ -231,31 +230,9 @@ def test_the_best_can_be_named(state, tmp_path, monkeypatch, load):
     assert load("log:best")["step"] == 5
 
 
-def test_a_folder_of_an_older_version_is_refused_with_what_to_do(state, tmp_path):
-    """It may be newer than the files beside it: the run would silently go back."""
-    save_checkpoint(tmp_path, 4, state)
-    old = tmp_path / "ckpt_0000008"
-    old.mkdir()
-    (old / "checksums.json").write_text("{}", encoding="utf-8")
-    assert list_checkpoints(tmp_path)[-1] == old and holds_checkpoint(old)
-    model, optimizers, writer = writable(tmp_path)
-    for path in (tmp_path, old):
-        for load in (load_checkpoint, load_any, lambda path: load_into(path, model, optimizers, accept)):
-            with pytest.raises(UserError, match=r"ckpt_0000008: a folder, .* older version.*git checkout"):
-                load(path)
-    save_checkpoint(tmp_path, 8, {**state, "step": 8})  # converted, as the message says
-    assert load_checkpoint(tmp_path)["step"] == 8
-    for step in (12, 16, 20):  # the folder is not removed
-        writer.save(step, state_of(step, model, optimizers), None)
-    writer.wait()
-    assert names(tmp_path) == ["ckpt_0000008", "ckpt_0000016.pt", "ckpt_0000020.pt"]
-    assert load_checkpoint(tmp_path)["step"] == 20
-
-
 # ---- the write in the background
 def test_only_the_newest_and_the_best_stay_on_disk(tmp_path):
     (tmp_path / "ckpt_0000009.pt.4711.tmp").write_bytes(b"of a killed write")
-    (tmp_path / "ckpt_0000009.tmp").write_bytes(b"of one by an older version")
     (tmp_path / "ckpt_mine.tmp").write_bytes(b"the user's own")
     (tmp_path / "ckpt_0000021.pt").mkdir()
     writer, steps = CheckpointWriter(tmp_path, keep=2), [1, 2, 3, 9_999_999, 10_000_000]  # order is by number

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from training import PYTHON, RUN_THE_REST
+from training import PYTHON, RUN_THE_REST, load_model
 
 import convert_hf
 from bpe import load_tokenizer, rank_file, tokenizer_from_ranks
@@ -32,7 +32,6 @@ from checkpoint import (
     describe_tokenizer,
     load_checkpoint,
     load_into,
-    load_model,
     save_checkpoint,
     write_checkpoint,
 )

@@ -9,6 +9,7 @@ from training import (
     SHAPE,
     assert_same_tensors,
     attempt,
+    load_model,
     losses,
     on_forward,
     read_log,
@@ -19,7 +20,7 @@ from training import (
 
 import hellaswag
 from bpe import load_tokenizer
-from checkpoint import describe_model, list_checkpoints, load_checkpoint, load_model, save_checkpoint
+from checkpoint import describe_model, list_checkpoints, load_checkpoint, save_checkpoint
 from convert_hf import export_hf
 from device import resolve_device
 from model import GPT, GPTConfig

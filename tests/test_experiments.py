@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from training import ROOT, SHAPE
+from training import ROOT, SHAPE, load_model
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import demo
@@ -17,7 +17,6 @@ import plot
 import xavier
 
 from bpe import GPT2_SHA256, load_tokenizer
-from checkpoint import load_model
 from configurator import UserError
 from model import GPT, GPTConfig
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training import PYTHON
+from training import PYTHON, load_model
 
 import decoding
 import generate as script
 from bpe import load_tokenizer
-from checkpoint import describe_model, describe_tokenizer, load_model, save_checkpoint
+from checkpoint import describe_model, describe_tokenizer, save_checkpoint
 from configurator import UserError
 from device import resolve_device
 from model import GPT, GPTConfig
@@ -253,7 +253,7 @@ def test_special_tokens_in_a_prompt_are_text(folder):
     (["--text=blank.txt", "--stride=33"], "--stride=32 or less"),
     (["--stride=-1"], "stride=-1"),
     (["--temperature=-1"], "temperature=-1: wanted 0 to"),
-    (["--top_p=0"], "top_p=0.0"), (["--top_p=1.1"], "top_p=1.1"), (["--top_k=-1"], "top_k=-1"),
+    (["--top_p=0"], "top_p=0"), (["--top_p=1.1"], "top_p=1.1"), (["--top_k=-1"], "top_k=-1"),
     (["--num_samples=0"], "num_samples=0"), (["--num_samples=10001"], "wanted 1 to 10,000"),
     (["--max_new_tokens=1000001"], "wanted 1 to 1,000,000"), (["--temperature=1001"], "wanted 0 to 1,000"),
     (["--seed=9223372036854775808"], "wanted 0 to 9,223,372,036,854,775,807"), (["--seed=-1"], "seed=-1"),

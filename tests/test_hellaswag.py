@@ -387,15 +387,6 @@ def save_model(folder, byte_tokenizer, **config):
     return model
 
 
-def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path, byte_tokenizer, monkeypatch):
-    save_model(tmp_path, byte_tokenizer, n_vocab=200)
-    settings = {"checkpoint": tmp_path, "data": write(tmp_path / "a.jsonl", record()), "device": "cpu"}
-    for key, value in settings.items():
-        monkeypatch.setattr(hellaswag, key, str(value))
-    with pytest.raises(UserError, match="its tokenizer has 257 ids and its model 200"):
-        hellaswag.main()
-
-
 def test_script_alone_and_under_torchrun(tmp_path, byte_tokenizer):
     model = save_model(tmp_path, byte_tokenizer)
     rng = np.random.default_rng(0)

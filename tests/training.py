@@ -14,6 +14,8 @@ import pytest
 import torch
 from warm_python import warm_python
 
+from checkpoint import build_model, load_checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = warm_python()
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": PYTHON}  # torchrun starts workers with it
@@ -24,6 +26,12 @@ SHAPE = {"block_size": 64, "vocab_size": 384, "n_vocab": 257, "n_layer": 2, "n_h
 # after `python -c`: go on as `python SCRIPT [ARGUMENT ...]`
 RUN_THE_REST = ("import os, runpy, sys; sys.argv = sys.argv[1:]; sys.path[0] = os.path.dirname(sys.argv[0]); "
                 "runpy.run_path(sys.argv[0], run_name='__main__')")
+
+
+def load_model(path):
+    """(model, state) of a checkpoint."""
+    state = load_checkpoint(path)
+    return build_model(state, str(path)), state
 
 
 def arguments(flags, **overrides):
