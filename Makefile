@@ -1,6 +1,6 @@
 # Targets; `make` alone prints them. Everything is installed into the active Python environment, once.
 PYTHON ?= python3
-# the stamps live in the environment they speak of, so that a new one is installed into again
+# the stamps are inside the environment, so a new environment gets a new installation
 PREFIX := $(shell $(PYTHON) -c 'import sys; print(sys.prefix)')
 RUN_STAMP := $(PREFIX)/.gpt2-requirements
 DEV_STAMP := $(PREFIX)/.gpt2-requirements-dev
@@ -9,7 +9,7 @@ INSTALL = $(shell $(PYTHON) -c 'import sys; from importlib.util import find_spec
 	print("$(PYTHON) -m pip install" if has("pip") else f"uv pip install --python={sys.executable}", \
 	*([] if has("torch") else ["-c constraints.txt"]))')
 
-.PHONY: help install vocabulary python4k demo prepare prepare-small test lint bench gpu gpu-data doctor compare experiment-norm rehearse
+.PHONY: help install vocabulary python4k demo prepare prepare-small test lint bench gpu gpu-data doctor compare experiment-norm figures rehearse
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,7 +55,7 @@ lint: $(DEV_STAMP)  ## check the style
 test: $(DEV_STAMP) vocabulary lint  ## install what tests need and run all tests
 	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-bench: install $(DEV_STAMP)  ## measure every speed this repository claims, beside its baseline
+bench: install $(DEV_STAMP)  ## speeds beside their baselines, on Python's source; RESULTS.md has more flags
 	$(PYTHON) bench.py
 
 MINUTES ?= 6
@@ -77,7 +77,12 @@ experiment-norm: python4k  ## Pre-LN against Post-LN: 30 short runs, an hour or 
 	PATH="$$(dirname "$$(command -v $(PYTHON))"):$$PATH" sh experiments/norm.sh
 	$(PYTHON) experiments/plot.py norm
 
-rehearse: $(DEV_STAMP)  ## runs C, D and E with a tiny model on a CPU, five minutes: download, kill, restart, figures
+figures: $(RUN_STAMP)  ## draw the figures of RESULTS.md that come from logs again, from the logs in results/
+	$(PYTHON) experiments/demo.py
+	$(PYTHON) experiments/published.py
+	set -e; for study in norm optimizers vocabularies; do $(PYTHON) experiments/plot.py $$study --redraw; done
+
+rehearse: $(DEV_STAMP) vocabulary  ## runs C, D and E with a tiny model on a CPU, five minutes: download, kill, restart, figures
 	$(PYTHON) experiments/rehearse.py
 
 NPROC ?= $(shell $(PYTHON) -c 'import torch; print(max(1, torch.cuda.device_count()))')

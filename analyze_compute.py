@@ -8,8 +8,10 @@ What a config costs: parameters, FLOPs, memory and time on named GPUs; and what 
         --gpus="NVIDIA GeForce RTX 4050 Laptop GPU" --out_dir=run_a   # run A, at the speed its author states
 
 Takes train_gpt2.py's settings (its --help explains them), in config files and flags, and its own below. With
---log_dir the settings are those of the run's last start. Prints tables; with --out_dir it also writes them to
-compute.txt, and a figure over sequence length and model size to compute.png. Takes seconds, on any machine.
+--log_dir the settings are those of the run's last start. The vocabulary is that of data_dir's shards, or
+GPT-2's while there are none. --init_from is not read: give its shape. Prints tables; with --out_dir it also
+writes them to compute.txt, and a figure over sequence length and model size to compute.png. Takes seconds, on
+any machine.
 
 All but the speed is computed. FLOPs are those of matrix products; `convention` adds 6 for each bias and norm
 parameter, so that the sum is the 6 N + 12 L d T of the MFU. Like the MFU, attention is counted over all
@@ -37,7 +39,7 @@ from device import peak_tflops as known_peak  # peak_tflops is a setting
 from figures import log_ticks, pyplot, save_figure, short_number, table
 from files import read_jsonl, read_text, write_atomically
 from model import GPT, GPTConfig
-from shards import list_shards, read_header
+from shards import RANK_FILE, list_shards, read_header
 
 gpus = ("NVIDIA GeForce RTX 4050 Laptop GPU,NVIDIA GeForce RTX 3060,NVIDIA GeForce RTX 4090,"
         "NVIDIA A100-SXM4-80GB,NVIDIA H100 80GB HBM3,NVIDIA H200,NVIDIA B200")  # names as in device.py
@@ -47,6 +49,7 @@ gpu_memory_gb: Between(0, 10**6) = 0.0  # memory of the card to fit, in GiB; 0 =
 out_dir: PathName = ""  # folder for the tables and the figure; empty = print the tables only
 
 NAMES = ("compute.txt", "compute.png")
+DATA_DIR = "edu_fineweb10B"  # train_gpt2.py's, where none is given
 GIB, MIB = 2**30, 2**20
 ATTENTION = "attention, q k^T and p v"
 LOSS_CHUNK = 1024  # rows, where the config computes all logits at once
@@ -82,8 +85,9 @@ def find_run(log_dir: str) -> dict:
     speeds = [float(value) for value in re.findall(r"^\d+ tok_s ([\d.e+]+)$", log, re.M)]
     if not speeds:
         raise UserError(f"--log_dir={log_dir} has no run with speeds (runs.jsonl, tok_s in log.txt); name "
-                        f"another folder, or type --tok_s=VALUE")
-    config = {key: value for key, value in starts[-1]["config"].items() if key in settings}
+                        f"another folder, or leave out --log_dir and type --tok_s=VALUE")
+    config = {key: value for key, value in starts[-1]["config"].items()
+              if key in settings and key != "num_epochs"}  # max_steps has it
     return {**starts[-1], "config": config, "tok_s": median(speeds[1:] or speeds)}  # the first step compiles
 
 
@@ -282,7 +286,7 @@ def speed_lines(config: GPTConfig, speed: float, world_size: int, peaks: dict, s
     for name, peak in peaks.items():
         rows.append([f"MFU: of {peak:,.1f} TFLOP/s, {name}", f"{tflops / peak / world_size:.2%}"] if peak else
                     [f"MFU: no peak known for {name}; give --peak_tflops", "n/a"])
-    epoch = sum(read_header(path)[0] for path in list_shards(settings["data_dir"], "train"))
+    epoch = sum(read_header(path)[0] for path in list_shards(settings["data_dir"] or DATA_DIR, "train"))
     for name, tokens in {"an epoch": epoch, "the run": settings["max_steps"] * batch_tokens}.items():
         if tokens:
             rows += [[f"{name}: steps", f"{tokens / batch_tokens:,.0f}"], [f"{name}: tokens", f"{tokens:,}"],
@@ -345,11 +349,13 @@ def check_settings(settings: dict) -> tuple[GPTConfig, int, list[str]]:
     for path in (Path(settings["out_dir"], name) for name in NAMES):
         if settings["out_dir"] and path.exists():
             raise UserError(f"{path} exists: delete it if you no longer need it, or type another --out_dir")
-    if settings["tokenizer"] in ("", "gpt2"):
+    own = Path(settings["data_dir"] or DATA_DIR, RANK_FILE)
+    tokenizer = settings["tokenizer"] or (str(own) if own.exists() else "gpt2")
+    if tokenizer == "gpt2":
         n_vocab = GPTConfig.n_vocab
     elif not (n_vocab := settings["vocab_size"]):  # where it is set, the file need not exist
         from bpe import load_tokenizer
-        n_vocab = load_tokenizer(settings["tokenizer"]).n_vocab
+        n_vocab = load_tokenizer(tokenizer).n_vocab
     vocab_size = settings["vocab_size"] or math.ceil(n_vocab / 128) * 128
     config = GPTConfig(vocab_size=vocab_size, n_vocab=n_vocab, **{key: settings[key] for key in SHAPE})
     B, T, batch_tokens = settings["batch_size"], config.block_size, settings["batch_tokens"]

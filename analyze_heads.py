@@ -363,7 +363,7 @@ def columns_of(model: GPT, layer: int, heads: Iterable[int]) -> list[int]:
 
 def fit(sums: np.ndarray, known: list[int], target: list[int]) -> np.ndarray:
     """Least squares from second moments: the map (known, target) of columns `known` to columns `target`."""
-    # directions with 1e-5 of the largest amplitude are rounding; fitted to, they would get huge weights
+    # directions below 1e-5 of the largest amplitude are rounding noise; fitting them gives huge weights
     return np.linalg.lstsq(sums[np.ix_(known, known)], sums[np.ix_(known, target)], 1e-10)[0]
 
 

@@ -19,11 +19,11 @@ def pyplot():
     return plt
 
 
-def save_figure(figure, path: str | Path, dpi: int = 90) -> None:
+def save_figure(figure, path: str | Path) -> None:
     """Write a figure, in the format of the path's suffix, and close it. Raises UserError for a bad suffix."""
     path, picture = Path(path), io.BytesIO()
     try:
-        figure.savefig(picture, format=path.suffix[1:], dpi=dpi)
+        figure.savefig(picture, format=path.suffix[1:], dpi=90)
     except ValueError as error:  # matplotlib lists the suffixes it knows
         raise UserError(f"cannot draw {path}: {error}; name the figure FIGURE.png") from error
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ PYTHON = os.environ.get("PYTHON_EXEC", sys.executable)  # torchrun's variable
 TINY = ("--n_layer=1 --n_head=1 --n_embd=32 --block_size=32 --batch_size=2 --batch_tokens=64 --max_steps=4 "
         "--warmup_steps=1 --val_tokens=64 --compile=false --dtype=float32").split()
 FIGURES = {  # name: pattern in a step's output; several matches become a list
-    "torch": r"torch ([\d.]+)", "matmul_tflops": r"^matmul +\| +([\d.]+)",
+    "torch": r"torch ([\d.]+)", "matmul_tflops": r"^matmul +\| +([\d.,]+)",
     "sample_tok_s": r"([\d.,]+) tok/s per text", "first_step": r"steps, starting at (\d+)",
     "flops_per_token": r"([\d,]+) FLOPs per token",
     "peak_memory_gb": r"peak memory ([\d.]+) GB", "dry_run_gb": r"training needs ([\d.]+) GB",
@@ -58,7 +58,7 @@ def train(name, *flags):
 
 
 def programme(left):
-    """(name, limit in seconds, commands) of each step, made when it is reached and left() seconds remain."""
+    """Yield (name, limit in seconds, commands) of each step; left() is read when the step is reached."""
     cuda = device == "cuda"
     yield "machine", 80, [[PYTHON, "bench.py", "--only=matmul", f"--device={device}"]]
     short = [f"--data_dir={data}/openstax", "--warmup_steps=10", "--val_interval=0", "--val_tokens=65536",
@@ -94,7 +94,7 @@ def run(name, seconds, commands):
     end, returncode, output = time.monotonic() + seconds, 0, Path(out_dir, f"{name}.out")
     env = {**os.environ, "TIKTOKEN_CACHE_DIR": f"{data}/tokenizer"}
     with open(output, "wb") as file:
-        for command in commands:  # also after one that fails; told to stop, a training run saves
+        for command in commands:  # also after one that fails; at SIGTERM a training run saves
             limit = f"{max(1, end - time.monotonic()):.0f}"
             done = subprocess.run(["timeout", "--kill-after=15", limit, *command], stdout=file, stderr=file,
                                   cwd=ROOT, env=env)

@@ -26,7 +26,7 @@ train() { # seed, steps of warm-up, max_lr in units of 1e-4, norm_position, init
 
 mkdir -p "$logs"
 for weights in gpt2 xavier; do
-    for norm in pre post; do # what both can learn at, and more
+    for norm in pre post; do # three rates without warm-up, two with
         for lr in 20 5 80; do train 1 0 $lr $norm $weights; done
         for lr in 20 80; do train 1 200 $lr $norm $weights; done
     done

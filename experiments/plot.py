@@ -181,7 +181,7 @@ def norm_figure(runs):
                 xscale="log", ylabel="val loss (nats per token)")
     axes[2].set_xticks(lrs, [f"{lr:g}" for lr in lrs])
     axes[2].minorticks_off()
-    return figure, axes
+    return figure
 
 
 # ---- Muon against AdamW
@@ -262,7 +262,7 @@ def optimizers_figure(runs):
     lrs = sorted({lr for _, lr in grouped(runs)})
     axes[1].set_xticks(lrs, [f"{lr:g}" for lr in lrs])
     axes[1].minorticks_off()
-    return figure, axes
+    return figure
 
 
 # ---- vocabularies at equal FLOPs
@@ -305,7 +305,7 @@ def vocabularies_figure(runs):
                       markersize=4, linewidth=1.2, label=None if j else name)
     axis.set(title="Four vocabularies, equal compute: a line per seed", xlabel="training compute (TFLOPs)",
              ylabel="val loss (bits per byte)")
-    return figure, np.array([axis])
+    return figure
 
 
 STUDIES = {"norm": ("norm_study", norm_table, norm_figure),
@@ -324,18 +324,17 @@ def main(study):
             raise UserError(f"no runs in {runs_dir}: run sh experiments/{study}.sh first, or add --redraw")
         runs = {folder.name: read_run(folder) for folder in folders}
     lines = make_table(runs)
-    figure, axes = make_figure(runs)
-    for axis in axes:
+    figure = make_figure(runs)
+    for axis in figure.axes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
-    results.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, results / "figure.png")
     if study == "norm":
         lines += ["", *gradient_table()]
         write_atomically(results / "runs.csv", csv_bytes(norm_rows(runs)))
     if not redraw:
         lines_of_runs = ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items())
         write_atomically(results / "runs.json", f"{{{lines_of_runs}}}\n".encode())
-    save_figure(figure, results / "figure.png")
     write_atomically(results / "table.txt", "".join(f"{line}\n" for line in lines).encode())
     print(*lines, f"results: {results}: table.txt, figure.png", sep="\n")
 

@@ -333,6 +333,13 @@ def test_every_config_is_analyzed(path, capsys):
     assert ("not num_epochs" in report) == (chosen["num_epochs"] > 0)
 
 
+def test_the_vocabulary_is_that_of_the_shards(tiny_data):
+    config, *_ = study.check_settings(settings_of(f"--data_dir={tiny_data}"))
+    assert (config.n_vocab, config.vocab_size) == (257, 384)
+    config, *_ = study.check_settings(settings_of("--data_dir=not_built_yet"))
+    assert (config.n_vocab, config.vocab_size) == (50_257, 50_304)
+
+
 def test_a_changed_model_is_refused(monkeypatch):
     with pytest.raises(UserError, match=r"the run in --log_dir has n_layer=6: leave out --n_layer"):
         study.main(settings_of(), {"config": {"n_layer": 6}})
@@ -343,8 +350,8 @@ def test_a_changed_model_is_refused(monkeypatch):
 
 def test_the_script_reads_a_run_and_writes_what_it_prints(tmp_path):
     """A run of two starts; the first step was slow, the last line is incomplete."""
-    starts = [{"config": {"n_layer": 2, "batch_size": size, "retired": 1}, "device": "NVIDIA H200",
-               "world_size": 8, "arguments": []} for size in (2, 4)]
+    starts = [{"config": {"n_layer": 2, "batch_size": size, "retired": 1, "num_epochs": 2.5, "max_steps": 9},
+               "device": "NVIDIA H200", "world_size": 8, "arguments": []} for size in (2, 4)]
     text = "".join(f"{json.dumps(start)}\n" for start in starts)
     (tmp_path / "runs.jsonl").write_text(text, encoding="utf-8")
     speeds = enumerate(("5", "2e+06", "1000.5", "3000000"))
@@ -359,6 +366,7 @@ def test_the_script_reads_a_run_and_writes_what_it_prints(tmp_path):
     assert (folder / "compute.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     report = (folder / "compute.txt").read_text(encoding="utf-8")
     assert report in done.stdout and report.startswith("2 layers, 12 heads") and "batch_size=4" in report
+    assert "max_steps=9: " in report  # which the run derived from num_epochs
     assert re.search(r"^6 GiB ", report, re.M) and not re.search(r"^8 GiB ", report, re.M)
     mfu = 3 * sum(count_flops(GPTConfig(n_layer=2)).values()) * 2e6 / 1e15 / 8
     assert re.search(rf"^MFU: of 1,000.0 TFLOP/s, --peak_tflops +{mfu:.2%}$", report, re.M)
