@@ -25,14 +25,14 @@ from torch.nn.init import normal_, xavier_normal_
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import describe_model, describe_tokenizer, write_checkpoint
-from configurator import OneOf, PathName, configure
+from configurator import Between, OneOf, PathName, configure
 from figures import table
 from model import GPT, GPTConfig
 from shards import TokenStream
 
 out: PathName = ""  # the checkpoint to write; empty = print the table
 norm_position: OneOf("pre", "post") = "post"
-seed = 1
+seed: Between(0, 2**63 - 1) = 1
 data_dir: PathName = "python4k"  # whose tokenizer the checkpoint has
 
 DEPTHS, SEEDS = (2, 4, 8, 16, 32), (1, 2, 3)

@@ -243,18 +243,6 @@ def in_band(rank, count, key):
     return count > 0 and start <= rank <= end
 
 
-def test_parts_add_up_to_the_whole(tmp_path, state):
-    found = measure(tmp_path, state)
-    for split in ("val", "train", "train seen", "train unseen"):
-        whole, = pick(found.rows, "loss", split)
-        for kind in ("position", "positions", "band"):
-            rows = [row for row in pick(found.rows, kind, split) if row.n_tokens]
-            assert sum(row.n_tokens for row in rows) == whole.n_tokens
-            total = sum(row.n_tokens * row.loss for row in rows)
-            assert total / whole.n_tokens == pytest.approx(whole.loss, rel=1e-12)
-        assert sum(row.loss_share for row in pick(found.rows, "band", split)) == pytest.approx(1, rel=1e-12)
-
-
 def test_a_model_that_knows_nothing(tmp_path, state):
     for tensor in state["model"].values():
         tensor.zero_()

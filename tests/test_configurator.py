@@ -14,7 +14,7 @@ import analyze_compute
 from configurator import OTHER_NAMES, Between, OneOf, PathName, UserError, annotations_of, configure
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("results/*/*.py")])
+SCRIPTS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")])
            if re.search(r"^from configurator import .*\bconfigure\b", path.read_text(encoding="utf-8"), re.M)]
 SCRIPT = '''
 """A script."""

@@ -171,6 +171,13 @@ def test_xavier_weights_are_a_checkpoint_to_start_from(tmp_path, monkeypatch, no
     assert (state["tokenizer"]["sha256"], model.config.n_layer, model.config.n_embd) == (GPT2_SHA256, 12, 64)
 
 
+def test_the_last_gradient_scales_with_depth_as_the_theory_says():
+    """Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture", theorem 1."""
+    for norm, ratio in (("pre", 0.5), ("post", 1.0)):
+        shallow, deep = (xavier.last_gradient(norm, depth, 1, xavier.draw_xavier) for depth in (2, 8))
+        assert deep / shallow == pytest.approx(ratio, abs=0.15)
+
+
 def test_xavier_draws_every_matrix_with_its_own_deviation():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SHAPE, "n_embd": 64}))

@@ -498,9 +498,8 @@ def test_a_file_that_may_not_be_read_is_not_skipped(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_file_that_changes_during_the_build_is_noticed(tmp_path, monkeypatch, kind, num_workers):
-    """After the file was planned, and after its first chunk."""
+@pytest.mark.parametrize("when", ["planned", "first chunk"])
+def test_a_file_that_changes_during_the_build_is_noticed(tmp_path, monkeypatch, kind, when):
     monkeypatch.setattr(documents, "PIECE_BYTES", 512)
     monkeypatch.setattr(documents, "CHUNK_BYTES", 1000)
     source = write_input(tmp_path / "in", kind, DOCUMENTS)
@@ -513,13 +512,17 @@ def test_a_file_that_changes_during_the_build_is_noticed(tmp_path, monkeypatch, 
 
     take = fineweb.encode_in_order
 
-    def after_planning(*args):
-        change()
-        return take(*args)
+    def changed(*args):
+        if when == "planned":
+            change()
+        for i, chunk in enumerate(take(*args)):
+            if when == "first chunk" and i == 0:
+                change()
+            yield chunk
 
-    monkeypatch.setattr(fineweb, "encode_in_order", after_planning)
+    monkeypatch.setattr(fineweb, "encode_in_order", changed)
     with pytest.raises(UserError, match="has changed since the build began"):
-        build(tmp_path / "out", input=source, num_workers=num_workers)
+        build(tmp_path / "out", input=source, num_workers=1)
 
 
 def test_input_takes_lists_globs_and_folders(tmp_path, encoding, capsys):
@@ -586,8 +589,7 @@ def test_ids_of_the_embedded_corpus_are_tiktokens(tmp_path, encoding):
     for _, chunk in source.chunks():
         got = chunk.read(*chunk.args)
         docs += [got.text[a:b].tobytes() for a, b in itertools.pairwise(got.offsets)]
-    assert len(docs) == source.facts["documents"] > 500 or len(docs) == source.facts["documents"] - 1
-    assert not any(b"site-packages" in document[:100] for document in docs)
+    assert len(docs) in (source.facts["documents"], source.facts["documents"] - 1) and len(docs) > 500
     train, val = slow_build(docs, encoding)
     assert tokens_of(folder, "train") == train and tokens_of(folder, "val") == val
 

@@ -245,13 +245,14 @@ def test_any_parquet_dataset(server, tmp_path, encoding, names, subset, taken):
 
 
 @pytest.mark.parametrize("max_tokens", [0, 100_000])
-@pytest.mark.parametrize("change", [{"rfilename": "sample/10BT/../../../../x.parquet"},
-                                    {"lfs": {"sha256": "../" * 8 + "x"}}, {"size": 1 << 45}])
-def test_a_hostile_listing_writes_nothing(server, tmp_path, monkeypatch, max_tokens, change):
+@pytest.mark.parametrize(("change", "words"), [
+    ({"rfilename": "sample/10BT/../../../../x.parquet"}, "cannot list"),
+    ({"lfs": {"sha256": "../" * 8 + "x"}}, "cannot list"), ({"size": 1 << 45}, "free some space|HTTP 416")])
+def test_a_hostile_listing_writes_nothing(server, tmp_path, monkeypatch, max_tokens, change, words):
     listing = json.loads(server.listing("main"))
     listing["siblings"][0] |= change
     monkeypatch.setattr(server, "listing", lambda _: json.dumps(listing).encode())
-    with pytest.raises(UserError, match=r"cannot list|free some space|HTTP 416"):
+    with pytest.raises(UserError, match=words):
         build(tmp_path / "out", max_tokens=max_tokens)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 

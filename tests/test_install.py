@@ -118,6 +118,7 @@ def test_the_workflow_runs_what_make_runs():
     assert unix == {"if": "runner.os != 'Windows'", "run": "make test"}
     commands = windows["run"].splitlines()
     assert commands[0] == 'python -m pip install -c constraints.txt ".[dev]"'
+    assert "pytest" in commands[-1]
     for command in commands[1:]:
         assert command.replace("python", "$(PYTHON)", 1) in MAKEFILE
     oldest = PROJECT["project"]["requires-python"].removeprefix(">=")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import kernels
 from configurator import UserError
 from decoding import generate
-from kernels import plain_attention
+from kernels import attention
 from model import GPT, GPTConfig
 
 TINY = {"block_size": 16, "vocab_size": 64, "n_vocab": 61, "n_layer": 3, "n_head": 2, "n_embd": 24}
@@ -100,20 +100,6 @@ def test_a_later_token_changes_no_earlier_logit(norm_position):
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 
 
-def test_post_norm_is_the_original_transformer():
-    """Vaswani et al. 2017, section 3.1: LayerNorm(x + Sublayer(x)), and nothing after the last block."""
-    model = make_model(norm_position="post")
-    idx = random_ids(2, 16)
-    with torch.no_grad():
-        x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(16))
-        for block in model.transformer.h:
-            x = block.ln_1(x + block.attn(x))
-            x = block.ln_2(x + block.mlp(x))
-        expected = x @ model.transformer.wte.weight.T
-        torch.testing.assert_close(model(idx), expected[..., :61])
-    assert not any(name.startswith("transformer.ln_f") for name in model.state_dict())
-
-
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
 def test_a_block_is_torchs_encoder_layer(norm_position):
     """torch.nn.TransformerEncoderLayer, which was written from the paper, with copied weights."""
@@ -150,25 +136,6 @@ def test_initialisation():
         assert abs(model(idx[:, :-1], idx[:, 1:]).item() - math.log(512)) < 0.1
 
 
-def test_weights_stay_tied():
-    model = make_model()
-    assert model.lm_head.weight is model.transformer.wte.weight
-    other = make_model(seed=5)
-    other.load_state_dict(model.state_dict())
-    assert other.lm_head.weight is other.transformer.wte.weight
-    assert sum(p is other.lm_head.weight for p in other.parameters()) == 1
-
-
-def test_loss_reductions_agree():
-    model, idx = make_model(), random_ids(2, 17)
-    x, y = idx[:, :-1], idx[:, 1:]
-    with torch.no_grad():
-        each, total, mean = (model(x, y, reduction=r) for r in ("none", "sum", "mean"))
-    assert each.shape == (2, 16)
-    torch.testing.assert_close(each.sum(), total)
-    torch.testing.assert_close(each.mean(), mean)
-
-
 def test_one_batch_is_learned_by_heart():
     model = make_model().train()
     optimizer, = model.configure_optimizers("adamw", 0.0, 3e-3, (0.9, 0.95), fused=False)
@@ -197,6 +164,12 @@ def test_dropout_acts_in_training_only():
         assert torch.equal(model(idx), model(idx))
         model.train()
         assert not torch.equal(model(idx), model(idx))
+    given = []
+    model.use_attention(lambda *args, dropout_p, **kwargs: given.append(dropout_p) or attention(
+        *args, dropout_p=dropout_p, **kwargs))
+    model(idx)
+    model.eval()(idx)
+    assert given == [0.5] * model.config.n_layer + [0.0] * model.config.n_layer
 
 
 def test_layers_may_have_fewer_heads():
@@ -266,16 +239,11 @@ def test_impossible_shapes(overrides, words):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_equals_cpu():
     model, idx = make_model(), random_ids(2, 16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # as initialised, logits are smaller than the tolerance
     with torch.no_grad():
         expected = model(idx)
         torch.testing.assert_close(model.cuda()(idx.cuda()).cpu(), expected, atol=1e-3, rtol=1e-3)
-
-
-def test_a_model_with_plain_attention_is_the_same_model():
-    model, idx = make_model(), random_ids(2, 16)
-    expected = model(idx)
-    model.use_attention(plain_attention)
-    torch.testing.assert_close(model(idx), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_activation_checkpointing_changes_nothing_but_memory():

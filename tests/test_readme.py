@@ -52,6 +52,8 @@ def test_commands_parse(source, command, monkeypatch):
             assert re.search(rf"^{words[1] if len(words) > 1 else 'help'}:", makefile, re.M)
         else:
             assert words[0] in PROGRAMS, part
+        named = [word for word in words if re.fullmatch(r"(experiments|tests|results)/.*\.(py|sh)", word)]
+        assert all((ROOT / word).exists() for word in named), part
 
 
 def test_there_are_commands_to_parse():

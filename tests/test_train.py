@@ -35,7 +35,7 @@ from training import (
 
 from checkpoint import list_checkpoints, load_checkpoint
 from model import GPT, GPTConfig
-from shards import RANK_FILE, TokenStream, WindowLoader, write_manifest, write_shard
+from shards import RANK_FILE, TokenStream, WindowLoader, list_shards, write_manifest, write_shard
 
 STEP_LINE = re.compile(r"step (\d+) \| loss: \d+\.\d{6} \| lr: \d\.\d\de-\d\d \| norm: \d+\.\d{4} \| "
                        r"dt: \d+\.\d\dms \| tok/sec: \d+\.\d\d \| mfu: (n/a|\d+\.\d%) \| "
@@ -111,20 +111,22 @@ def test_each_step_trains_on_the_loaders_batch(flags, tmp_path, tiny_data):
         assert losses(tmp_path) == pytest.approx([model(x, y).item() for x, y in batches], rel=1e-5)
 
 
-def test_killed_and_resumed_equals_never_stopped(flags, tmp_path):
-    """kill -9 in the middle, with dropout, across epoch edges: logs and weights are equal to the last bit."""
+def test_killed_and_resumed_equals_never_stopped(flags, tmp_path, tiny_data):
+    """kill -9 in the middle, with dropout, across the edge of an epoch: logs and weights are equal to the
+    last bit."""
+    assert 52 < WindowLoader(TokenStream(tiny_data, "train"), 64, 512, 1337, 257).steps_per_epoch < 64
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    train(flags, log_dir=straight, max_steps=40)
-    process = subprocess.Popen(command(flags, python=sys.executable, log_dir=broken, max_steps=40),
+    train(flags, log_dir=straight, max_steps=64)
+    process = subprocess.Popen(command(flags, python=sys.executable, log_dir=broken, max_steps=64),
                                stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     for line in process.stdout:
-        if line.startswith("step 22 | loss"):  # after the checkpoint at 20, and steps that will be done again
+        if line.startswith("step 54 | loss"):  # after the checkpoint at 52, and steps that will be done again
             process.send_signal(signal.SIGKILL)
             break
     assert process.wait() == -signal.SIGKILL
     with open(broken / "log.txt", "a", encoding="utf-8") as file:
-        file.write("23 tra")  # half a line, as a power cut may leave it
-    assert "starting at 20" in train(flags, log_dir=broken, max_steps=40, resume="true")
+        file.write("55 tra")  # half a line, as a power cut may leave it
+    assert "starting at 52" in train(flags, log_dir=broken, max_steps=64, resume="true")
     assert read_log(straight, *STREAMS) == read_log(broken, *STREAMS)
     assert_same_tensors(load_checkpoint(straight), load_checkpoint(broken))
 
@@ -235,7 +237,7 @@ def test_corrupt_checkpoint_on_resume(flags, tmp_path):
     done = attempt(flags, log_dir=tmp_path, max_steps=8, resume="true")
     assert done.returncode == 0 and "starting at 4" in done.stdout
     assert "ckpt_0000008.pt: corrupt" in done.stderr and "trying the previous one" in done.stderr
-    assert len(losses(tmp_path)) == 8
+    assert len(losses(tmp_path)) == 8 and len(list(tmp_path.glob("ckpt_0000008.corrupt_*"))) == 1
     for path in list_checkpoints(tmp_path):
         path.write_bytes(b"nothing")
     done = attempt(flags, log_dir=tmp_path, resume="true")
@@ -255,9 +257,11 @@ def test_a_diverged_model_is_never_saved(flags, four_steps, interval, step):
 def test_what_a_resume_may_change(flags, four_steps):
     log = (four_steps / "log.txt").read_text(encoding="utf-8")
     out = train(flags, log_dir=four_steps, resume="true", max_steps=6, weight_decay=0.5, beta2=0.9,
-                dtype="float16")
+                dtype="float16", val_tokens=1024)
     for words in ("max_steps was 4, is now 6", "weight_decay was 0.1, is now 0.5", "dtype was float32"):
         assert f"resume: {words}" in out
+    assert "the validation tokens have changed; the best val loss starts anew" in out
+    assert load_checkpoint(four_steps)["best"]["step"] == 6
     groups = load_checkpoint(four_steps)["optimizers"][0]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]  # and not what the checkpoint had
     assert all(group["betas"] == (0.9, 0.9) for group in groups)
@@ -284,6 +288,19 @@ def test_nodes_that_do_not_share_the_log_dir(flags, tmp_path, four_steps):
                                              [tmp_path, tmp_path / "other"]):
         assert returncode == 2, stderr
         assert "the newest checkpoint is ['ckpt_0000004.pt'] on rank 0, but [] on rank 1" in stderr, stderr
+
+
+def test_nodes_with_other_data_under_the_same_name(flags, tmp_path, tiny_data):
+    """Their gradients are averaged, so their weights stay equal, and nothing else would show it."""
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        shutil.copytree(tiny_data, folder / "data", ignore=shutil.ignore_patterns("manifest.json"))
+    last = list_shards(folders[1] / "data", "train")[-1]
+    write_shard(last, np.zeros(2000, np.uint16))
+    line = command(flags, data_dir="data", log_dir=tmp_path / "log")
+    for returncode, _, stderr in run_by_hand([line] * 2, folders):
+        assert returncode == 2 and "processes differ in what they train on" in stderr, stderr
+        assert "the train tokens in data_dir=data" in stderr
 
 
 def test_ids_beyond_the_vocabulary(flags, tmp_path):
@@ -323,6 +340,7 @@ def test_log_dir_that_is_a_file(flags, tmp_path):
     ({"max_lr": 1e-4}, ["max_lr=0.0001 is below min_lr=0.001"]),
     ({"beta1": 1.5}, ["beta1=1.5"]),
     ({"seed": -1}, ["seed=-1"]),
+    ({"eval_only": "true", "dry_run": "true"}, ["leave one of them out"]),
     ({"device": "tpu"}, ["device='tpu'"]),
     ({"device": "cuda:99"}, ["--device=cpu"]),
     ({"dtype": "int8"}, ["dtype=int8: wanted auto, float32"]),

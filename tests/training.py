@@ -154,6 +154,7 @@ def losses(log_dir):
 def assert_same_run(one, other, streams=STREAMS, rel=1e-5):
     """Up to rounding."""
     for stream in streams:
+        assert values(one, stream), stream
         assert values(one, stream) == pytest.approx(values(other, stream), rel=rel), stream
 
 
