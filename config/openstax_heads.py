@@ -7,7 +7,7 @@ prepare = ("python train_bpe.py --input=openstax.parquet --vocab_size=8192 --val
 data_dir = "openstax8k"
 log_dir = "log_openstax_heads"
 n_layer = 6
-n_head = 8  # of 32; more and smaller ones than GPT-2's, so that 5% of them is a number of heads
+n_head = 8  # of 32; more and smaller heads than GPT-2's, so that 5% is at least two heads
 n_embd = 256
 block_size = 256
 batch_size = 16

@@ -1,5 +1,5 @@
 """
-The picture at the top of README.md: the demo's loss beside one of its samples.
+The picture at the top of README.md: the demo's loss beside two of its samples.
 
     python experiments/demo.py                        # results/demo_cpu/ -> results/demo_cpu/demo.png
     python experiments/demo.py --log_dir=log_demo     # your own run, with samples in log_demo/sample.txt

@@ -1,7 +1,7 @@
 """
 Rehearse runs C, D and E on a CPU, in minutes: everything the real runs do, with a tiny model.
 
-    make rehearse                                        # in rehearsal/, which it makes anew
+    make rehearse    # replaces rehearsal/
 
 A hub on this machine serves parquet files with FineWeb-Edu's columns. fineweb.py builds shards from it, and
 is killed once. Then torchrun trains with two processes, by the configs of the three runs, with a thousandth
@@ -11,7 +11,8 @@ of the steps of C and D and a hundredth of E's, each of 8,192 tokens instead of 
     D    five reshuffled epochs; a worker is killed with -9, and torchrun restarts it
     E    loss and HellaSwag in one figure, with OpenAI's results
 
-What fails ends it. Losses mean nothing here. Last come time and memory of the real runs, computed.
+Any failure ends it. The losses mean nothing. At the end it prints the computed time and memory of the real
+runs.
 """
 
 import json

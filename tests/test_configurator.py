@@ -276,6 +276,15 @@ def test_every_number_has_a_range_that_its_default_keeps(path):
             assert value in limit, key
 
 
+@pytest.mark.parametrize(("flag", "words"), [
+    ("norm_position=mid", "wanted pre or post"), ("max_steps=0", "wanted 1 to"), ("beta1=1.5", "wanted 0 to"),
+    ("max_new_tokens=0", "wanted 1 to"), ("grad_clip=-1", "wanted 0 to"), ("seed=-1", "wanted 0 to"),
+    ("dtype=int8", "wanted auto, float32")])
+def test_limits_of_train_gpt2(flag, words):
+    with pytest.raises(UserError, match=f"{flag}: {words}"):
+        configure(settings_of(ROOT / "train_gpt2.py"), [f"--{flag}"])
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_what_is_outside_of_a_range_is_refused(path):
     settings = settings_of(path)
