@@ -77,7 +77,7 @@ experiment-norm: python4k  ## Pre-LN against Post-LN: 30 short runs, an hour or 
 	PATH="$$(dirname "$$(command -v $(PYTHON))"):$$PATH" sh experiments/norm.sh
 	$(PYTHON) experiments/plot.py norm
 
-figures: $(RUN_STAMP)  ## draw the figures of RESULTS.md that come from logs again, from the logs in results/
+figures: $(RUN_STAMP)  ## redraw the figures of RESULTS.md from the logs in results/
 	$(PYTHON) experiments/demo.py
 	$(PYTHON) experiments/published.py
 	set -e; for study in norm optimizers vocabularies; do $(PYTHON) experiments/plot.py $$study --redraw; done

@@ -8,10 +8,10 @@ What a config costs: parameters, FLOPs, memory and time on named GPUs; and what 
         --gpus="NVIDIA GeForce RTX 4050 Laptop GPU" --out_dir=run_a   # run A, at the speed its author states
 
 Takes train_gpt2.py's settings (its --help explains them), in config files and flags, and its own below. With
---log_dir the settings are those of the run's last start. The vocabulary is that of data_dir's shards, or
-GPT-2's while there are none. --init_from is not read: give its shape. Prints tables; with --out_dir it also
-writes them to compute.txt, and a figure over sequence length and model size to compute.png. Takes seconds, on
-any machine.
+--log_dir the settings are those of the run's last start. The vocabulary is --tokenizer's, that of data_dir's
+shards, or GPT-2's where neither is there. --init_from is not read: give its shape. Prints tables; with
+--out_dir it also writes them to compute.txt, and a figure over sequence length and model size to compute.png.
+Takes seconds, on any machine.
 
 All but the speed is computed. FLOPs are those of matrix products; `convention` adds 6 for each bias and norm
 parameter, so that the sum is the 6 N + 12 L d T of the MFU. Like the MFU, attention is counted over all
@@ -353,7 +353,9 @@ def check_settings(settings: dict) -> tuple[GPTConfig, int, list[str]]:
     tokenizer = settings["tokenizer"] or (str(own) if own.exists() else "gpt2")
     if tokenizer == "gpt2":
         n_vocab = GPTConfig.n_vocab
-    elif not (n_vocab := settings["vocab_size"]):  # where it is set, the file need not exist
+    elif settings["vocab_size"] and not Path(tokenizer).exists():  # the size is all that is needed
+        n_vocab = settings["vocab_size"]
+    else:
         from bpe import load_tokenizer
         n_vocab = load_tokenizer(tokenizer).n_vocab
     vocab_size = settings["vocab_size"] or math.ceil(n_vocab / 128) * 128

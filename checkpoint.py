@@ -140,7 +140,8 @@ def _part_of(value, parameter):
     if not isinstance(value, torch.Tensor):
         return value
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value.to(parameter.device if value.dim() else value.device, copy=True)  # step stays
+        device = parameter.device if value.dim() else value.device  # AdamW's step, a scalar, stays
+        return value.to(device, copy=True)
     # None: nothing is sent, as every process has the full tensor; clone, to let go of the rest
     part = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return part.clone()

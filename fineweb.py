@@ -76,7 +76,7 @@ input: PathName = ""  # your own files instead: PATH[,PATH...], each a file, a g
 text_column = "text"  # the parquet column or JSON field that holds the text
 data_dir: PathName = "edu_fineweb10B"  # where the shards go
 tokenizer: PathName = "gpt2"  # gpt2, or a rank file in tiktoken's format
-shard_tokens: Between(1, 2**31 - 2**27) = 100_000_000  # per train shard, or a chunk more; 100M are 200 MB
+shard_tokens: Between(1, 2**31 - 2**27) = 100_000_000  # per train shard, and at most a chunk more
 val_fraction: Between(0, 1 - 1e-9) = 0.01  # share of documents for validation; 0 = none
 max_tokens: Between(0, 10**15) = 0  # stop after the document that reaches this many; 0 = all
 num_workers: Between(0, 1024) = 0  # processes; 0 = one per core, at most 16
@@ -492,7 +492,11 @@ def build(**settings) -> None:
     part = manifest_name(rank, ranks, "").removesuffix(".json")  # of this machine
     downloads = folder / f"fineweb_downloads{part}"  # removed at the end, so no name that a user may have
     cores = available_cores() // env_number("LOCAL_WORLD_SIZE", 1)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} ({error.strerror}); give another --data_dir"
+                        ) from error
     with locked(folder, "build", name=f".lock{part}"):
         job = Build(folder, shards, decisive, command, settings["tokenizer"], rank, ranks)
         revision = job.state["source"].get("revision", settings["revision"])  # the commit it began with

@@ -139,8 +139,9 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     """F.cross_entropy(F.linear(x, weight), targets), with at most `chunk` rows of logits in memory at a time.
 
     x (N, C), weight (V, C), targets (N,); chunk 0 is all rows at once. `reduction` is mean or sum (a scalar)
-    or none (N,), in nats; rows whose target is -100 count nothing. Only the first n_vocab logits take part:
-    the product is of all V rows, because tensor cores want a multiple of 128. Can be differentiated once.
+    or none (N,), in nats; with none, gradients need all logits. Rows whose target is -100 count nothing. Only
+    the first n_vocab logits take part: the product is of all V rows, because tensor cores want a multiple of
+    128. Can be differentiated once.
     """
     if reduction == "none":  # evaluation: skip the rows without a target
         kept = (targets != -100).nonzero()[:, 0]

@@ -283,6 +283,8 @@ def train(dataset: str, input: str, text_column: str, val_fraction: float, vocab
     if bool(dataset) == bool(input) or not out:
         raise UserError("needs one text and a new file; type --input=PATH[,PATH...] or --dataset=python, "
                         "and --out=my.tiktoken")
+    if out == "gpt2":
+        raise UserError("--out=gpt2: to other scripts this is OpenAI's vocabulary; type another --out=...")
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"--out={out}: is a folder, or its folder does not exist; type another --out=...")
     say_compiling(count_kernel)

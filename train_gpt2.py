@@ -300,7 +300,7 @@ def evaluate_loss(n_windows):
     raw_model.eval()
     for first in range(0, n_windows, world_size * rows):
         ids = np.arange(first + rank * rows, min(first + (rank + 1) * rows, n_windows))
-        # a compiled model needs one shape, and fsdp every process in every forward: pad, and ignore it
+        # a compiled model needs one shape, and fsdp every process in every forward: the padding is ignored
         width = rows if eval_compiled else max(1, len(ids))
         try:
             x, y = val_loader.read_windows(np.pad(ids, (0, width - len(ids))))

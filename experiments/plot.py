@@ -35,7 +35,7 @@ from plot_log import parse_log, smooth
 
 log_dir: PathName = ""  # folder of the runs; empty = log_norm, log_optimizers or log_vocabularies
 out_dir: PathName = ""  # where the results go; empty = a folder in results/
-redraw = False  # read out_dir's runs.json instead of logs
+redraw = False  # draw the figure from out_dir's runs.json instead of logs, and write nothing else
 
 ROOT = Path(__file__).resolve().parents[1]
 AVERAGED = 10  # train losses in one value of runs.json
@@ -329,14 +329,14 @@ def main(study):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
     save_figure(figure, results / "figure.png")
-    if study == "norm":
-        lines += ["", *gradient_table()]
-        write_atomically(results / "runs.csv", csv_bytes(norm_rows(runs)))
     if not redraw:
+        if study == "norm":
+            lines += ["", *gradient_table()]
+            write_atomically(results / "runs.csv", csv_bytes(norm_rows(runs)))
         lines_of_runs = ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items())
         write_atomically(results / "runs.json", f"{{{lines_of_runs}}}\n".encode())
-    write_atomically(results / "table.txt", "".join(f"{line}\n" for line in lines).encode())
-    print(*lines, f"results: {results}: table.txt, figure.png", sep="\n")
+        write_atomically(results / "table.txt", "".join(f"{line}\n" for line in lines).encode())
+    print(*lines, f"results: {results}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configurator import UserError
 from figures import pyplot, save_figure
 from plot_log import parse_log, smooth
 
@@ -60,6 +61,8 @@ def draw(folder: Path):
     of_a = {name: log for name, log in logs.items() if name != "b"}
     panels = [(draw_a, logs.get("a")), (draw_tuned, of_a if len(of_a) > 1 else None), (draw_b, logs.get("b"))]
     panels = [(draw_panel, given) for draw_panel, given in panels if given]
+    if not panels:
+        raise UserError(f"there are no logs in {folder}/*; copy them there from the runs' folders")
     figure, axes = pyplot().subplots(1, len(panels), figsize=(5.5 * len(panels), 5), squeeze=False,
                                      layout="constrained")
     for axis, (draw_panel, given) in zip(axes[0], panels):

@@ -336,6 +336,8 @@ def test_every_config_is_analyzed(path, capsys):
 def test_the_vocabulary_is_that_of_the_shards(tiny_data):
     config, *_ = study.check_settings(settings_of(f"--data_dir={tiny_data}"))
     assert (config.n_vocab, config.vocab_size) == (257, 384)
+    with pytest.raises(UserError, match="257 ids"):
+        study.check_settings(settings_of(f"--data_dir={tiny_data}", "--vocab_size=200"))
     config, *_ = study.check_settings(settings_of("--data_dir=not_built_yet"))
     assert (config.n_vocab, config.vocab_size) == (50_257, 50_304)
 

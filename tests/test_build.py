@@ -63,7 +63,7 @@ def test_existing_folders(tmp_path, source, capsys, monkeypatch):
             build(folder, input=source)
     assert contents(folder).items() <= before.items()
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UserError, match="cannot make the folder"):
         build(tmp_path / "file", input=source)
 
 

@@ -119,7 +119,7 @@ def test_muon_against_adamw(tmp_path):
     assert "5.1000 +- 0.1414" in text and "Muon 250 ms" in text
 
 
-def test_every_study_is_drawn_again_without_its_logs(tmp_path, monkeypatch):
+def test_every_study_is_drawn_again_without_its_logs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plot, "gradient_table", lambda: ["gradients"])
     names = {"norm": [f"{norm}_{weights}_lr{lr}_w{warmup}_s1" for norm in ("pre", "post")
                       for weights in ("gpt2", "xavier") for lr in ("20e-4", "80e-4") for warmup in (0, 200)],
@@ -130,18 +130,28 @@ def test_every_study_is_drawn_again_without_its_logs(tmp_path, monkeypatch):
             write_run(tmp_path / f"log_{study}" / name, np.linspace(8, 6, 20) / 3, {0: 8.0, 20: 5.1 / 3})
             with open(tmp_path / f"log_{study}" / name / "log.txt", "a", encoding="utf-8") as file:
                 file.write("0 val_bpb 3\n20 val_bpb 2\n")
-        folder, written = tmp_path / study, []
+        folder, printed = tmp_path / study, []
         for key, value in (("log_dir", tmp_path / f"log_{study}"), ("out_dir", folder)):
             monkeypatch.setattr(plot, key, str(value))
         for redraw in (False, True):
             monkeypatch.setattr(plot, "redraw", redraw)
             plot.main(study)
             assert (folder / "figure.png").stat().st_size > 10_000
-            written.append((folder / "table.txt").read_text(encoding="utf-8"))
+            (folder / "figure.png").unlink()
+            printed.append(capsys.readouterr().out.partition("results:")[0])
             shutil.rmtree(tmp_path / f"log_{study}", ignore_errors=True)
-        assert written[0] == written[1] and len(written[0]) > 200
+        assert (folder / "table.txt").read_text(encoding="utf-8") == printed[0]
+        assert printed[0].removesuffix("\ngradients\n") == printed[1] and len(printed[1]) > 200
     run = {"val": [[20], [5.0]], "val_bpb": [[20], [2.0]], "max_steps": 20}
     assert plot.bytes_per_token(run) == pytest.approx(5.0 / math.log(2) / 2.0)
+
+
+@pytest.mark.parametrize("study", plot.STUDIES)
+def test_the_published_table_is_that_of_the_published_runs(study):
+    folder, make_table, _ = plot.STUDIES[study]
+    runs = json.loads((ROOT / "results" / folder / "runs.json").read_text(encoding="utf-8"))
+    table = (ROOT / "results" / folder / "table.txt").read_text(encoding="utf-8")
+    assert table.startswith("\n".join(make_table(runs)))
 
 
 def test_the_vocabularies_train_for_equal_flops():

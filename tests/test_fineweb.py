@@ -439,7 +439,7 @@ LONG_WINDOW = bytes.fromhex("28b52ffd00a8") + (5 << 3 | 1).to_bytes(3, "little")
     ("b.txt", b"x", {"input": "nowhere/*.txt"}, ["nowhere/*.txt", "found no file"]),
     ("a.txt", b"x", {"dataset": "wiki", "input": ""}, ["wiki", "fineweb-edu, fineweb, python", "--input"]),
 ])
-def test_bad_input_is_named_and_nothing_is_left(tmp_path, name, content, flags, words):
+def test_bad_input_is_named_and_no_file_is_left(tmp_path, name, content, flags, words):
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / name
     path.write_bytes(content(path) if callable(content) else content)
