@@ -3,7 +3,7 @@ Runs A and B as we ran them, beside what their authors state.
 
     python experiments/published.py    # results/published/RUN/log.txt -> results/published/runs.png
 
-The runs: a, run A's own settings; tuned_SEED, config/rtx4050_15m_tuned.py; b, the first steps of run B.
+The runs: a, run A with its own settings; tuned_SEED, the same model with ours; b, the first steps of run B.
 """
 
 import sys
@@ -34,7 +34,8 @@ def draw_a(axis, log: dict) -> None:
         axis.plot(steps * BATCH / 1e6, losses, color=color, label=f"{stream}, ours (last {losses[-1]:.2f})")
         axis.axhline(quoted, color=color, linestyle="--", label=f"{stream}, its author's last ({quoted})")
     axis.plot(0, 13.0, "kx", label="first loss, its author's (13.0)")
-    axis.set(title="Run A, its own settings", xlabel="million tokens", ylabel="loss (nats per token)")
+    axis.set(title=f"Run A: {max(log['train']) + 1:,} of 2,848 steps", xlabel="million tokens",
+             ylabel="loss (nats per token)")
 
 
 def draw_tuned(axis, logs: dict[str, dict]) -> None:
@@ -51,7 +52,7 @@ def draw_b(axis, log: dict) -> None:
     axis.plot(*of(log, "train"), label="train, ours")
     axis.plot(*of(log, "val"), marker="o", label="val, ours")
     axis.plot([0, 100], [10.972, 6.61], "kx", label="train, its author's")
-    axis.set(title="Run B, the first steps", xlabel="optimizer step of 4,096 tokens",
+    axis.set(title=f"Run B: its first {max(log['train']):,} steps", xlabel="optimizer step of 4,096 tokens",
              ylabel="loss (nats per token)")
 
 

@@ -14,6 +14,7 @@ from training import ROOT, SHAPE, load_model
 sys.path.insert(0, str(ROOT / "experiments"))
 import demo
 import plot
+import published
 import xavier
 
 from bpe import GPT2_SHA256, load_tokenizer
@@ -197,6 +198,26 @@ def test_xavier_draws_every_matrix_with_its_own_deviation():
                         (block.attn.c_proj.weight, (2 / 128)**0.5), (model.transformer.wte.weight, 1 / 8)):
         assert weight.std().item() == pytest.approx(std, rel=0.05)
     assert model.lm_head.weight is model.transformer.wte.weight and not block.mlp.c_fc.bias.any()
+
+
+def test_the_published_runs_are_drawn_beside_what_their_authors_state(tmp_path):
+    with pytest.raises(UserError, match="there are no logs in"):
+        published.draw(tmp_path)
+    curves = {"a": (100, 3.5), "tuned_1": (50, 2.5), "b": (40, 3.0)}
+    for name, (last, bits) in curves.items():
+        (tmp_path / name).mkdir()
+        lines = [f"{step} train {10 - step / 50}\n" for step in range(last)]
+        lines += [f"{step} val {9.5 - step / 50}\n{step} val_bpb {bits - step / 100}\n" for step in (0, last)]
+        (tmp_path / name / "log.txt").write_text("".join(lines), encoding="utf-8")
+    figure = published.draw(tmp_path)
+    of_a, tuned, of_b = figure.get_axes()
+    assert "100 of 2,848 steps" in of_a.get_title() and "first 39 steps" in of_b.get_title()
+    val = next(line for line in of_a.get_lines() if line.get_label().startswith("val, ours"))
+    assert val.get_xydata()[-1] == pytest.approx([100 * 8192 / 1e6, 7.5])
+    assert [line.get_label() for line in tuned.get_lines()] == ["run A (last 2.500)",
+                                                                "ours, seed 1 (last 2.000)"]
+    assert of_b.get_lines()[2].get_xydata()[-1].tolist() == [100, 6.61]  # its author's
+    demo.pyplot().close(figure)
 
 
 def test_the_demos_picture_has_its_losses_and_its_sample():
