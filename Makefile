@@ -82,7 +82,7 @@ figures: $(RUN_STAMP)  ## redraw the figures of RESULTS.md from the logs in resu
 	$(PYTHON) experiments/published.py
 	set -e; for study in norm optimizers vocabularies; do $(PYTHON) experiments/plot.py $$study --redraw; done
 
-rehearse: $(DEV_STAMP) vocabulary  ## runs C, D and E with a tiny model on a CPU, five minutes: download, kill, restart, figures
+rehearse: $(DEV_STAMP) vocabulary  ## runs C, D and E with a tiny model on a CPU, 5 to 7 minutes: download, kill, restart, figures
 	$(PYTHON) experiments/rehearse.py
 
 NPROC ?= $(shell $(PYTHON) -c 'import torch; print(max(1, torch.cuda.device_count()))')
