@@ -320,9 +320,9 @@ def test_config_file_beside_the_script_from_any_folder(namespace, tmp_path, monk
         configure(namespace, ["config/smal.py"])
 
 
-def run(tmp_path, *args):
+def run(tmp_path, *args, more=""):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
+    script.write_text(f"{SCRIPT}\n{more}\n", encoding="utf-8")
     return subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True,
                           env={"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
 
@@ -356,6 +356,13 @@ def test_a_full_disk_exits_2_and_a_closed_pipe_is_quiet(tmp_path):
         done = subprocess.run(command, shell=True, capture_output=True, text=True,
                               env={"PYTHONPATH": str(ROOT)})
         assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("cleaning_up", ["pass", "raise RuntimeError('cannot release un-acquired lock')"])
+def test_an_interrupt_exits_130_also_when_cleaning_up_fails(tmp_path, cleaning_up):
+    """As tqdm.write's does when Ctrl-C comes before it has its lock."""
+    done = run(tmp_path, more=f"try:\n    raise KeyboardInterrupt\nfinally:\n    {cleaning_up}")
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_help_lists_key_type_default_and_comment(tmp_path):
