@@ -353,7 +353,7 @@ def check_settings(settings: dict) -> tuple[GPTConfig, int, list[str]]:
     tokenizer = settings["tokenizer"] or (str(own) if own.exists() else "gpt2")
     if tokenizer == "gpt2":
         n_vocab = GPTConfig.n_vocab
-    elif settings["vocab_size"] and not Path(tokenizer).exists():  # the size is all that is needed
+    elif settings["vocab_size"] and not Path(tokenizer).is_file():  # the size is all that is needed
         n_vocab = settings["vocab_size"]
     else:
         from bpe import load_tokenizer

@@ -204,7 +204,7 @@ class CheckpointWriter:
 
     def _write(self, step, state, best_step):
         try:
-            for path in self.log_dir.glob("ckpt_*.pt.*.tmp"):  # of a killed write: log_dir is locked
+            for path in self.log_dir.glob("ckpt_[0-9]*.pt.[0-9]*.tmp"):  # of killed writes: log_dir is locked
                 path.unlink()
             save_checkpoint(self.log_dir, step, state)
             for path in list_checkpoints(self.log_dir)[:-self.keep]:

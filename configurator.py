@@ -271,7 +271,10 @@ def _exit_with_message(kind, error, trace):
     """sys.excepthook of scripts: one line and exit code 2 for what the user can fix."""
     if kind is BrokenPipeError:  # `... | head` has read enough
         os._exit(1)
-    if kind is KeyboardInterrupt or isinstance(error.__context__, KeyboardInterrupt):  # or cleaning up failed
+    causes = [error]
+    while causes[-1].__context__:
+        causes.append(causes[-1].__context__)
+    if any(isinstance(cause, KeyboardInterrupt) for cause in causes):  # after it, cleaning up may have failed
         print("interrupted", file=sys.__stderr__, flush=True)
         sys.exit(130)  # a SystemExit raised inside the hook sets the exit code; 128 + SIGINT
     shown = as_user_error(error)

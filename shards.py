@@ -354,8 +354,9 @@ class WindowLoader:
                  shuffle: bool = True):
         if len(stream) < T + 1:
             raise UserError(f"{stream.paths[0]}, ... have {len(stream):,} tokens, too few for one window of "
-                            f"block_size={T} and its targets; build more data, or train with "
-                            f"--block_size={len(stream) - 1} or smaller")
+                            f"block_size={T} and its targets; build more data" + (
+                            f", or train with --block_size={len(stream) - 1} or smaller"
+                            if len(stream) > 1 else ""))
         assert batch_tokens % T == 0 < batch_tokens, f"batch_tokens={batch_tokens} is not a multiple of {T}"
         self.stream, self.T, self.seed, self.n_vocab, self.shuffle = stream, T, seed, n_vocab, shuffle
         self.n_windows = (len(stream) - 1) // T

@@ -2,9 +2,9 @@
 # place of GPT-2's 50,304, no dropout, Muon, and a cosine to almost zero. RESULTS.md has its loss.
 #     python train_gpt2.py config/rtx4050_15m_tuned.py
 prepare = ("python train_bpe.py --input=openstax.parquet --vocab_size=4096 --val_fraction=0.07 "
-           "--out=openstax4k.tiktoken && python fineweb.py --input=openstax.parquet "
-           "--tokenizer=openstax4k.tiktoken --data_dir=openstax4k --max_tokens=5405000 --val_fraction=0.07")
-data_dir = "openstax4k"  # the documents of RESULTS.md's run A, 5.1M train tokens: 4.6 epochs
+           "--out=openstax_a.tiktoken && python fineweb.py --input=openstax.parquet "
+           "--tokenizer=openstax_a.tiktoken --data_dir=openstax_a --max_tokens=5405000 --val_fraction=0.07")
+data_dir = "openstax_a"  # the documents of RESULTS.md's run A, 5.1M train tokens: 4.6 epochs
 log_dir = "log_rtx4050_15m_tuned"
 n_layer = 4
 n_head = 4

@@ -29,12 +29,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from hub_server import HubServer
-
-from plot_log import parse_log
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "rehearsal"  # of data, logs and figures
@@ -139,9 +136,11 @@ def main() -> None:
           env={**os.environ, "LOG": str(log)})
     train("fineweb_edu_800m", "log_e", "--data_dir=edu_fineweb10B", "--max_steps=15")
 
-    starts = (here / "log_d" / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    steps, start = sorted(parse_log(log)["train"]), json.loads(starts[-1])["start_step"]
-    assert len(starts) == 2 and start > 0 and steps == [*range(len(steps))], "run D lost steps"
+    runs = (here / "log_d" / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    start, max_steps = json.loads(runs[-1])["start_step"], json.loads(runs[-1])["config"]["max_steps"]
+    lines = log.read_text(encoding="utf-8").splitlines()
+    steps = [int(line.split()[0]) for line in lines if " train " in line]
+    assert len(runs) == 2 and start > 0 and steps == [*range(max_steps)], "run D lost or repeated steps"
     print(f"\nrun D was killed and went on from step {start}; its log has each of {len(steps)} steps once")
 
     reference = json.loads((ROOT / "reference/gpt2_124m_fineweb.json").read_text(encoding="utf-8"))
@@ -150,8 +149,9 @@ def main() -> None:
     call("run C beside llm.c's, at step 0", script["plot_log"], "--log_dir=log_c", "--ref=reference.json")
     call("the figure of run E", script["plot_log"], "--log=log_e/log.txt", "--model_size=124M",
          "--out=plots/log_plot.png")
-    for config in ("a100x8_10b", "fineweb_edu_5_epochs", "fineweb_edu_800m"):
-        call(f"the real {config}", script["analyze_compute"], str(ROOT / f"config/{config}.py"),
+    for config, *flags in (["a100x8_10b"], ["fineweb_edu_5_epochs", "--max_steps=95365"],
+                           ["fineweb_edu_800m"]):
+        call(f"the real {config}", script["analyze_compute"], str(ROOT / f"config/{config}.py"), *flags,
              f"--gpus={GPUS}", f"--out_dir=compute_{config}")
     print(f"\nrehearsed in {time.monotonic() - began:.0f} s; everything is in {here}")
 

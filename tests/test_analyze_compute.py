@@ -352,10 +352,12 @@ def test_a_changed_model_is_refused(monkeypatch):
 
 def test_the_script_reads_a_run_and_writes_what_it_prints(tmp_path):
     """A run of two starts; the first step was slow, the last line is incomplete."""
-    starts = [{"config": {"n_layer": 2, "batch_size": size, "retired": 1, "num_epochs": 2.5, "max_steps": 9},
+    starts = [{"config": {"n_layer": 2, "batch_size": size, "retired": 1, "num_epochs": 2.5, "max_steps": 9,
+                          "tokenizer": "own", "vocab_size": 50304},
                "device": "NVIDIA H200", "world_size": 8, "arguments": []} for size in (2, 4)]
     text = "".join(f"{json.dumps(start)}\n" for start in starts)
     (tmp_path / "runs.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "own").mkdir()  # shards, named like the vocabulary
     speeds = enumerate(("5", "2e+06", "1000.5", "3000000"))
     lines = [f"{step} train 3\n{step} tok_s {speed}\n" for step, speed in speeds]
     (tmp_path / "log.txt").write_text("".join([*lines, "4 to"]), encoding="utf-8")

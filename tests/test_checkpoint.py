@@ -233,7 +233,7 @@ def test_the_best_can_be_named(state, tmp_path, monkeypatch, load):
 # ---- the write in the background
 def test_only_the_newest_and_the_best_stay_on_disk(tmp_path):
     (tmp_path / "ckpt_0000009.pt.4711.tmp").write_bytes(b"of a killed write")
-    (tmp_path / "ckpt_mine.tmp").write_bytes(b"the user's own")
+    (tmp_path / "ckpt_mine.pt.old.tmp").write_bytes(b"the user's own")
     (tmp_path / "ckpt_0000021.pt").mkdir()
     writer, steps = CheckpointWriter(tmp_path, keep=2), [1, 2, 3, 9_999_999, 10_000_000]  # order is by number
     for i, step in enumerate(steps):
@@ -241,7 +241,7 @@ def test_only_the_newest_and_the_best_stay_on_disk(tmp_path):
         writer.wait()
         kept = [f"ckpt_{s:07d}.pt" for s in steps[: i + 1] if s == 2 or s in steps[max(0, i - 1) :]]
         assert [path.name for path in list_checkpoints(tmp_path)] == kept
-        assert names(tmp_path) == sorted([*kept, "ckpt_0000021.pt", "ckpt_mine.tmp"])
+        assert names(tmp_path) == sorted([*kept, "ckpt_0000021.pt", "ckpt_mine.pt.old.tmp"])
     writer.save(10_000_001, {}, None)  # nothing is the best any more
     writer.wait()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_10000000.pt", "ckpt_10000001.pt"]

@@ -358,7 +358,9 @@ def test_a_full_disk_exits_2_and_a_closed_pipe_is_quiet(tmp_path):
         assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("cleaning_up", ["pass", "raise RuntimeError('cannot release un-acquired lock')"])
+@pytest.mark.parametrize("cleaning_up", [
+    "pass", "raise RuntimeError('cannot release un-acquired lock')",
+    "try:\n        raise OSError\n    except OSError as error:\n        raise ValueError from error"])
 def test_an_interrupt_exits_130_also_when_cleaning_up_fails(tmp_path, cleaning_up):
     """As tqdm.write's does when Ctrl-C comes before it has its lock."""
     done = run(tmp_path, more=f"try:\n    raise KeyboardInterrupt\nfinally:\n    {cleaning_up}")

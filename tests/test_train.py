@@ -177,7 +177,7 @@ def test_a_compiled_run_equals_an_eager_one(flags, tmp_path, micro_steps):
     train(flags, log_dir=tmp_path / "eager", dropout=0, max_steps=5)
     out = train(flags, log_dir=tmp_path / "compiled", dropout=0, max_steps=5, sample_interval=2,
                 compile="true")
-    assert "compile on" in out, "the README asks for a C++ compiler: it must be found here"
+    assert "compile on" in out, "docs/install.md asks for a C++ compiler: it must be found here"
     assert "recompiled" not in out
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
     eager, compiled = (load_checkpoint(tmp_path / name)["model"] for name in ("eager", "compiled"))
