@@ -519,7 +519,7 @@ class Tokenizer:
     """A byte-level BPE vocabulary with GPT-2's pattern. Build it with load_tokenizer or tokenizer_from_ranks.
 
     name, n_vocab, eot (the last id), sha256 (hex, of the rank file), rank_file (its bytes) and tokens (bytes
-    by id) describe it. It pickles as its rank file. Kernels hold the GIL, so threads may share one.
+    by id) describe it. Kernels hold the GIL, so threads may share one.
     """
 
     def __init__(self, tokens: list[bytes], rank_file: bytes, name: str):
@@ -555,9 +555,6 @@ class Tokenizer:
         cache = lines[-lines.ctypes.data % 64:][:64 << CACHE_BITS].view(SLOT)  # each slot on one line
         pieces, scratch = np.empty(BATCH, PIECE), np.empty(256, np.int64)  # merges of up to 64 bytes
         return unicode_classes(), (table, blob, edges), byte_ids, pairs, cache, pieces, scratch
-
-    def __reduce__(self):
-        return tokenizer_from_ranks, (self.rank_file, self.name)
 
     def encode_documents(self, text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Documents text[offsets[i]:offsets[i+1]] -> (ids uint16, id_offsets int64 (n_docs + 1,)).

@@ -212,7 +212,8 @@ class TokenStream:
         self.ends = list(itertools.accumulate(counts))  # stream position just after each shard
         facts = list(zip((path.name for path in self.paths), counts, self._sha256))
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-        self._file = functools.lru_cache(MAX_OPEN_SHARDS)(functools.partial(_open, self.paths))
+        paths = self.paths
+        self._file = functools.lru_cache(MAX_OPEN_SHARDS)(lambda i: open(paths[i], "rb", buffering=0))
 
     def _check_manifest(self, folder, split, counts):
         """The sha256 of each shard by the manifest, which must name these shards and no others."""
@@ -296,7 +297,7 @@ class TokenStream:
             length, offset = self._headers[i]
             place = start + done - (self.ends[i] - length)  # in shard i
             part = tokens[done:done + length - place]
-            file = self._file(i, os.getpid())
+            file = self._file(i)
             file.seek(offset + place * TOKEN.itemsize)
             if file.readinto(part.view(np.uint8)) != part.nbytes:
                 raise UserError(f"{self.paths[i]} has become shorter since it was opened; build or download "
@@ -310,11 +311,6 @@ def open_stream(data_dir: str | Path, split: str, tok) -> TokenStream:
     stream = TokenStream(data_dir, split)
     stream.require_tokenizer(tok, "give --data_dir=FOLDER of shards with the model's vocabulary, or ")
     return stream
-
-
-def _open(paths, i, process):
-    """Shard i, opened once per process: a forked child that shared it would move its parent's position."""
-    return open(paths[i], "rb", buffering=0)
 
 
 # ---- the order of training -----------------------------------------------------

@@ -25,6 +25,11 @@ sys.path.insert(0, str(ROOT))
 pytest.register_assert_rewrite("training")
 
 
+@pytest.fixture(autouse=True)
+def excepthook(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which configure and watch_memory replace
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data named by GPT2_SHARED_DATA."""

@@ -33,11 +33,6 @@ COMPONENTS = {  # pattern of a parameter's name: the component it is counted in
 }
 
 
-@pytest.fixture(autouse=True)
-def hook(monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure replaces it
-
-
 def shape(layers=2, heads=4, width=64, T=32, V=96, norm="pre", dropout=0.0):
     return GPTConfig(block_size=T, vocab_size=V, n_vocab=V, n_layer=layers, n_head=heads, n_embd=width,
                      dropout=dropout, norm_position=norm)

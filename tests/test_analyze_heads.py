@@ -932,16 +932,6 @@ def test_bad_input_is_refused_before_anything_is_measured(analyzed, byte_tokeniz
     assert snapshot(tmp_path) == before
 
 
-def test_an_imported_model_names_no_data(byte_tokenizer, tiny_data, run, tmp_path):
-    path = save(tmp_path / "log", byte_tokenizer, tiny_data)
-    state = load_any(path)
-    del state["config"]
-    save_checkpoint(tmp_path, 1, state)
-    with pytest.raises(UserError, match="names no data; give --data_dir=FOLDER"):
-        run(checkpoint=str(tmp_path / "ckpt_0000001.pt"))
-    assert not (tmp_path / "heads").exists()
-
-
 def test_two_runs_into_one_folder(analyzed, run, monkeypatch):
     """Guarantee 17: the first is still measuring when the second begins."""
     def second_run(*_):

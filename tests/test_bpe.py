@@ -12,9 +12,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import itertools
-import multiprocessing
 import os
-import pickle
 import subprocess
 import sys
 import sysconfig
@@ -368,17 +366,6 @@ def test_description():
     assert lengths.dtype == np.int64 and lengths.shape == (50257,) and lengths[gpt2.eot] == 0
     text = "It's naïve, 東京!"
     assert lengths[gpt2.encode(text)].sum() == len(text.encode())
-
-
-def encode_elsewhere(tokenizer):
-    return tokenizer.encode("as good as new").tolist()
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes(method):
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        assert pool.map(encode_elsewhere, [small] * 4) == [small.encode("as good as new").tolist()] * 4
-    assert pickle.loads(pickle.dumps(small)).sha256 == small.sha256
 
 
 def test_character_classes():

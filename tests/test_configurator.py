@@ -57,11 +57,6 @@ def settings_of(path):
             "__annotations__": {key: limit for key, limit in limits if key not in own}}
 
 
-@pytest.fixture(autouse=True)
-def hook(monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure replaces it
-
-
 @pytest.fixture
 def namespace(tmp_path):
     """A script's globals as configure sees them: settings, and what is none."""

@@ -310,7 +310,6 @@ def test_to_device_keeps_values(device):
 
 def test_memory_is_refused_only_where_it_is_certainly_too_little(monkeypatch):
     """What is computed may be 25% too high."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which watch_memory replaces
     monkeypatch.setattr(Device, "total_memory", lambda self: 1000)
     cpu = resolve_device("cpu", "float32")
     watch_memory(cpu, 1240, "--batch_size=1")

@@ -15,7 +15,6 @@ import math
 import random
 import re
 import signal
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from checkpoint import (
     training_state,
     write_checkpoint,
 )
-from configurator import Between, OneOf, PathName, UserError, configure
+from configurator import UserError
 from convert_hf import export_hf, import_hf
 from fineweb import verify_folder
 from hellaswag import read_examples
@@ -312,41 +311,13 @@ def of_run_records(folder, byte_tokenizer):
         lambda: files.read_jsonl(path, START), free, path)}
 
 
-def of_settings(folder, byte_tokenizer):
-    path = folder / "config.py"
-    value = {"batch_size": 4, "max_lr": 0.5, "optimizer": "adamw", "data_dir": "x", "resume": False,
-             "target": 2.0}
-    limits = {"batch_size": Between(1, 64), "max_lr": Between(0.0, 1.0), "optimizer": OneOf("adamw", "muon"),
-              "data_dir": PathName, "target": float | None}
-
-    def read(arguments):
-        return configure({**value, "__annotations__": limits, "__file__": str(path)}, arguments)
-
-    def write(values):
-        path.write_text("".join(f"{key} = {new!r}\n" for key, new in values.items()), encoding="utf-8")
-
-    def sound(was, now):
-        return now["batch_size"] in limits["batch_size"] and now["optimizer"] in limits["optimizer"] \
-            and type(now["resume"]) is bool and math.isfinite(now["max_lr"]) and now["max_lr"] <= 1
-
-    flags = []
-    free = "[a-z_]+ gone|data_dir 'x'|target (None|-1)|resume True"
-
-    def write_flags(values):
-        flags[:] = [f"--{key}={new}" for key, new in values.items()]
-
-    return {"config": Format(value, write, lambda: read([str(path)]), free, path, sound),
-            "flags": Format(value, write_flags, lambda: read(flags), f"{free}|data_dir .*")}
-
-
-FORMATS = [of_checkpoint, of_shards, of_log, of_hellaswag, of_hugging_face, of_run_records, of_settings]
+FORMATS = [of_checkpoint, of_shards, of_log, of_hellaswag, of_hugging_face, of_run_records]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Nothing waits for the disk; `configure` sets a hook."""
+    """Nothing waits for the disk."""
     monkeypatch.setattr(files.os, "fsync", lambda _: None)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
 
 @pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__)

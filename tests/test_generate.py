@@ -52,7 +52,7 @@ def generate(folder, *flags, stdin=b""):
 def run(folder, *flags):
     """(what the script writes to stdout, and to stderr), in this process, which has torch already."""
     out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True), io.StringIO()
-    here, hook = Path.cwd(), sys.excepthook
+    here = Path.cwd()
     argv, sys.argv = sys.argv, ["generate.py", "--device=cpu", *flags]
     os.chdir(folder)
     try:
@@ -60,7 +60,7 @@ def run(folder, *flags):
             runpy.run_path(str(ROOT / "generate.py"), run_name="__main__")
     finally:
         os.chdir(here)
-        sys.argv, sys.excepthook = argv, hook
+        sys.argv = argv
     return out.buffer.getvalue().decode("utf-8"), err.getvalue()  # strict: half a character would raise
 
 
@@ -251,14 +251,6 @@ def test_special_tokens_in_a_prompt_are_text(folder):
     *((["--prompts=blank.txt", flag], "only one of --prompt, --prompts, --interactive") for flag in (
         "--prompt=a", "--text=blank.txt")), (["--text=blank.txt", "--prompt=a"], "only one of --prompt"),
     (["--text=blank.txt", "--stride=33"], "--stride=32 or less"),
-    (["--stride=-1"], "stride=-1"),
-    (["--temperature=-1"], "temperature=-1: wanted 0 to"),
-    (["--top_p=0"], "top_p=0"), (["--top_p=1.1"], "top_p=1.1"), (["--top_k=-1"], "top_k=-1"),
-    (["--num_samples=0"], "num_samples=0"), (["--num_samples=10001"], "wanted 1 to 10,000"),
-    (["--max_new_tokens=1000001"], "wanted 1 to 1,000,000"), (["--temperature=1001"], "wanted 0 to 1,000"),
-    (["--seed=9223372036854775808"], "wanted 0 to 9,223,372,036,854,775,807"), (["--seed=-1"], "seed=-1"),
-    (["--dtype=float64"], "dtype=float64: wanted auto"),
-    (["--max_tokens=5"], "did you mean max_new_tokens"),
 ])
 def test_mistakes_are_named(folder, flags, words):
     for name, content in {"empty": b"", "blank": b"\n \n", "latin": b"caf\xe9 au lait",
@@ -313,12 +305,6 @@ def test_weights_that_are_not_finite_get_no_perplexity(folder, tmp_path):
     with pytest.raises(UserError, match=r"nan or infinity in 2 tensors, first in transformer\.h\.1\.mlp\."
                                         r"c_fc\.weight \(2 of 4,096 numbers\); take an earlier checkpoint"):
         run(tmp_path, f"--checkpoint={tmp_path}", "--text=text.txt")
-
-
-def test_a_mistake_exits_with_2_and_a_line(folder):
-    done = generate(folder, "--temperature=-1")
-    assert done.returncode == 2 and done.stdout == b"" and done.stderr.startswith(b"error: "), done.stderr
-    assert done.stderr.count(b"\n") == 1
 
 
 def test_no_checkpoint_at_all(tmp_path):

@@ -316,7 +316,6 @@ def test_interrupted_while_bytes_are_waited_for(server, tmp_path, sent, code, ki
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_killed_at_random_moments(server, tmp_path):
-    """A few of what tests/kill_build.py --hub does by the dozen."""
     server.pause = 0.1
     command = [sys.executable, str(kill_build.ROOT / "fineweb.py"), "--shard_tokens=20000"]
     kill_build.rounds(command, tmp_path, 2, random.Random(1), environment(server, tmp_path))

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 import kernels
 from configurator import UserError
-from decoding import generate
 from kernels import attention
 from model import GPT, GPTConfig
 
@@ -172,63 +171,13 @@ def test_dropout_acts_in_training_only():
     assert given == [0.5] * model.config.n_layer + [0.0] * model.config.n_layer
 
 
-def test_layers_may_have_fewer_heads():
-    """A head whose columns in c_proj are 0 adds nothing: without it the logits are equal, cached or not."""
-    dense, pruned = make_model(), make_model(heads=(2, 0, 1), seed=1)
-    for parameter in (*dense.parameters(), *pruned.parameters()):
-        torch.nn.init.normal_(parameter, std=0.3)
-    weights = dense.state_dict()
-    for layer, gone in ((1, [0, 1]), (2, [0])):
-        for head in gone:
-            weights[f"transformer.h.{layer}.attn.c_proj.weight"][:, 12 * head:12 * head + 12] = 0.0
-    for name, tensor in pruned.state_dict().items():
-        source = weights[name]
-        layer, part = name.split(".")[2:3], name.split(".")[-2:]
-        if ".attn.c_" in name and layer != ["0"] and tensor.shape != source.shape:
-            kept = slice(0, 0) if layer == ["1"] else slice(12, 24)
-            source = (source[:, kept] if part[0] == "c_proj"
-                      else source.unflatten(0, (3, 24))[:, kept].flatten(0, 1))
-        tensor.copy_(source)
-    idx = random_ids(2, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(pruned(idx), dense(idx), atol=2e-5, rtol=1e-5)
-    one, other = (torch.cat([ids for ids, _ in generate(pruned, idx[:1, :4], 20, 0.0, use_cache=on)])
-                  for on in (True, False))
-    assert torch.equal(one, other)
-    assert dense.num_params() - pruned.num_params() == 3 * (3 * 12 * 24 + 3 * 12 + 12 * 24)
-    assert dense.flops_per_token(16) - pruned.flops_per_token(16) == (
-        6 * (dense.num_params() - pruned.num_params()) + 12 * 3 * 12 * 16)
-    with pytest.raises(UserError, match="3 numbers of 0 to 2"):
-        make_model(heads=(2, 3, 1))
-
-
-def test_rows_may_share_a_prefix():
-    """With the caller's mask and positions: two continuations of one context in one row."""
-    model, idx = make_model(), random_ids(1, 13)
-    context, one, two = idx[:, :5], idx[:, 5:8], idx[:, 8:]
-    segment = torch.tensor([0] * 5 + [1] * 3 + [2] * 5)
-    position = torch.tensor([[*range(5), *range(5, 8), *range(5, 10)]])
-    mask = ((segment == segment[:, None]) | (segment == 0)) & torch.ones(13, 13, dtype=torch.bool).tril()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    with torch.no_grad():
-        logits = model(idx, position=position, mask=mask[None, None])
-        torch.testing.assert_close(logits[:, 5:8], model(torch.cat((context, one), 1))[:, 5:])
-        torch.testing.assert_close(logits[:, 8:], model(torch.cat((context, two), 1))[:, 5:])
-        targets = torch.full_like(idx, -100)
-        targets[:, 9:12] = idx[:, 10:]
-        losses = model(idx, targets, reduction="none", position=position, mask=mask[None, None])
-    assert torch.equal(losses == 0, targets == -100)
-    expected = F.cross_entropy(logits[0, 9:12], idx[0, 10:], reduction="none")
-    torch.testing.assert_close(losses[0, 9:12], expected, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize(("overrides", "words"), [
     ({"n_embd": 25}, "try --n_embd=26"),
     ({"vocab_size": 60}, "try --vocab_size=128"),
     ({"norm_position": "mid"}, "wanted pre or post"),
     ({"dropout": 1.0}, "dropout"),
     ({"n_layer": 0}, "n_layer=0"),
+    ({"heads": (2, 3, 1)}, "3 numbers of 0 to 2"),
 ])
 def test_impossible_shapes(overrides, words):
     with pytest.raises(UserError, match=words):

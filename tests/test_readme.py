@@ -5,7 +5,6 @@ import ast
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -39,12 +38,11 @@ COMMANDS += [("Makefile", command) for command in
 
 
 @pytest.mark.parametrize(("source", "command"), COMMANDS, ids=[f"{s}: {c[:60]}" for s, c in COMMANDS])
-def test_commands_parse(source, command, monkeypatch):
+def test_commands_parse(source, command):
     for part in re.split(r"&&|\|", command):
         words = shlex.split(part)
         scripts = [word for word in words if word.endswith(".py") and "/" not in word]
         if words[0] in ("python", "torchrun") and scripts:
-            monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure replaces it
             flags = [word for word in words[words.index(scripts[0]) + 1:] if word != "--help"]
             configure(settings_of(ROOT / scripts[0]), flags)
         elif words[0] == "make":
@@ -92,8 +90,7 @@ def test_nothing_is_left_to_fill_in_and_links_lead_somewhere(name):
 
 
 @pytest.mark.parametrize("name", MANUAL)
-def test_files_and_flags_of_the_manual_exist(name, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure replaces it
+def test_files_and_flags_of_the_manual_exist(name):
     prose = re.sub(r"```.*?```", "", MANUAL[name], flags=re.DOTALL)
     for path in re.findall(r"`([a-z_0-9/]+\.(?:py|md|sh|json))`", prose):
         made_by_a_run = path in ("manifest.json", "build.json", "tokenizer.json")
@@ -114,7 +111,6 @@ def test_files_and_flags_of_the_manual_exist(name, monkeypatch):
 
 def test_the_table_of_sizes_is_what_fineweb_suggests(monkeypatch):
     """For each row's number of tokens, the command's settings are the row's."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure replaces it
     monkeypatch.chdir(ROOT)
     rows = re.findall(r"^\| [\d.]+ [MG]B \| ([\d.]+)([kMB]) \| [^|]* \| (\d+) x (\d+) \| (\d+) \| "
                       r"([\d.]+) \| ([\d.]+) \|", README, re.M)
@@ -133,7 +129,6 @@ def test_the_table_of_sizes_is_what_fineweb_suggests(monkeypatch):
 @pytest.mark.parametrize(("folder", "log_dir"), [("my books/", "log_my books"), ("b{0}_data", "log_b{0}"),
                                                  (".", None)])
 def test_the_suggested_command_takes_any_folder(folder, log_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure replaces it
     monkeypatch.chdir(tmp_path)
     words = shlex.split(fineweb.training_command(Path(folder), 10**6))
     monkeypatch.chdir(ROOT)

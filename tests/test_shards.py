@@ -2,7 +2,6 @@
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 import struct
@@ -353,21 +352,6 @@ def test_a_shard_that_shrinks_while_it_is_in_use(tmp_path):
     assert np.array_equal(stream.read(0, 90), np.arange(90))
     with pytest.raises(UserError, match=r"x_train_000001\.npy has become shorter"):
         stream.read(0, 100)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
-def test_a_forked_process_reads_its_own_place(tmp_path, monkeypatch):
-    """A child that shared the open files of its parent would move the parent's place in them."""
-    files, opened = [], shards._open
-    monkeypatch.setattr(shards, "_open", lambda *args: files.append(opened(*args)) or files[-1])
-    stream = TokenStream(make_folder(tmp_path, [5000]), "train")
-    stream.read(0, 10)
-    file, = files
-    place = file.tell()
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if np.array_equal(stream.read(70, 10), np.arange(70, 80)) else 1)
-    assert os.waitpid(child, 0)[1] == 0 and file.tell() == place
 
 
 # ---- the order -----------------------------------------------------------------

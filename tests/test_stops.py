@@ -221,14 +221,6 @@ def test_what_was_skipped_after_the_checkpoint_is_forgotten(flags, tmp_path):
     assert list(read_log(tmp_path / "log", "skipped_window")["skipped_window"]) == [2]
 
 
-def test_a_restart_passes_over_a_corrupt_checkpoint(flags, tmp_path):
-    corrupt = f"open({str(tmp_path / 'log' / 'ckpt_0000008.pt')!r}, 'r+b').truncate(2000)"
-    script = fault(tmp_path, 4 * 10 + 1, f"{corrupt}; {signal_self('SIGKILL')}")
-    done = attempt(flags, 1, script, ["--max-restarts=1"], python=sys.executable, log_dir=tmp_path / "log")
-    assert done.returncode == 0, done.stderr
-    assert "ckpt_0000008.pt: corrupt" in done.stderr and "starting at 4" in done.stdout
-
-
 def start_node(flags, port, script, nnodes="2"):
     """One machine's torchrun, with one process.
 

@@ -447,25 +447,3 @@ def test_deterministic_samples_on_cuda(flags, tmp_path):
     """Sampling takes cumulative sums, for which CUDA has no deterministic kernel."""
     out = train(flags, log_dir=tmp_path, device="cuda", deterministic="true", sample_interval=4)
     assert out.count("\n> Hello") == 4
-
-
-def test_own_vocabulary_from_text_to_samples(flags, tmp_path):
-    """train_bpe.py trains it; fineweb.py, train_gpt2.py and generate.py take it (from the checkpoint)."""
-    def run(script, *arguments):
-        done = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True,
-                              text=True, encoding="utf-8", timeout=240, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    (tmp_path / "in").mkdir()
-    for path in (ROOT / "tests").glob("*.py"):
-        (tmp_path / "in" / f"{path.stem}.txt").write_bytes(path.read_bytes())
-    run("train_bpe.py", "--input=in", "--vocab_size=400", "--out=my.tiktoken")
-    run("fineweb.py", "--input=in", "--tokenizer=my.tiktoken", "--data_dir=data", "--val_fraction=0.2")
-    flags |= {"tokenizer": "my.tiktoken", "data_dir": "data", "log_dir": "log", "max_steps": 2}
-    run("train_gpt2.py", *(f"--{key}={value}" for key, value in flags.items()), "--warmup_steps=1")
-    (tmp_path / "my.tiktoken").unlink()
-    state = load_checkpoint(tmp_path / "log" / "ckpt_0000002.pt")
-    assert state["tokenizer"]["name"] == "my" and state["model_config"]["vocab_size"] == 512
-    text = run("generate.py", "--checkpoint=log", "--prompt=def test", "--max_new_tokens=20")
-    assert "def test" in text
