@@ -30,8 +30,9 @@ def draw_a(axis, log: dict) -> None:
     """Train and val loss of run A, with its author's last losses as lines."""
     for stream, color, quoted in (("train", "C0", 5.3), ("val", "C1", 9.4)):
         steps, losses = of(log, stream)
-        losses = smooth(losses, 29) if stream == "train" else losses
-        axis.plot(steps * BATCH / 1e6, losses, color=color, label=f"{stream}, ours (last {losses[-1]:.2f})")
+        width = 29 if stream == "train" else 1
+        axis.plot(steps * BATCH / 1e6, smooth(losses, width), color=color,
+                  label=f"{stream}, ours (at the end {losses[-width:].mean():.2f})")
         axis.axhline(quoted, color=color, linestyle="--", label=f"{stream}, its author's last ({quoted})")
     axis.plot(0, 13.0, "kx", label="first loss, its author's (13.0)")
     axis.set(title=f"Run A: {max(log['train']) + 1:,} of 2,848 steps", xlabel="million tokens",
@@ -43,7 +44,8 @@ def draw_tuned(axis, logs: dict[str, dict]) -> None:
     for name, log in logs.items():
         steps, bits = of(log, "val_bpb")
         label = "run A" if name == "a" else f"ours, seed {name.removeprefix('tuned_')}"
-        axis.plot(steps * BATCH / 1e6, bits, marker=".", label=f"{label} (last {bits[-1]:.3f})")
+        axis.plot(steps * BATCH / 1e6, bits, marker=".",
+                  label=f"{label} ({bits[-1]:.3f} at step {steps[-1]:,.0f})")
     axis.set(title="Run A and our settings", xlabel="million tokens", ylabel="val loss (bits per byte)")
 
 

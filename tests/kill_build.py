@@ -1,7 +1,7 @@
 """
 Kill data builds with -9 at random moments, run them again, and compare with one that ran undisturbed.
 
-The victim is the parent or one of its 1 to 3 workers. A build that differs by a byte, or a killed one that
+The victim is the parent or one of up to 3 workers. A build that differs by a byte, or a killed one that
 training would read, is an error. Used by test_build.py and test_hub_build.py.
 """
 import contextlib

@@ -297,9 +297,8 @@ def test_the_script_trains_and_the_data_build_takes_it(tmp_path):
         assert part in done.stdout
     command = done.stdout[done.stdout.index("python fineweb.py"):].split()
     assert f"--tokenizer={out}" in command
-    built = subprocess.run([sys.executable, str(REPO / "fineweb.py"), *command[2:-1], "--num_workers=1",
-                            "--val_fraction=0", f"--data_dir={tmp_path / 'data'}"], capture_output=True,
-                           text=True, timeout=300)
+    built = subprocess.run([sys.executable, str(REPO / "fineweb.py"), *command[2:-1], "--val_fraction=0",
+                            f"--data_dir={tmp_path / 'data'}"], capture_output=True, text=True, timeout=300)
     assert built.returncode == 0 and f"{tokens + 3:,} tokens" in built.stdout, built.stderr
     checked = run_script("bpe.py", f"--tokenizer={out}")
     assert checked.returncode == 0 and "ids equal tiktoken's" in checked.stdout

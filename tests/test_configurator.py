@@ -104,6 +104,9 @@ def test_good_flags(namespace, flag, key, value):
     ("--batch_size=none", "wanted a whole number"),
     ("--learning_rate=nan", "wanted a number"),
     ("--learning_rate=inf", "wanted a number"),
+    (f"--learning_rate={400 * '9'}", "wanted a number"),
+    ("--batch_size=nan", "wanted a whole number"),
+    ("--batch_size=inf", "wanted a whole number"),
     ("--compile=maybe", "wanted true or false"),
     ("--compile=2", "wanted true or false"),
     ("--compile=", "wanted true or false"),
@@ -199,13 +202,16 @@ def test_annotations_are_checked_in_flags_and_files(namespace, tmp_path, how):
                 configure(namespace, [arg])
 
 
-def test_home_folder(namespace, monkeypatch):
+def test_home_folder(namespace, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("USERPROFILE", "/home/me")
     namespace.update(out_dir="~/default", __annotations__={"out_dir": PathName})
     for flags, path in [([], "/home/me/default"), (["--out_dir=~"], "/home/me"), (["--out_dir=gpt2"], "gpt2"),
                         (["--out_dir=~/a/*.txt,b~,~/c"], "/home/me/a/*.txt,b~,/home/me/c")]:
         assert configure(dict(namespace), flags)["out_dir"] == path
+    (tmp_path / "a.py").write_text("out_dir = 1", encoding="utf-8")
+    with pytest.raises(UserError, match="out_dir = 1: wanted text"):
+        configure(namespace, [str(tmp_path / "a.py")])
     assert configure(namespace, ["--start=~/a,~/b"])["start"] == "~/a,~/b"  # a prompt is no path
 
 
@@ -274,10 +280,11 @@ def test_every_number_has_a_range_that_its_default_keeps(path):
 @pytest.mark.parametrize(("flag", "words"), [
     ("norm_position=mid", "wanted pre or post"), ("max_steps=0", "wanted 1 to"), ("beta1=1.5", "wanted 0 to"),
     ("max_new_tokens=0", "wanted 1 to"), ("grad_clip=-1", "wanted 0 to"), ("seed=-1", "wanted 0 to"),
-    ("dtype=int8", "wanted auto, float32")])
-def test_limits_of_train_gpt2(flag, words):
+    ("dtype=int8", "wanted auto, float32"), ("stride=-1", "wanted 0 to"), ("num_samples=0", "wanted 1 to")])
+def test_limits_that_matter(flag, words):
+    script = "generate.py" if flag.startswith(("stride", "num_samples")) else "train_gpt2.py"
     with pytest.raises(UserError, match=f"{flag}: {words}"):
-        configure(settings_of(ROOT / "train_gpt2.py"), [f"--{flag}"])
+        configure(settings_of(ROOT / script), [f"--{flag}"])
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

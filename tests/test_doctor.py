@@ -130,6 +130,7 @@ def test_one_process_alone(tmp_path):
     done = alone("--device=cpu", f"--log_dir={tmp_path / 'data' / 'build.json' / 'log'}")
     assert done.returncode == 1
     assert re.search("^WRONG: writing beside log_dir failed.*writable", done.stderr, re.M), done
+    assert alone("--device=tpu").returncode == 2
 
 
 def rank_facts(**changes):

@@ -212,10 +212,11 @@ def test_the_published_runs_are_drawn_beside_what_their_authors_state(tmp_path):
     figure = published.draw(tmp_path)
     of_a, tuned, of_b = figure.get_axes()
     assert "100 of 2,848 steps" in of_a.get_title() and "first 39 steps" in of_b.get_title()
+    assert of_a.get_lines()[0].get_label() == "train, ours (at the end 8.30)"  # the mean of 29 steps
     val = next(line for line in of_a.get_lines() if line.get_label().startswith("val, ours"))
     assert val.get_xydata()[-1] == pytest.approx([100 * 8192 / 1e6, 7.5])
-    assert [line.get_label() for line in tuned.get_lines()] == ["run A (last 2.500)",
-                                                                "ours, seed 1 (last 2.000)"]
+    assert [line.get_label() for line in tuned.get_lines()] == ["run A (2.500 at step 100)",
+                                                                "ours, seed 1 (2.000 at step 50)"]
     assert of_b.get_lines()[2].get_xydata()[-1].tolist() == [100, 6.61]  # its author's
     demo.pyplot().close(figure)
 

@@ -53,7 +53,7 @@ class Format(NamedTuple):
     write: Callable[[Any], None]
     read: Callable[[], Any]           # UserError if there is something wrong
     free: str = "(?!)"                # pattern of "path/to/value replacement": what makes no difference
-    path: Any = None                  # the file whose bytes are damaged, if any
+    path: Any = None                  # the file whose bytes are damaged
     sound: Callable = lambda was, now: True  # whether what was read from damaged bytes is harmless
     wrong: tuple = ()                 # more replacements of this format
 
@@ -329,9 +329,8 @@ def test_damage_is_refused(make, tmp_path, byte_tokenizer, capsys):
         if isinstance(form.value, dict):
             n, found = wrong_values(form)
             count, failures = count + n, failures + [f"{name}: {line}" for line in found]
-        if form.path is not None:
-            n, found = wrong_bytes(form, 60)
-            count, failures = count + n, failures + [f"{name}: {line}" for line in found]
+        n, found = wrong_bytes(form, 60)
+        count, failures = count + n, failures + [f"{name}: {line}" for line in found]
         form.write(form.value)
     capsys.readouterr()  # progress bars
     assert count >= 90  # else nothing was tried

@@ -14,8 +14,8 @@ from model import GPT, GPTConfig
 TINY = {"block_size": 16, "vocab_size": 64, "n_vocab": 61, "n_layer": 3, "n_head": 2, "n_embd": 24}
 
 
-def make_model(seed=0, **overrides):
-    torch.manual_seed(seed)
+def make_model(**overrides):
+    torch.manual_seed(0)
     return GPT(GPTConfig(**{**TINY, **overrides})).eval()
 
 

@@ -21,7 +21,7 @@ echo "$@" >> {log}
 case "$1" in
     -m) exit ;;
     train_gpt2.py) set -- "$@" {tiny} ;;
-    fineweb.py) set -- "$@" --num_workers=1 ;;
+    fineweb.py) set -- "$@" --num_workers=2 ;;
     generate.py) set -- "$@" --max_new_tokens=4 --device=cpu ;;
 esac
 exec {python} "$@"
