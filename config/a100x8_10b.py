@@ -1,4 +1,4 @@
-# Run C: 124M parameters, 10B FineWeb tokens, 8 A100, about 4 hours according to its author.
+# Run C: 124M parameters, 10B FineWeb tokens, 8 A100 of 80 GB, about 4 hours according to its author.
 #     torchrun --standalone --nproc_per_node=8 train_gpt2.py config/a100x8_10b.py
 prepare = "python fineweb.py --dataset=fineweb --data_dir=fineweb10B"
 data_dir = "fineweb10B"

@@ -2,4 +2,5 @@
 #     python train_gpt2.py config/gpu_24gb.py
 log_dir = "log_gpu_24gb"
 batch_size = 32
+checkpoint_interval = 100  # steps are long here
 loss_chunk = 4096  # rows of logits at a time

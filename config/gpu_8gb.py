@@ -2,4 +2,5 @@
 #     python train_gpt2.py config/gpu_8gb.py
 log_dir = "log_gpu_8gb"
 batch_size = 8
+checkpoint_interval = 100  # steps are long here
 loss_chunk = 1024  # rows of logits at a time
