@@ -25,6 +25,7 @@ There is no RNG state: data order and dropout masks are functions of the seed an
 """
 
 import dataclasses
+import errno
 import math
 import pickle
 import re
@@ -48,8 +49,8 @@ FORMAT = "gpt2-checkpoint-2"
 COUNT, NUMBER = Between(0, 2**53), Between(0.0, sys.float_info.max)  # the latter: finite
 PLAIN = (bool, int, float, str, None)
 SIZE = Between(1, 2**24)
-CONFIG = {str: PLAIN, "data_dir": str, "seed": COUNT, "block_size": SIZE, "batch_tokens": Between(1, 2**53),
-          "val_tokens": Between(1, 2**53), "init_from?": str}
+CONFIG = {str: PLAIN, "data_dir": str, "seed": Between(0, 2**63 - 1), "block_size": SIZE,
+          "batch_tokens": Between(1, 2**53), "val_tokens": Between(1, 2**53), "init_from?": str}
 SCALER = {"scale": NUMBER, "growth_factor": NUMBER, "backoff_factor": NUMBER, "growth_interval": COUNT,
           "_growth_tracker": COUNT}
 BEST = (None, {"step": COUNT, "val_loss": NUMBER})
@@ -66,7 +67,7 @@ RESUMABLE = {  # and when it is resumed
     "scaler": (OneOf({}), SCALER), "config": {**CONFIG, "optimizer": str},
     "data": str, "val_data": [str, COUNT],
     "optimizers": [{"state": {str: {str: (torch.Tensor, *PLAIN)}}, "param_groups": [{"params": [str]}]}]}
-FIXED = ("data", "tokenizer", "seed", "batch_tokens", "optimizer")  # with another value, another run
+FIXED = ("data", "tokenizer", "seed", "batch_tokens", "optimizer", "init_from")  # or it is another run
 EDITED = "corrupt or edited, use another one; in it"
 MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 
@@ -151,9 +152,10 @@ def _part_of(value, parameter):
 class CheckpointWriter:
     """Writes checkpoints in a thread, one at a time, while the training goes on. One on every process."""
 
-    def __init__(self, log_dir: str | Path, keep: int, master: bool = True):
-        """Keep the newest `keep` >= 1 checkpoints in log_dir and the best one. Only the master writes."""
-        self.log_dir, self.keep, self.master = Path(log_dir), keep, master
+    def __init__(self, log_dir: str | Path, keep: int, master: bool = True, spare: int | None = None):
+        """Keep the newest `keep` >= 1 checkpoints in log_dir, the best one and that of step `spare`. Only the
+        master writes."""
+        self.log_dir, self.keep, self.master, self.spare = Path(log_dir), keep, master, spare
         self._buffers = {}  # {place in the state: tensor in host memory}, reused by every save
         self._thread = self._error = None
 
@@ -208,7 +210,7 @@ class CheckpointWriter:
                 path.unlink()
             save_checkpoint(self.log_dir, step, state)
             for path in list_checkpoints(self.log_dir)[:-self.keep]:
-                if step_of(path) != best_step:
+                if step_of(path) not in (best_step, self.spare):
                     path.unlink(missing_ok=True)
         except (UserError, OSError) as error:
             self._error = UserError(f"{error}; then continue with --resume: earlier checkpoints are complete")
@@ -327,6 +329,8 @@ def _load_file(path):
                                 f"and loading that could run code; name one that train_gpt2.py wrote"
                                 ) from error
     except Exception as error:  # zipfile and torch raise a dozen types on corrupt bytes
+        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM):
+            raise OSError(error.errno, error.strerror, str(path)) from error  # the file may be in order
         raise UserError(f"checkpoint {path}: corrupt, or not a checkpoint "
                         f"({type(error).__name__}: {str(error).partition(chr(10))[0]})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -363,14 +367,15 @@ def require_same_run(now: dict, saved: dict) -> None:
     `now` has the settings of this start, with "data" (fingerprint) and "tokenizer" (sha256) among them.
     """
     was = _settings_of(saved)
-    differing = [f"{key}: {was[key]} in the checkpoint, {now[key]} now"
-                 for key in (*saved["model_config"], *FIXED) if was[key] != now[key]]
+    differing = [f"{key}: {'nothing' if was[key] == '' else was[key]} in the checkpoint, {now[key]} now"
+                 for key in (*saved["model_config"], *FIXED) if was.get(key, now[key]) != now[key]]
     if differing:
         raise UserError(f"cannot --resume: {'; '.join(differing)}; use the checkpoint's values, or another "
                         f"--log_dir")
     if saved["step"] > now["max_steps"]:
         raise UserError(f"cannot --resume: the newest checkpoint is of step {saved['step']}, past "
-                        f"max_steps={now['max_steps']}; type --max_steps={saved['step']} or more")
+                        f"max_steps={now['max_steps']}; type --max_steps={saved['step']} or more, or more "
+                        f"--num_epochs where they are given")
 
 
 def changed_settings(saved: dict, now: dict) -> list[str]:

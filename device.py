@@ -165,8 +165,9 @@ def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = Fa
     future tokens (pytorch #195910), and on other CPUs. A CPU takes any dtype, even one that is slow there, so
     that a GPU's path can be tried without one. torch calls ROCm devices "cuda", and so does this file.
 
-    `attention` (one of ATTENTION, or auto: cuDNN's on Hopper) is tried first on CUDA; "" keeps torch's own
-    order. `deterministic` and `attention` hold for the process: call this before anything else computes.
+    `attention` (one of ATTENTION, or auto: cuDNN's on Hopper) is tried first on CUDA, then those after it in
+    ATTENTION; "" keeps torch's own order. `deterministic` and `attention` hold for the process: call this
+    before anything else computes.
 
     Raises UserError if the device or dtype is unknown or not available, or if it is bfloat16 on a CUDA card
     that would emulate it.
@@ -199,6 +200,8 @@ def resolve_device(device: str = "auto", dtype: str = "auto", compile: bool = Fa
         raise UserError(f"dtype={dtype!r}: wanted auto, {', '.join(DTYPES)}")
     if resolved.type == "cuda":  # TF32 for what autocast leaves in float32, but not if float32 was wanted
         torch.set_float32_matmul_precision("highest" if dtype == "float32" else "high")
+        # torch's cache of compiled code ignores both
+        torch.compiler.config.cache_key_tag = f"{attention} {dtype}"
 
     reason = _why_not_compile(resolved) if compile else None
     if reason and local_rank == 0:
@@ -267,9 +270,11 @@ def _use_gpu(device, index, attention):
     hopper = torch.cuda.get_device_capability(resolved)[0] == 9 and torch.version.hip is None  # or AMD's gfx9
     attention = "cudnn" if attention == "auto" and hopper else attention
     if attention in ATTENTION:
-        order = sorted(ATTENTION, key=lambda name: name != attention)
-        _for_this_process.enter_context(
-            sdpa_kernel([ATTENTION[name] for name in order], set_priority=True))
+        # on Hopper torch sets its own order, that of ATTENTION, at the first call: so what comes before the
+        # named kernel is switched off
+        kernels = list(ATTENTION.values())
+        first = kernels.index(ATTENTION[attention])
+        _for_this_process.enter_context(sdpa_kernel(kernels[first:], set_priority=True))
     return resolved
 
 

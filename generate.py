@@ -114,7 +114,7 @@ def sample(model, tok, dev, step: int, texts: list[str]) -> None:
     rows, logs, clock = [[] for _ in texts], [[] for _ in texts], [time.perf_counter()]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
     print(f"--- step {step}, sample 1 of {len(texts)}\n{texts[0]}", end="", flush=True)
-    with dev.autocast():
+    with dev.changing_shapes(), dev.autocast():
         steps = generate(model, batch, max_new_tokens, temperature, top_k, top_p, generator)
         for tokens, logits in steps:
             values = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]  # (B,)

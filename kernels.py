@@ -160,10 +160,10 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     if torch.is_grad_enabled() and dtype != torch.float16 and n_vocab is None:
         total = ChunkedCrossEntropy.apply(x.to(dtype), weight, targets, chunk, torch.compiler.is_compiling())
     else:
-        # either nothing is differentiated, or the gradient needs float16's loss scale, which only the
-        # backward knows, so the backward computes the logits again
-        total = torch.cat([checkpoint(row_losses, x_c, weight, targets_c, n_vocab, use_reentrant=False,
-                                      preserve_rng_state=False)
+        of_rows = row_losses
+        if torch.is_grad_enabled():  # only the backward knows float16's loss scale: it repeats the logits
+            of_rows = functools.partial(checkpoint, row_losses, use_reentrant=False, preserve_rng_state=False)
+        total = torch.cat([of_rows(x_c, weight, targets_c, n_vocab)
                            for x_c, targets_c in zip(x.split(chunk), targets.split(chunk))]).sum()
     return total / (targets != -100).sum() if reduction == "mean" else total
 

@@ -188,7 +188,8 @@ class StopRequests:
             answer = f"{name}: finishing step {self.step}, then saving"
             if self.step is None:
                 answer = f"stopped by {name} before the first step: there is nothing to save"
-            os.write(2, f"\n{answer}\n".encode())  # print may be what the signal has interrupted
+            with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads it, such as tee
+                os.write(2, f"\n{answer}\n".encode())  # print may be what the signal has interrupted
         if self.step is None:
             os._exit(0)
         self.signals.append(name)

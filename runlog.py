@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from checkpoint import list_checkpoints, step_of
 from configurator import UserError
-from files import locked, read_jsonl, read_text, write_atomically
+from files import locked, not_written, read_jsonl, read_text, write_atomically
 
 START = {"config": {"init_from?": str}, "launchers?": [str], "arguments": [str]}  # what is read of runs.jsonl
 RESTART_PATIENCE = 120  # seconds; a file server keeps the lock of a machine that died for a while
@@ -43,7 +44,7 @@ class RunLog:
         with the same arguments. The same command typed again is not a restart: its torchrun is another
         process.
     init_from: the weights that the run began with, or ""
-    error: the OSError of a line that could not be written, or None
+    error: the UserError of a line that could not be written, or None
     """
 
     def __init__(self, log_dir: str | Path, launcher: str, writes: bool = True, tensorboard: bool = False,
@@ -99,8 +100,10 @@ class RunLog:
         write_atomically(self.path, "".join(kept).encode())
 
         start = {"start_step": start_step, "config": config, **facts, "arguments": sys.argv[1:]}
-        with open(self.folder / "runs.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(start) + "\n")
+        starts = self.folder / "runs.jsonl"
+        before = starts.read_bytes() if starts.exists() else b""
+        complete = before[:before.rfind(b"\n") + 1]  # a full disk can leave an incomplete last line
+        write_atomically(starts, complete, f"{json.dumps(start)}\n".encode())
         self._file = open(self.path, "a", buffering=1, encoding="utf-8")
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -117,7 +120,8 @@ class RunLog:
                 f"{step} {name} {value if isinstance(value, int) else format(value, '.8g')}\n"
                 for name, value in streams.items()))
         except OSError as error:
-            self.error = error
+            self.error = not_written(self.path, error)
+            self.error.__cause__ = error  # an error of the disk may be gone at a restart
         if self._board:
             for name, value in streams.items():
                 self._board.add_scalar(name, value, step)
@@ -136,6 +140,7 @@ class RunLog:
 def open_wandb(folder: Path, config: dict):
     """The run at Weights & Biases: a new one, or the one whose id an earlier start left in `folder`."""
     import wandb
+    hook = sys.excepthook
     id_path = folder / "wandb_id.txt"
     if not id_path.exists():
         write_atomically(id_path, f"{folder.name}-{time.time_ns():x}".encode())
@@ -145,6 +150,7 @@ def open_wandb(folder: Path, config: dict):
     except Exception as error:  # of the network, the account or the package
         raise UserError(f"wandb: {error}; type `wandb login`, set WANDB_MODE=offline, or leave out --wandb"
                         ) from error
+    sys.excepthook = hook  # wandb's own prints a traceback before it calls this one
     run.define_metric("*", step_metric="step")  # wandb's own step counter cannot go back
     return run
 
@@ -156,10 +162,13 @@ class Screen:
         self.master, self.bar = master, None
 
     def say(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.write(text)
-        elif self.master:
-            print(text, flush=True)
+        try:
+            if self.bar is not None:
+                self.bar.write(text)
+            elif self.master:
+                print(text, flush=True)
+        except OSError:  # who reads it is gone: Ctrl-C ends `| tee` too. The run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def open_bar(self, start_step: int, max_steps: int) -> None:
         """Show progress as a bar, if this is a terminal."""

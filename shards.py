@@ -299,7 +299,11 @@ class TokenStream:
             part = tokens[done:done + length - place]
             file = self._file(i)
             file.seek(offset + place * TOKEN.itemsize)
-            if file.readinto(part.view(np.uint8)) != part.nbytes:
+            try:
+                n_bytes = file.readinto(part.view(np.uint8))
+            except OSError as error:  # it names no file
+                raise OSError(error.errno, error.strerror, str(self.paths[i])) from error
+            if n_bytes != part.nbytes:
                 raise UserError(f"{self.paths[i]} has become shorter since it was opened; build or download "
                                 f"it again")
             done += len(part)

@@ -59,9 +59,9 @@ dry_run = False  # two steps: memory, speed, time for the whole run; writes noth
 tensorboard = False  # log to log_dir/tensorboard as well
 wandb = False  # log to Weights & Biases as well; a resumed run continues there
 # ---- model: GPT-2 small, 124M
-n_layer: Between(1, 10_000) = 12  # blocks
+n_layer: Between(1, 1024) = 12  # blocks
 n_head: Between(1, 10_000) = 12  # attention heads per block
-n_embd: Between(1, 10**8) = 768  # C, width of the residual stream
+n_embd: Between(1, 2**24) = 768  # C, width of the residual stream
 block_size: Between(1, 2**20) = 1024  # T, tokens per sequence
 vocab_size: Between(0, 10**6) = 0  # rows of wte; 0 = the tokenizer's ids, padded to a multiple of 128
 dropout: Between(0, 1 - 1e-9) = 0.0  # 0 is right for one epoch of web text
@@ -138,6 +138,7 @@ ranks.require_equal("settings or code", {**config, **source_hashes()})
 writes = not (dry_run or eval_only)
 record = ranks.on_all(RunLog, log_dir, ranks.launcher, writes and ranks.master, tensorboard, wandb)
 restarted, exists = ranks.any(record.restarted), ranks.any(record.exists)  # before any of them writes
+record.restarted = restarted
 if writes and exists and not (resume or restarted):
     ranks.fail(record.occupied)
 if resume and not exists:
@@ -162,7 +163,8 @@ if init_from or eval_only:
     config.update(shape)
     globals().update(shape)  # n_layer, n_head, n_embd, block_size, vocab_size, norm_position
     if eval_only and not data_dir:
-        data_dir = initial.get("config", {}).get("data_dir", "")
+        saved = initial.get("config", {})
+        data_dir, prepare = saved.get("data_dir", ""), saved.get("prepare", prepare)
 data_dir = config["data_dir"] = data_dir or "edu_fineweb10B"
 B, T = batch_size, block_size
 
@@ -373,7 +375,7 @@ if eval_only:
 # ---- resume
 # skipped steps, in all and in a row; [loss, gradient norm] of the last SPIKE_WINDOW good ones
 guard = {"skipped": 0, "in_row": 0, "recent": []}
-start_step, best, target_reached = 0, None, False
+start_step, best, old_best, target_reached = 0, None, None, False
 if resume:
     newest = [path.name for path in checkpoint.list_checkpoints(log_dir)[-1:]]
     ranks.require_equal(f"what they see in log_dir={log_dir}", {"the newest checkpoint": newest})
@@ -391,8 +393,9 @@ if resume:
         if not restarted:  # by a person, who has changed something about it
             guard["in_row"] = 0
         if saved["val_data"] != [val_stream.fingerprint, n_val_windows]:
-            screen.say("resume: the validation tokens have changed; the best val loss starts anew")
-            best = None
+            screen.say("resume: the validation tokens have changed; the best val loss starts anew"
+                       + (f", and step {best['step']} is kept until the next start" if best else ""))
+            best, old_best = None, best
         target_reached = target_loss > 0 and saved["train_loss"] <= target_loss
 ranks.require_equal("what they train on", {
     "the step to start at": start_step, f"the train tokens in data_dir={data_dir}": train_stream.fingerprint,
@@ -414,7 +417,7 @@ versions = provenance(dev.name, world_size)
 launchers = sorted(set(filter(None, ranks.gather(ranks.launcher))))
 ranks.on_all(record.open, start_step, config,
              {"data": train_stream.fingerprint, **versions, "launchers": launchers})
-writer = checkpoint.CheckpointWriter(log_dir, keep_checkpoints, ranks.master)
+writer = checkpoint.CheckpointWriter(log_dir, keep_checkpoints, ranks.master, old_best and old_best["step"])
 
 screen.say(f"data: {data_dir}: {len(train_stream):,} train tokens, an epoch is "
            f"{train_loader.steps_per_epoch:,.1f} steps; "

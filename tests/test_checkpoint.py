@@ -17,6 +17,7 @@ import torch
 from checkpoint_ranks import accept, build, state_of, train
 from training import PYTHON, ROOT, assert_same_tensors, load_model, run_by_hand, tensors_of
 
+import analyze_compute
 import checkpoint
 from bpe import load_tokenizer, tokenizer_from_ranks
 from checkpoint import (
@@ -334,6 +335,27 @@ def test_a_folder_that_cannot_be_synced(state, tmp_path, monkeypatch, code):
         assert "space" not in str(error.value) and "room" not in str(error.value)
     else:
         assert load_checkpoint(save_checkpoint(tmp_path, 1, state))["step"] == 7
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_corrupt(state, tmp_path, monkeypatch):
+    """Or a resume would go on from an older one, and set this one aside."""
+    _, newest = save_checkpoint(tmp_path, 1, state), save_checkpoint(tmp_path, 2, state)
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(zipfile, "ZipFile", fail)
+    with pytest.raises(OSError) as raised:
+        load_checkpoint(tmp_path)
+    assert raised.value.filename == str(newest)
+
+
+def test_whatever_training_accepts_can_be_loaded():
+    accepted = analyze_compute.train_settings()["__annotations__"]
+    for key in ("seed", "block_size", "batch_tokens", "val_tokens"):
+        assert checkpoint.CONFIG[key].high >= accepted[key].high, key
+    for key in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
+        assert checkpoint.USABLE["model_config"][key].high >= accepted[key].high, key
 
 
 def test_a_full_disk_in_the_middle_of_the_tensors(state, tmp_path):

@@ -103,6 +103,7 @@ def fake_machine(monkeypatch, name, sm=0, hip=None, mps=False, bf16="", compiler
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda n, device: ones(n))
     # settings of the process: recorded, not made
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     monkeypatch.setattr(device_module, "sdpa_kernel", lambda order, set_priority: contextlib.nullcontext())
@@ -148,19 +149,22 @@ def test_table_of_platforms(monkeypatch, capsys, machine, wanted, device, rest):
         assert ("#191976" if compile == "never" else MACHINES[machine]["compiler"].splitlines()[0]) in out
 
 
-@pytest.mark.parametrize(("sm", "attention", "first"), [
-    (90, "auto", "CUDNN_ATTENTION"), (90, "flash", "FLASH_ATTENTION"), (80, "math", "MATH"),
+@pytest.mark.parametrize(("sm", "attention", "kernels"), [
+    (90, "auto", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]),
+    (90, "flash", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]), (80, "math", ["MATH"]),
     (80, "auto", None), (120, "auto", None)])
-def test_attention_and_memory_on_cuda(monkeypatch, sm, attention, first):
-    """The named kernel is tried first and all others after it; the user's own allocator settings stay."""
+def test_attention_and_memory_on_cuda(monkeypatch, sm, attention, kernels):
+    """The named kernel is tried first, then those after it, and compiled code is cached for it alone; the
+    user's own allocator settings stay."""
     orders = []
     fake_machine(monkeypatch, "linux", sm=sm)
     monkeypatch.setattr(device_module, "sdpa_kernel", lambda order, set_priority: orders.append(
         (order, set_priority)) or contextlib.nullcontext())
     resolve_device("cuda", attention=attention)
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    assert [(order[0].name, len(set(order)), priority) for order, priority in orders] == (
-        [(first, 4, True)] if first else [])
+    found = [([kernel.name for kernel in order], priority) for order, priority in orders]
+    assert found == ([(kernels, True)] if kernels else [])
+    assert torch.compiler.config.cache_key_tag == f"{attention} bfloat16"
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
     resolve_device("cuda")
     assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"

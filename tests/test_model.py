@@ -187,6 +187,7 @@ def test_impossible_shapes(overrides, words):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_equals_cpu():
+    torch.set_float32_matmul_precision("highest")  # whatever an earlier test's resolve_device set
     model, idx = make_model(), random_ids(2, 16)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # as initialised, logits are smaller than the tolerance

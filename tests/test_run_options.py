@@ -157,16 +157,19 @@ def test_adamws_part_under_muon_has_a_rate_of_its_own(flags, tmp_path):
 
 
 WANDB = """
-import json
+import json, sys
+def hook(*error):
+    raise SystemExit(9)
 class Run:
     def define_metric(self, name, step_metric):
         assert (name, step_metric) == ("*", "step")
     def finish(self):
-        pass
+        assert sys.excepthook is not hook
     def log(self, values):
         with open("{path}", "a") as file:
             file.write(json.dumps(values) + "\\n")
 def init(**settings):
+    sys.excepthook = hook
     with open("{path}", "a") as file:
         file.write(json.dumps({{"init": [settings["id"], settings["resume"]]}}) + "\\n")
     return Run()

@@ -344,6 +344,21 @@ def test_stream_reads_across_shards(tmp_path_factory, sizes, data):
         stream.read(start, len(stream) - start + 1)
 
 
+def test_a_disk_that_fails_is_an_error_with_the_shards_name(tmp_path, monkeypatch):
+    class Broken:
+        def seek(self, position):
+            pass
+
+        def readinto(self, buffer):
+            raise OSError(5, "Input/output error")
+
+    stream = TokenStream(make_folder(tmp_path, [50, 50]), "train")
+    monkeypatch.setattr(stream, "_file", lambda i: Broken())
+    with pytest.raises(OSError) as raised:
+        stream.read(60, 10)
+    assert raised.value.filename == str(stream.paths[1])
+
+
 def test_a_shard_that_shrinks_while_it_is_in_use(tmp_path):
     stream = TokenStream(make_folder(tmp_path, [50, 50]), "train")
     stream.read(0, 100)

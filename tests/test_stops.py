@@ -55,6 +55,21 @@ def test_a_signal_finishes_the_step_and_saves(flags, tmp_path, shared_run, name,
     assert one["best"] == two["best"] and one["guard"] == two["guard"]
 
 
+def test_ctrl_c_that_ends_the_reader_too_saves_all_the_same(flags, tmp_path):
+    """As with `2>&1 | tee out.txt`: the pipe is closed when the signal comes."""
+    flags |= {"log_dir": tmp_path / "log", "max_steps": 20}
+    slow = on_forward(tmp_path, "time.sleep(0.02)")
+    process = subprocess.Popen(command(flags, 1, slow, python=sys.executable), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+    for line in process.stdout:
+        if line.startswith("step 5 | loss"):
+            break
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert 5 < load_checkpoint(tmp_path / "log")["step"] < 20
+
+
 def test_sigterm_before_the_first_step(flags, tmp_path, shared_run):
     """While a resumed run makes its model: it says so and exits with 0, and nothing has changed."""
     log_dir = shared_run(max_steps=4)

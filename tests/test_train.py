@@ -34,6 +34,7 @@ from training import (
 )
 
 from checkpoint import list_checkpoints, load_checkpoint
+from files import read_jsonl
 from model import GPT, GPTConfig
 from shards import RANK_FILE, TokenStream, WindowLoader, list_shards, write_manifest, write_shard
 
@@ -125,9 +126,11 @@ def test_killed_and_resumed_equals_never_stopped(flags, tmp_path, tiny_data):
             process.send_signal(signal.SIGKILL)
             break
     assert process.wait() == -signal.SIGKILL
-    with open(broken / "log.txt", "a", encoding="utf-8") as file:
-        file.write(f"{saved + 3} tra")  # half a line, as a power cut may leave it
+    for name, half in (("log.txt", f"{saved + 3} tra"), ("runs.jsonl", '{"config": {')):
+        with open(broken / name, "a", encoding="utf-8") as file:
+            file.write(half)  # as a power cut or a full disk may leave it
     assert f"starting at {saved}" in train(flags, log_dir=broken, max_steps=saved + 12, resume="true")
+    assert [start["start_step"] for start in read_jsonl(broken / "runs.jsonl", {})] == [0, saved]
     assert read_log(straight, *STREAMS) == read_log(broken, *STREAMS)
     assert_same_tensors(load_checkpoint(straight), load_checkpoint(broken))
 
@@ -258,11 +261,13 @@ def test_a_diverged_model_is_never_saved(flags, four_steps, interval, step):
 def test_what_a_resume_may_change(flags, four_steps):
     log = (four_steps / "log.txt").read_text(encoding="utf-8")
     out = train(flags, log_dir=four_steps, resume="true", max_steps=6, weight_decay=0.5, beta2=0.9,
-                dtype="float16", val_tokens=1024)
+                dtype="float16", val_tokens=1024, keep_checkpoints=1)
     for words in ("max_steps was 4, is now 6", "weight_decay was 0.1, is now 0.5", "dtype was float32"):
         assert f"resume: {words}" in out
-    assert "the validation tokens have changed; the best val loss starts anew" in out
-    assert load_checkpoint(four_steps)["best"]["step"] == 6
+    assert "the validation tokens have changed; the best val loss starts anew, and step 4 is kept" in out
+    assert load_checkpoint(four_steps)["best"]["step"] == 6 and (four_steps / "ckpt_0000004.pt").exists()
+    done = attempt(flags, log_dir=four_steps, resume="true", init_from=four_steps)
+    assert done.returncode == 2 and f"init_from: nothing in the checkpoint, {four_steps} now" in done.stderr
     groups = load_checkpoint(four_steps)["optimizers"][0]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]  # and not what the checkpoint had
     assert all(group["betas"] == (0.9, 0.9) for group in groups)
