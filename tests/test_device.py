@@ -103,7 +103,6 @@ def fake_machine(monkeypatch, name, sm=0, hip=None, mps=False, bf16="", compiler
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda n, device: ones(n))
     # settings of the process: recorded, not made
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     monkeypatch.setattr(device_module, "sdpa_kernel", lambda order, set_priority: contextlib.nullcontext())
