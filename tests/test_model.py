@@ -248,14 +248,10 @@ def test_muon_multiplies_in_bfloat16_only_where_the_processor_does(has_bfloat16,
     assert distance < 1e-5 or has_bfloat16
 
 
-def test_ddp_finds_a_gradient_for_every_parameter_of_a_layer_without_heads(tmp_path):
-    """DDP waits for the gradients of all parameters, and its second forward fails where one had none."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        replica = torch.nn.parallel.DistributedDataParallel(make_model(heads=(2, 0, 1)))
-        for seed in (1, 2):
-            idx = random_ids(2, 8, seed=seed)
-            replica(idx, idx).backward()
-    finally:
-        torch.distributed.destroy_process_group()
+def test_every_parameter_of_a_layer_without_heads_gets_a_gradient():
+    """DDP waits for the gradients of all parameters. (Not run under DDP here: torch 2.13 may hang for ever
+    where a process lives on after it has let go of its DDP module.)"""
+    model = make_model(heads=(2, 0, 1))
+    idx = random_ids(2, 8, seed=1)
+    model(idx, idx).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
