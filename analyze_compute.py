@@ -2,7 +2,7 @@
 What a config costs: parameters, FLOPs, memory and time on named GPUs; and what a measured speed amounts to.
 
     python analyze_compute.py                                         # GPT-2 small, train_gpt2.py's defaults
-    python analyze_compute.py config/gpu_6gb.py --gpu_memory_gb=6     # what fits a card
+    python analyze_compute.py config/gpu_6gb.py                       # one of the configs
     python analyze_compute.py --log_dir=log                           # a run: its settings and its MFU
     python analyze_compute.py config/rtx4050_15m.py --tok_s=10369 --peak_tflops=70 \\
         --gpus="NVIDIA GeForce RTX 4050 Laptop GPU" --out_dir=run_a   # run A, at the speed its author states
@@ -45,7 +45,6 @@ gpus = ("NVIDIA GeForce RTX 4050 Laptop GPU,NVIDIA GeForce RTX 3060,NVIDIA GeFor
         "NVIDIA A100-SXM4-80GB,NVIDIA H100 80GB HBM3,NVIDIA H200,NVIDIA B200")  # names as in device.py
 mfu: Between(0.001, 1) = 0.4  # assumed fraction of the peak, for the table of times
 tok_s: Between(0, 10**9) = 0.0  # measured tokens per second, of one GPU; 0 = the run's in --log_dir
-gpu_memory_gb: Between(0, 10**6) = 0.0  # memory of the card to fit, in GiB; 0 = a table of common ones
 out_dir: PathName = ""  # folder for the tables and the figure; empty = print the tables only
 
 NAMES = ("compute.txt", "compute.png")
@@ -242,14 +241,14 @@ def ways_to_save(options: dict) -> list[dict]:
             for recompute in (False, True) for rows in (0, options["loss_chunk"] or LOSS_CHUNK)]
 
 
-def memory_lines(config: GPTConfig, batch_size: int, sequences: int, options: dict, cards: list) -> list[str]:
-    """Memory of a step, and the largest batch_size for cards of these GiB, with and without what saves it."""
+def memory_lines(config: GPTConfig, batch_size: int, sequences: int, options: dict) -> list[str]:
+    """Memory of a step, and the largest batch_size for common cards, with and without what saves it."""
     memory, ways = count_memory(config, batch_size, **options), ways_to_save(options)
     sizes = {**memory.parts, **{f"in all, {name}": n for name, n in memory.phases.items()},
              "peak": memory.peak,
              f"card: the peak + {FRAGMENTATION:.0%} + {CUDA_CONTEXT / 1e9:.1f} GB for CUDA": memory.card}
     fits = [[f"{card:g} GiB", *(str(largest_batch_size(config, sequences, card, **way)) for way in ways)]
-            for card in cards]
+            for card in CARDS]
     return [
         f"batch_size={batch_size}, loss_chunk={options['loss_chunk']}, {options['optimizer']}"
         + (", activation_checkpointing" if options["activation_checkpointing"] else ""),
@@ -382,11 +381,10 @@ def main(settings: dict, run: dict) -> None:
             raise UserError(f"the run in --log_dir has {key}={value}: leave out --{key}")
     options = {key: settings[key] for key in ("loss_chunk", "activation_checkpointing", "optimizer")}
     options["width"] = DTYPES[settings["dtype"]].itemsize
-    cards = [settings["gpu_memory_gb"]] if settings["gpu_memory_gb"] else CARDS
     head = (f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, T = {config.block_size}, "
             f"{config.vocab_size:,} ids, {config.norm_position}-norm; {sequences} sequences per step")
     report = [head, "", *cost_lines(config), "",
-              *memory_lines(config, settings["batch_size"], sequences, options, cards), "",
+              *memory_lines(config, settings["batch_size"], sequences, options), "",
               *time_lines(config, peaks_of(names, settings), settings)]
     if speed := settings["tok_s"] or run.get("tok_s"):
         peaks = peaks_of([run["device"]] if run else names, settings)

@@ -634,7 +634,6 @@ def draw_attention(model: GPT, tok, by_distance: np.ndarray) -> None:
     side = 8.5 / (columns + 1.6)  # inches
     figure, axes = plt.subplots(len(counts), columns + 1, squeeze=False, layout="constrained", figsize=(
         10, side * len(counts) + 1.5), width_ratios=[1] * columns + [1.6])
-    readable = side * 72 / len(ids) > 6  # points for each token
     for layer, row in enumerate(axes):
         last = layer == len(counts) - 1
         for head, axis in enumerate(row[:-1]):
@@ -645,10 +644,6 @@ def draw_attention(model: GPT, tok, by_distance: np.ndarray) -> None:
                 continue
             axis.imshow(maps[layer][head], vmin=0, vmax=1, cmap="magma_r", aspect="auto")
             row[-1].plot(range(1, 1 + T), curves[layer, head], linewidth=1, color=colors[head])
-            if readable and head == 0:
-                axis.set_yticks(range(len(ids)), labels, fontsize=6)
-            if readable and last:
-                axis.set_xticks(range(len(ids)), labels, fontsize=6, rotation=90)
         row[0].set_ylabel(f"layer {layer}", fontsize=9)
         row[-1].set(xscale="log", yscale="log", ylim=(1e-4, 1.2), xlim=(1, T))
         row[-1].tick_params(labelsize=7, labelbottom=last, labelleft=False, labelright=True)

@@ -56,7 +56,7 @@ data: PathName = ""  # a .jsonl file in the format of the public one; empty = th
 protocol: OneOf("completion", "harness", "both") = "both"  # how the questions are asked
 device = "auto"  # auto|cpu|cuda|cuda:1|mps
 dtype: OneOf("auto", "float32", "bfloat16", "float16") = "auto"  # of the matrix products
-batch_tokens: Between(1, 2**31) = 16_384  # tokens per forward pass and process, padding included
+forward_tokens: Between(1, 2**31) = 16_384  # per process and forward pass, padding included
 limit: Between(0, 2**31) = 0  # only the first N examples; 0 = all
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -255,12 +255,12 @@ def make_rows(items: list[Example], block_size: int) -> tuple[list[Row], np.ndar
     return rows, slots
 
 
-def make_batches(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
-    """Batches of one row or more, padded to at most batch_tokens; the longest first, so that running out of
+def make_batches(rows: list[Row], forward_tokens: int) -> list[list[Row]]:
+    """Batches of one row or more, padded to at most forward_tokens; the longest first, so that running out of
     memory happens at once or never."""
     batches = []
     for row in sorted(rows, key=lambda row: -row.length):
-        if not batches or (len(batches[-1]) + 1) * batches[-1][0].length > batch_tokens:
+        if not batches or (len(batches[-1]) + 1) * batches[-1][0].length > forward_tokens:
             batches.append([])
         batches[-1].append(row)
     return batches
@@ -293,7 +293,7 @@ def score_batch(model: GPT, batch: list[Row], dev: Device) -> tuple[np.ndarray, 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def evaluate(model: GPT, examples: Examples, dev: Device, batch_tokens: int = 16_384) -> Result:
+def evaluate(model: GPT, examples: Examples, dev: Device, forward_tokens: int = 16_384) -> Result:
     """The score of an uncompiled model (compiled ones have fixed shapes), in eval mode and `dev`'s dtype.
 
     If torch.distributed is initialized, all processes must call this with the same examples; they share the
@@ -302,7 +302,7 @@ def evaluate(model: GPT, examples: Examples, dev: Device, batch_tokens: int = 16
     distributed, was_training = dist.is_initialized(), model.training
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     rows, slots = make_rows(examples.items, model.config.block_size)
-    batches, scored = make_batches(rows, batch_tokens), []
+    batches, scored = make_batches(rows, forward_tokens), []
     # the same number of forward passes on every process: all of them gather sharded parameters
     turns = range(rank, math.ceil(len(batches) / world_size) * world_size, world_size)
     model.eval()
@@ -356,7 +356,7 @@ def main() -> None:
               f"{str(dev.dtype).removeprefix('torch.')}, processes: {ranks.world_size}", flush=True)
     for examples in sets:
         t0 = time.perf_counter()
-        line = format_result(examples.protocol, evaluate(model, examples, dev, batch_tokens))
+        line = format_result(examples.protocol, evaluate(model, examples, dev, forward_tokens))
         if ranks.master:
             print(f"{line} | {time.perf_counter() - t0:.1f} s", flush=True)
     if ranks.master:

@@ -4,11 +4,11 @@ Train a byte-level BPE vocabulary with GPT-2's pattern; the same merges as Huggi
     python train_bpe.py --input=books/,more.jsonl.gz --vocab_size=32768 --out=my.tiktoken
     python train_bpe.py --dataset=python --vocab_size=4096 --out=python4k.tiktoken    # the embedded corpus
 
-Reads the documents that fineweb.py, with the same --val_fraction, trains on.
-Writes a rank file (tiktoken's format) of --vocab_size - 1 ranks, because <|endoftext|> is the last id and has
-no line. First come the 256 bytes in the order of GPT-2's file, then the merges. Prints what it read and
-wrote, and the command that builds token shards with it. Run again, it changes nothing. 70 MB take about four
-seconds. Memory grows only with the distinct pieces of the text.
+Reads the documents that fineweb.py, with the same --val_fraction, trains on. Writes a rank file (tiktoken's
+format) of --vocab_size - 1 ranks, because <|endoftext|> is the last id and has no line. First come the 256
+bytes in the order of GPT-2's file, then the merges. Prints what it read and wrote, and the command that
+builds token shards with it. Run again, it changes nothing. 70 MB take seconds; memory grows only with the
+distinct pieces of the text.
 
 Two steps: count how often each piece of GPT-2's pattern occurs (threads, a chunk of documents each), then
 merge the most frequent pair of neighbours in the distinct pieces, again and again.
@@ -268,11 +268,9 @@ text_column = "text"  # the parquet column or jsonl field that holds the text
 val_fraction: Between(0, 1 - 1e-9) = 0.01  # share that fineweb.py keeps for validation; left out here
 vocab_size: Between(257, 65_536) = 32_768  # ids of the new vocabulary: 256 bytes, merges, <|endoftext|>
 out: PathName = ""  # the new rank file
-num_workers: Between(0, 1024) = 0  # threads that count; 0 = one per core
 
 
-def train(dataset: str, input: str, text_column: str, val_fraction: float, vocab_size: int, out: str,
-          num_workers: int) -> None:
+def train(dataset: str, input: str, text_column: str, val_fraction: float, vocab_size: int, out: str) -> None:
     """Train a vocabulary on --dataset or --input and write it to `out`; the arguments are the settings."""
     from tqdm import tqdm
 
@@ -290,7 +288,7 @@ def train(dataset: str, input: str, text_column: str, val_fraction: float, vocab
     say_compiling(count_kernel)
     source = python_source(val_fraction) if dataset else input_source(input, text_column, val_fraction)
     chunks = (chunk for _, chunk in source.chunks())
-    counts = count_chunks(tqdm(chunks, unit=" chunks", leave=False, disable=None), num_workers)
+    counts = count_chunks(tqdm(chunks, unit=" chunks", leave=False, disable=None))
     text_bytes, counted = sum(len(piece) * count for piece, count in counts.items()), time.perf_counter()
     if not counts:
         raise UserError("no text found to train on; check --input, --text_column and --val_fraction")
@@ -302,13 +300,9 @@ def train(dataset: str, input: str, text_column: str, val_fraction: float, vocab
         raise UserError(f"--out={out} exists and is another vocabulary; type another name, or remove it")
     write_atomically(path, data)
     tok = tokenizer_from_ranks(data, path.stem)
-    offsets = np.cumsum([0, *map(len, counts)])
-    _, id_offsets = tok.encode_documents(np.frombuffer(b"".join(counts), np.uint8), offsets)
-    tokens = int((np.diff(id_offsets) - 1) @ np.array([*counts.values()]))
     print(f"vocabulary  {tok.n_vocab:,} ids: 256 bytes, {tok.n_vocab - 257:,} merges in "
           f"{trained - counted:.1f} s, {EOT_TEXT} = {tok.eot}")
     print(f"rank file   {path}, {len(data):,} bytes, sha256 {tok.sha256}")
-    print(f"this text   {tokens:,} tokens, {text_bytes / tokens:.3f} bytes per token")
     command = ["python", "fineweb.py", f"--dataset={dataset}" if dataset else f"--input={input}",
                f"--tokenizer={out}", f"--data_dir={path.stem}_data"]
     command += [f"--text_column={text_column}"] if text_column != "text" else []

@@ -1,10 +1,10 @@
 """
 Tables and figures of the studies, from the logs of their runs.
 
-    python experiments/plot.py norm                     # log_norm/ -> results/norm_study/
-    python experiments/plot.py optimizers               # log_optimizers/ -> results/optimizer_study/
-    python experiments/plot.py vocabularies             # log_vocabularies/ -> results/vocabulary_study/
-    python experiments/plot.py norm --redraw            # from the runs.json in results/, without the logs
+    python experiments/plot.py norm                     # of the runs in log_norm/
+    python experiments/plot.py optimizers               # log_optimizers/
+    python experiments/plot.py vocabularies             # log_vocabularies/
+    python experiments/plot.py norm --redraw            # the published figure, from its runs.json
 
 Writes table.txt, figure.png, and runs.json: what both need of the logs, with train losses averaged over 10
 steps. norm also writes runs.csv, a row for each run.
@@ -34,7 +34,7 @@ from model import GPT, GPTConfig
 from plot_log import parse_log, smooth
 
 log_dir: PathName = ""  # folder of the runs; empty = log_norm, log_optimizers or log_vocabularies
-out_dir: PathName = ""  # where the results go; empty = a folder in results/
+out_dir: PathName = ""  # where the results go; empty = log_dir, with redraw the published ones in results/
 redraw = False  # draw the figure from out_dir's runs.json instead of logs, and write nothing else
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -315,7 +315,8 @@ STUDIES = {"norm": ("norm_study", norm_table, norm_figure),
 
 def main(study):
     folder, make_table, make_figure = STUDIES[study]
-    runs_dir, results = Path(log_dir or f"log_{study}"), Path(out_dir or ROOT / "results" / folder)
+    runs_dir = Path(log_dir or f"log_{study}")
+    results = Path(out_dir or (ROOT / "results" / folder if redraw else runs_dir))
     if redraw:
         runs = json.loads(read_text(results / "runs.json"))
     else:

@@ -292,8 +292,7 @@ def test_the_script_trains_and_the_data_build_takes_it(tmp_path):
     size = sum(path.stat().st_size for path in texts)
     tok = bpe.load_tokenizer(str(out))
     tokens = sum(len(tok.encode(path.read_text(encoding="utf-8"))) for path in texts)
-    for part in (f"{size:,} bytes", "1,000 ids", "743 merges", f"{tokens:,} tokens", tok.sha256,
-                 f"{size / tokens:.3f} bytes per token"):
+    for part in (f"{size:,} bytes", "1,000 ids", "743 merges", tok.sha256):
         assert part in done.stdout
     command = done.stdout[done.stdout.index("python fineweb.py"):].split()
     assert f"--tokenizer={out}" in command
@@ -323,7 +322,7 @@ def test_the_text_for_validation_is_left_out(name, tmp_path, monkeypatch, capsys
         kept += [part.text[part.offsets[d]:part.offsets[d + 1]].tobytes()
                  for d in np.flatnonzero(~part.is_val)]
     assert 0.6 < len(b"".join(kept)) / len("".join(lines).encode()) < 0.95
-    train_bpe.train("", str(path), "text", 0.2, 300, "out.tiktoken", 1)
+    train_bpe.train("", str(path), "text", 0.2, 300, "out.tiktoken")
     assert Path("out.tiktoken").read_bytes() == rank_file(train_ranks(count(kept), 300))
     assert "--data_dir=out_data --val_fraction=0.2\n" in capsys.readouterr().out
 
@@ -335,7 +334,7 @@ def test_a_vocabulary_of_the_embedded_corpus(tmp_path, monkeypatch, capsys):
         (tmp_path / name).write_bytes(text)
     monkeypatch.setattr("documents.sysconfig.get_path", lambda key: tmp_path)
     out = tmp_path / "out.tiktoken"
-    train_bpe.train("python", "", "text", 0, 400, str(out), 1)
+    train_bpe.train("python", "", "text", 0, 400, str(out))
     expected = rank_file(train_ranks(count([*texts.values()]), 400))
     assert out.read_bytes() == expected
     assert "fineweb.py --dataset=python --tokenizer=" in capsys.readouterr().out
@@ -357,7 +356,7 @@ def test_mistakes_are_named(flags, message, tmp_path, monkeypatch):
     Path("some.txt").write_text("hello there hello", encoding="utf-8")
     Path("empty.txt").touch()
     settings = {"dataset": "", "input": "some.txt", "text_column": "text", "val_fraction": 0,
-                "vocab_size": 257, "out": "my.tiktoken", "num_workers": 1, **flags}
+                "vocab_size": 257, "out": "my.tiktoken", **flags}
     with pytest.raises(UserError, match=message):
         train_bpe.train(**settings)
     assert not Path("my.tiktoken").exists()

@@ -131,16 +131,17 @@ def test_every_study_is_drawn_again_without_its_logs(tmp_path, monkeypatch, caps
             write_run(tmp_path / f"log_{study}" / name, np.linspace(8, 6, 20) / 3, {0: 8.0, 20: 5.1 / 3})
             with open(tmp_path / f"log_{study}" / name / "log.txt", "a", encoding="utf-8") as file:
                 file.write("0 val_bpb 3\n20 val_bpb 2\n")
-        folder, printed = tmp_path / study, []
-        for key, value in (("log_dir", tmp_path / f"log_{study}"), ("out_dir", folder)):
-            monkeypatch.setattr(plot, key, str(value))
-        for redraw in (False, True):
+        folder, printed = tmp_path / f"log_{study}", []
+        monkeypatch.setattr(plot, "log_dir", str(folder))
+        for redraw, out_dir in ((False, ""), (True, str(folder))):  # without out_dir, beside the runs
             monkeypatch.setattr(plot, "redraw", redraw)
+            monkeypatch.setattr(plot, "out_dir", out_dir)
             plot.main(study)
             assert (folder / "figure.png").stat().st_size > 10_000
             (folder / "figure.png").unlink()
             printed.append(capsys.readouterr().out.partition("results:")[0])
-            shutil.rmtree(tmp_path / f"log_{study}", ignore_errors=True)
+            for name in runs:
+                shutil.rmtree(folder / name, ignore_errors=True)
         assert (folder / "table.txt").read_text(encoding="utf-8") == printed[0]
         assert printed[0].removesuffix("\ngradients\n") == printed[1] and len(printed[1]) > 200
     run = {"val": [[20], [5.0]], "val_bpb": [[20], [2.0]], "max_steps": 20}

@@ -393,7 +393,7 @@ def test_script_alone_and_under_torchrun(tmp_path, byte_tokenizer):
     endings = [["".join(map(chr, rng.integers(97, 123, rng.integers(1, 30)))) for _ in range(4)]
                for _ in range(21)]
     path = write(tmp_path / "a.jsonl", *(record(endings=e, label=i % 4) for i, e in enumerate(endings)))
-    flags = {"checkpoint": tmp_path, "data": path, "device": "cpu", "dtype": "float32", "batch_tokens": 400}
+    flags = {"checkpoint": tmp_path, "data": path, "device": "cpu", "dtype": "float32", "forward_tokens": 400}
     outputs = []
     for processes in (1, 2):
         done = subprocess.run(command(flags, processes, ROOT / "hellaswag.py", python=sys.executable),

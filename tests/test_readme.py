@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MANUAL = {f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}
 FOREIGN = ("max-restarts", "nnodes", "requeue", "signal")  # flags of torchrun and Slurm
-PROGRAMS = "git cd python3 source . echo python sh export hf sbatch".split()  # that are not scripts here
+PROGRAMS = "git cd curl python3 source . echo python sh export hf sbatch".split()  # that are not scripts here
 
 
 def shown_commands(text):
