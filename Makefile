@@ -53,7 +53,7 @@ lint: $(DEV_STAMP)  ## check the style
 	$(PYTHON) -m ruff check .
 
 test: $(DEV_STAMP) vocabulary lint  ## install what tests need and run all tests
-	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=1
 
 bench: install $(DEV_STAMP)  ## speeds beside their baselines, on Python's source; RESULTS.md has more flags
 	$(PYTHON) bench.py

@@ -254,7 +254,8 @@ def end_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and left:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which it will send to its workers
         with contextlib.suppress(OSError):  # of another user, or gone; and only torchrun itself, no wrapper
-            if b"torch" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+            if {os.path.basename(word) for word in words} & {"torchrun", "torch.distributed.run"}:
                 os.kill(os.getppid(), signal.SIGTERM)
 
 

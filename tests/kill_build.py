@@ -70,7 +70,7 @@ def run(command: list[str], folder: Path, rng: random.Random, target: float,
         victim = rng.choice(workers) if workers and rng.random() < 0.5 else process.pid
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
-    _, stderr = process.communicate(timeout=60)  # a parent whose worker died says so and ends
+    _, stderr = process.communicate(timeout=240)  # a parent whose worker died says so and ends
     if process.returncode and not killed:
         raise RuntimeError(stderr)
     return process.returncode != 0

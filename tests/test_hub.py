@@ -36,8 +36,8 @@ def server():
 def client(tmp_path, monkeypatch, request):
     """The client, as if started with HF_ENDPOINT and HF_HOME; with short waits."""
     monkeypatch.setattr(hub, "FIRST_WAIT", 0.0005)
-    monkeypatch.setattr(hub, "LIST_TIMEOUT", 0.5)
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(hub, "LIST_TIMEOUT", 2)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     if "server" in request.fixturenames:
         url = request.getfixturevalue("server").url
@@ -427,8 +427,8 @@ def test_ahead_holds_up_neither_exit_nor_ctrl_c():
     assert (done.returncode, done.stdout, done.stderr) == (0, "None\n", "")
     done = run_python("import signal, threading\n"
                       "results = hub.ahead(lambda item: time.sleep(1000), [0])\n"
-                      "threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()\n"
-                      "try:\n    next(results)\nexcept KeyboardInterrupt:\n    print('stopped')")
+                      "try:\n    threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()\n"
+                      "    next(results)\nexcept KeyboardInterrupt:\n    print('stopped')")
     assert (done.stdout, done.stderr) == ("stopped\n", "")
 
 

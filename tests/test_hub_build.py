@@ -142,7 +142,7 @@ class ReadyWorker:
 def test_max_tokens_fetches_only_what_it_needs(server, corpus, tmp_path, encoding, monkeypatch, num_workers):
     """Of the second file: its footer, in two parts, 5 of 12 row groups, and what is ahead of them."""
     monkeypatch.setattr(fineweb, "start_worker", lambda _: [ReadyWorker()] * 2)
-    server.pause = 0.05
+    server.pause = 0.05 * num_workers
     server.faults += [Fault("drop", after=50, match="000_"), Fault("ignore_range", match="000_"),
                       Fault("status", status=503, match="000_"), Fault("truncate", after=99, match="000_")]
     folder = build(tmp_path / "out", max_tokens=220_000, val_fraction=0.2, num_workers=num_workers, **SHARDS)
@@ -308,7 +308,7 @@ def test_interrupted_while_bytes_are_waited_for(server, tmp_path, sent, code, ki
     process.send_signal(sent)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in stderr, stderr
-    assert code < 0 or stderr.endswith("interrupted\n")
+    assert code < 0 or "interrupted" in stderr.splitlines()
     server.faults.clear()
     flags = {"max_tokens": max_tokens, **SHARDS}
     assert contents(build(tmp_path / "out", **flags)) == contents(build(tmp_path / "undisturbed", **flags))

@@ -169,7 +169,7 @@ def test_a_slurm_job_near_its_time_limit_saves_and_queues_again(tmp_path):
     job = start_job(tmp_path, 60)
     first = job.stdout.readline()
     assert "torchrun" in first
-    time.sleep(0.3)  # until the script waits
+    time.sleep(2)  # until the script waits
     job.send_signal(signal.SIGTERM)  # and nothing else, as --signal=B:TERM does
     out, err = job.communicate(timeout=60)
     assert out == "stopped\nscontrol requeue 41\n", err

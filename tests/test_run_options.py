@@ -45,7 +45,7 @@ def test_dry_run_measures_and_writes_nothing(flags, tmp_path, shared_run):
     assert 0.1 < needs <= with_val < of
     tok_s, hours, minutes, seconds = (int(number.replace(",", "")) for number in re.search(
         r"([\d,]+) tok/s: 7,200 steps of 512 tokens take (\d+):(\d\d):(\d\d)", out).groups())
-    assert 3600 * hours + 60 * minutes + seconds == pytest.approx(7200 * 512 / tok_s, rel=0.01)
+    assert 3600 * hours + 60 * minutes + seconds == pytest.approx(7200 * 512 / tok_s, rel=0.01, abs=1)
     # nothing is required that two steps do not need
     train(flags, log_dir=tmp_path / "other", dry_run="true", hellaswag_interval=1, hellaswag_data="nosuch")
     assert not (tmp_path / "other").exists()
@@ -126,8 +126,8 @@ def test_a_slow_first_step_and_a_late_compilation(flags, tmp_path):
         if self.training and calls == 2 * 4 + 2:
             torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1""")
     out = train(flags, 1, script, log_dir=tmp_path / "log", val_interval=0)
-    (hours, minutes, seconds), = re.findall(r"^step 1 .* eta: (\d+):(\d+):(\d+)$", out, re.M)
-    assert 3600 * int(hours) + 60 * int(minutes) + int(seconds) < 35
+    (ms, minutes, seconds), = re.findall(r"^step 1 .* dt: ([\d.]+)ms .* eta: 0:(\d+):(\d+)$", out, re.M)
+    assert 60 * int(minutes) + int(seconds) == pytest.approx(10 * float(ms) / 1000, abs=1)
     assert re.findall(r"^step (\d+) \| recompiled: 1 graphs, 0 before", out, re.M) == ["2"]
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from training import (
-    ENVIRONMENT,
     LAYERS,
     PYTHON,
     ROOT,
@@ -26,6 +25,8 @@ from training import (
     assert_same_tensors,
     attempt,
     command,
+    fault,
+    kill_once_there_is,
     losses,
     read_log,
     run_by_hand,
@@ -119,13 +120,9 @@ def test_killed_and_resumed_equals_never_stopped(flags, tmp_path, tiny_data):
     saved = int(epoch) // 4 * 4  # the last checkpoint before the edge, at most 4 steps away
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train(flags, log_dir=straight, max_steps=saved + 12)
-    process = subprocess.Popen(command(flags, python=sys.executable, log_dir=broken, max_steps=saved + 12),
-                               stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    for line in process.stdout:
-        if line.startswith(f"step {saved + 2} | loss"):  # some steps are done again
-            process.send_signal(signal.SIGKILL)
-            break
-    assert process.wait() == -signal.SIGKILL
+    script = fault(tmp_path, 4 * (saved + 3) + 1, kill_once_there_is(broken / f"ckpt_{saved:07d}.pt"))
+    done = attempt(flags, 1, script, python=sys.executable, log_dir=broken, max_steps=saved + 12)
+    assert done.returncode == -signal.SIGKILL and f"step {saved + 2} | loss" in done.stdout
     for name, half in (("log.txt", f"{saved + 3} tra"), ("runs.jsonl", '{"config": {')):
         with open(broken / name, "a", encoding="utf-8") as file:
             file.write(half)  # as a power cut or a full disk may leave it

@@ -4,7 +4,10 @@ Most are started with PYTHON (warm_python.py). Those that are killed from outsid
 outlive the process in front of it for a moment. One run of each kind uses a real interpreter.
 """
 
+import contextlib
+import itertools
 import os
+import signal
 import socket
 import subprocess
 import textwrap
@@ -49,7 +52,7 @@ def command(flags, processes=1, script=ROOT / "train_gpt2.py", launcher=(), pyth
 def attempt(flags, *where, python=PYTHON, **overrides):
     """A run that need not succeed: the caller looks at its exit code and at what it said."""
     return subprocess.run(command(flags, *where, python=python, **overrides), capture_output=True, text=True,
-                          timeout=240, env={**ENVIRONMENT, "PYTHON_EXEC": python})
+                          timeout=600, env={**ENVIRONMENT, "PYTHON_EXEC": python})
 
 
 def train(flags, *where, **overrides):
@@ -98,10 +101,31 @@ def signal_self(name):
     return f"os.kill(os.getpid(), signal.{name})"
 
 
+def kill_once_there_is(path):
+    """An action for fault(): kill -9, but not before the file is on disk, where a thread writes it."""
+    return (f"any(time.sleep(0.01) for _ in iter(lambda: os.path.exists({str(path)!r}), True)); "
+            f"{signal_self('SIGKILL')}")
+
+
+# pytest's workers have a thousand each, none of them a port that the system gives to a socket without one
+PORTS = itertools.count(20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def kill_torchrun(agent):
+    """Its workers too, which it starts in sessions of their own."""
+    ps = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
+    pairs = (map(int, line.split()) for line in ps.stdout.splitlines())
+    for pid in [agent.pid, *(pid for pid, parent in pairs if parent == agent.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    agent.wait()
 
 
 def start_rank(line, rank, world_size, port, folder=None):
@@ -121,7 +145,7 @@ def start_by_hand(commands, folders=None, world_size=None):
 def finish(processes):
     """[(exit code, stdout, stderr)] of processes of one group, none of which may hang."""
     try:
-        texts = [process.communicate(timeout=240) for process in processes]
+        texts = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -61,6 +61,7 @@ def stand_in(path: str, arguments: list[str]) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
         request = json.dumps([arguments, dict(os.environ), os.getcwd()]).encode()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until they are passed on
         socket.send_fds(server, [b"+"], [0, 1, 2])
         server.sendall(len(request).to_bytes(8, "big") + request)
 
@@ -68,8 +69,9 @@ def stand_in(path: str, arguments: list[str]) -> None:
             with contextlib.suppress(OSError):  # the fork has ended
                 server.sendall(bytes([number]))
 
-        for number in PASSED_ON:  # from here on; before, they end this process, and with it the fork
+        for number in PASSED_ON:
             signal.signal(number, pass_on)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         status = int(server.makefile().readline() or sys.exit("the server of warm processes has ended"))
     if status < 0:
         if -status != signal.SIGKILL:
