@@ -254,8 +254,8 @@ def end_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and left:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which it will send to its workers
         with contextlib.suppress(OSError):  # of another user, or gone; and only torchrun itself, no wrapper
-            words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
-            if {os.path.basename(word) for word in words} & {"torchrun", "torch.distributed.run"}:
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+            if {os.path.basename(word) for word in words} & {b"torchrun", b"torch.distributed.run"}:
                 os.kill(os.getppid(), signal.SIGTERM)
 
 
