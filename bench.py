@@ -461,8 +461,8 @@ def bench_generate() -> None:
 def our_scores(config, examples, device: str, dtype: str):
     dev, model = resolve_device(device, dtype), random_model(config, device)
     # about eight batches, so that a few examples need no more padding than all of them
-    batch_tokens = min(16_384, 20 * len(examples.items))
-    return lambda: hellaswag.evaluate(model, examples, dev, batch_tokens).log_likelihoods
+    forward_tokens = min(16_384, 20 * len(examples.items))
+    return lambda: hellaswag.evaluate(model, examples, dev, forward_tokens).log_likelihoods
 
 
 def one_by_one(config, examples, device: str):

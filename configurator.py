@@ -254,9 +254,14 @@ def end_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and left:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which it will send to its workers
         with contextlib.suppress(OSError):  # of another user, or gone; and only torchrun itself, no wrapper
-            words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
-            if {os.path.basename(word) for word in words} & {b"torchrun", b"torch.distributed.run"}:
+            if is_torchrun(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()):
                 os.kill(os.getppid(), signal.SIGTERM)
+
+
+def is_torchrun(command: bytes) -> bool:
+    """Whether that is its command line, as in /proc; a shell or a folder may have torch in its name too."""
+    names = {os.path.basename(word) for word in command.split(b"\0")}
+    return bool(names & {b"torchrun", b"torch.distributed.run", b"torch.distributed.launch"})
 
 
 def as_user_error(error: BaseException) -> BaseException:

@@ -6,8 +6,7 @@ Everything this repository measures on a CUDA GPU, in steps, for a GPU that is a
     python gpu.py --device=cpu              # rehearsal: every step with tiny shapes
 
 machine            40 s   versions, bf16 matmul peak at 8192^3
-speed_auto, speed_flash
-                   90 s   each: 60 steps of 124M: median tok/s, MFU, peak memory, share of the matmul peak
+speed_*       90 s each   auto, flash: 60 steps of 124M: tok/s, MFU, peak memory, share of the matmul peak
 shakespeare       150 s   run B, until its target loss
 openstax4m         60 s   run A, all 2,848 steps
 tests             150 s   the tests marked gpu

@@ -308,6 +308,8 @@ def compare_groups(groups: dict[str, list[Run]], out_path: Path) -> None:
     for (name, group), final in zip(groups.items(), (a, b)):
         each = ", ".join(f"{run.name} {loss:.4f}" for run, loss in zip(group, final))
         print(f"{name}: mean {final.mean():.4f}, standard deviation {final.std(ddof=1):.4f} ({each})")
+        if not np.ptp(final):
+            raise UserError(f"equal losses in {name}: copies of one run; name runs with different seeds")
     print(f"a and b differ in {differing(of_a, of_b) or 'no setting'}")
     warn_of_other_data(of_a["data"], "that of b", of_b["data"])
     if {run.start["seed"] for run in groups["a"]} & {run.start["seed"] for run in groups["b"]}:

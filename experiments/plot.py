@@ -1,13 +1,14 @@
 """
 Tables and figures of the studies, from the logs of their runs.
 
-    python experiments/plot.py norm                     # of the runs in log_norm/
-    python experiments/plot.py optimizers               # log_optimizers/
-    python experiments/plot.py vocabularies             # log_vocabularies/
+    python experiments/plot.py norm                     # the runs in log_norm/
+    python experiments/plot.py optimizers               # in log_optimizers/
+    python experiments/plot.py vocabularies             # in log_vocabularies/
     python experiments/plot.py norm --redraw            # the published figure, from its runs.json
 
-Writes table.txt, figure.png, and runs.json: what both need of the logs, with train losses averaged over 10
-steps. norm also writes runs.csv, a row for each run.
+Writes table.txt, figure.png and runs.json (what both need of the logs, with train losses averaged over 10
+steps) to the folder of the runs; norm also writes runs.csv, a row for each run. --redraw writes figure.png
+alone, in results/.
 
 Loss is the final val loss, after the last step, in nats per token. A run that gave up because its losses were
 not finite has diverged. One whose loss is not 0.1 nats below a unigram model's on the same tokens has not
@@ -34,7 +35,7 @@ from model import GPT, GPTConfig
 from plot_log import parse_log, smooth
 
 log_dir: PathName = ""  # folder of the runs; empty = log_norm, log_optimizers or log_vocabularies
-out_dir: PathName = ""  # where the results go; empty = log_dir, with redraw the published ones in results/
+out_dir: PathName = ""  # of the results; empty = log_dir, or with redraw the folder in results/
 redraw = False  # draw the figure from out_dir's runs.json instead of logs, and write nothing else
 
 ROOT = Path(__file__).resolve().parents[1]

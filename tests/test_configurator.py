@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 import analyze_compute
-from configurator import OTHER_NAMES, Between, OneOf, PathName, UserError, annotations_of, configure
+from configurator import (
+    OTHER_NAMES,
+    Between,
+    OneOf,
+    PathName,
+    UserError,
+    annotations_of,
+    configure,
+    is_torchrun,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")])
@@ -348,6 +357,16 @@ def test_a_name_that_is_not_utf8_is_one_line(tmp_path):
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
         assert "caf\\udce9" in done.stderr and "is not UTF-8; rename the file" in done.stderr
     assert "out_dir='café.txt'" in run(tmp_path, "--out_dir=café.txt").stdout
+
+
+@pytest.mark.parametrize(("command", "is_one"), [
+    ("python /venv/bin/torchrun --nproc_per_node=2 train_gpt2.py", True),
+    ("python -m torch.distributed.run train_gpt2.py", True),
+    ("/opt/pytorch/bin/python -m torch.distributed.launch train_gpt2.py", True),
+    ("bash /home/me/torch/run.sh", False), ("/opt/pytorch/bin/python -m pytest", False)])
+def test_torchrun_is_known_by_the_name_of_its_command(command, is_one):
+    assert is_torchrun(command.replace(" ", "\0").encode()) == is_one
+    assert not is_torchrun(b"\0".join((b"sh", b"-c", command.encode(), b"")))
 
 
 def test_a_full_disk_exits_2_and_a_closed_pipe_is_quiet(tmp_path):

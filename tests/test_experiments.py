@@ -122,6 +122,7 @@ def test_muon_against_adamw(tmp_path):
 
 def test_every_study_is_drawn_again_without_its_logs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plot, "gradient_table", lambda: ["gradients"])
+    monkeypatch.setattr(plot, "ROOT", tmp_path)
     names = {"norm": [f"{norm}_{weights}_lr{lr}_w{warmup}_s1" for norm in ("pre", "post")
                       for weights in ("gpt2", "xavier") for lr in ("20e-4", "80e-4") for warmup in (0, 200)],
              "optimizers": ["adamw_lr4e-3_s1", "muon_lr16e-3_s1", "separate_lr16e-3_s1", "short_lr16e-3_s1"],
@@ -131,18 +132,20 @@ def test_every_study_is_drawn_again_without_its_logs(tmp_path, monkeypatch, caps
             write_run(tmp_path / f"log_{study}" / name, np.linspace(8, 6, 20) / 3, {0: 8.0, 20: 5.1 / 3})
             with open(tmp_path / f"log_{study}" / name / "log.txt", "a", encoding="utf-8") as file:
                 file.write("0 val_bpb 3\n20 val_bpb 2\n")
-        folder, printed = tmp_path / f"log_{study}", []
+        folder, published = tmp_path / f"log_{study}", tmp_path / "results" / plot.STUDIES[study][0]
         monkeypatch.setattr(plot, "log_dir", str(folder))
-        for redraw, out_dir in ((False, ""), (True, str(folder))):  # without out_dir, beside the runs
+        printed = []
+        for redraw, results in ((False, folder), (True, published)):
             monkeypatch.setattr(plot, "redraw", redraw)
-            monkeypatch.setattr(plot, "out_dir", out_dir)
             plot.main(study)
-            assert (folder / "figure.png").stat().st_size > 10_000
-            (folder / "figure.png").unlink()
+            assert (results / "figure.png").stat().st_size > 10_000
             printed.append(capsys.readouterr().out.partition("results:")[0])
-            for name in runs:
-                shutil.rmtree(folder / name, ignore_errors=True)
-        assert (folder / "table.txt").read_text(encoding="utf-8") == printed[0]
+            if not redraw:
+                published.mkdir(parents=True)
+                shutil.move(folder / "runs.json", published)
+                assert (folder / "table.txt").read_text(encoding="utf-8") == printed[0]
+                shutil.rmtree(folder)
+        assert not folder.exists()
         assert printed[0].removesuffix("\ngradients\n") == printed[1] and len(printed[1]) > 200
     run = {"val": [[20], [5.0]], "val_bpb": [[20], [2.0]], "max_steps": 20}
     assert plot.bytes_per_token(run) == pytest.approx(5.0 / math.log(2) / 2.0)

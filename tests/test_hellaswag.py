@@ -100,9 +100,9 @@ def test_scores_are_those_of_one_example_at_a_time(cpu, config, longest):
     characters = np.array([example.characters for example in examples.items])
     labels = [example.label for example in examples.items]
     model.train()
-    for batch_tokens, protocol, units in (
+    for forward_tokens, protocol, units in (
             (1, "completion", counts), (300, "harness", characters), (100_000, "completion", counts)):
-        result = evaluate(model, examples._replace(protocol=protocol), cpu, batch_tokens)
+        result = evaluate(model, examples._replace(protocol=protocol), cpu, forward_tokens)
         np.testing.assert_allclose(result.log_likelihoods, sums, rtol=1e-5)
         for scores, share, error in ((sums, result.acc, result.acc_stderr),
                                      (sums / units, result.acc_norm, result.acc_norm_stderr)):

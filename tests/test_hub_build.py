@@ -308,7 +308,7 @@ def test_interrupted_while_bytes_are_waited_for(server, tmp_path, sent, code, ki
     process.send_signal(sent)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in stderr, stderr
-    assert code < 0 or "interrupted\n" in stderr
+    assert code < 0 or stderr.count("interrupted\n") == 1  # a thread may still print its attempt after it
     server.faults.clear()
     flags = {"max_tokens": max_tokens, **SHARDS}
     assert contents(build(tmp_path / "out", **flags)) == contents(build(tmp_path / "undisturbed", **flags))

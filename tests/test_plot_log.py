@@ -414,6 +414,15 @@ def test_no_claim_from_one_seed_or_unlike_runs(tmp_path, draw, capsys, a, b, mes
     assert "p =" not in capsys.readouterr().out and not list(tmp_path.glob("*/*.png"))
 
 
+def test_copies_of_a_run_show_nothing(tmp_path, draw):
+    for n in range(4):
+        write_run(tmp_path / f"log_{n}", "100 val 3.3", seed=n, max_steps=100)
+    write_val(tmp_path / "other", 5)
+    for a in ("log_0,log_1,log_2", "log_3,other"):  # three equal losses have a standard deviation above 0
+        with pytest.raises(UserError, match=r"equal losses in [ab]: copies of one run"):
+            draw(f"--a={a}", f"--b={'log_3,other' if a[-1] == '2' else 'log_0,log_1'}")
+
+
 # ---- a run and a reference -----------------------------------------------------
 
 

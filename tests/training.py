@@ -107,8 +107,9 @@ def kill_once_there_is(path):
             f"{signal_self('SIGKILL')}")
 
 
-# pytest's workers have a thousand each, none of them a port that the system gives to a socket without one
-PORTS = itertools.count(20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+# a thousand ports for each pytest worker, below those that the system hands out; two sessions begin apart
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 12
+PORTS = itertools.count(20_000 + 1_000 * WORKER + os.getpid() % 800)
 
 
 def free_port():
@@ -119,7 +120,9 @@ def free_port():
 
 
 def kill_torchrun(agent):
-    """Its workers too, which it starts in sessions of their own."""
+    """Its workers too, which it starts in sessions of their own. If it has ended, so will they."""
+    if agent.poll() is not None:
+        return
     ps = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
     pairs = (map(int, line.split()) for line in ps.stdout.splitlines())
     for pid in [agent.pid, *(pid for pid, parent in pairs if parent == agent.pid)]:
