@@ -356,8 +356,8 @@ def test_the_script_reads_a_run_and_writes_what_it_prints(tmp_path):
     speeds = enumerate(("5", "2e+06", "1000.5", "3000000"))
     lines = [f"{step} train 3\n{step} tok_s {speed}\n" for step, speed in speeds]
     (tmp_path / "log.txt").write_text("".join([*lines, "4 to"]), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "analyze_compute.py"), "--log_dir=.",
-               "--dtype=float32", "--peak_tflops=1000", "--out_dir=study"]
+    command = [sys.executable, str(ROOT / "analyze_compute.py"), "--log_dir=.", "--dtype=float32",
+               "--peak_tflops=1000", "--out_dir=study"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "study"
